@@ -1,0 +1,178 @@
+"""Linear datamodelling score (LDS) of attribution methods, by retrains that each leave out a random tenth of the rows.
+
+LDS (Park et al. 2023, arXiv:2303.14186, equation 4): of a reply, Spearman's correlation over the retrains of the true
+change of its loss with the predicted change, the sum of the scores of the rows that are left out. A row is left out by
+the weight 0; divisor, order and seed stay.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import defaults
+import numpy as np
+import parts
+import trace_methods
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from trace_setup import Row, Size, notice, queries_of, recipe_of, set_rows, tune_traced
+
+from sartor.evaluate.bootstrap import paired_bootstrap
+from sartor.trace.replay import Replay
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+
+F64 = NDArray[np.float64]
+FRACTION = 10
+# option of recipe_of -> (its name, values, the other options); one changes at a time, around those of the sets
+CURVES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
+    "rate": ("learning rate", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3), {"epochs": 2}),
+    "batch_rows": ("rows of an update", (2, 4, 8, 16, 32), {"epochs": 2}),
+    "epochs": ("epochs", (1, 2, 4, 8), {}),
+}
+CURVE_SET, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 20, 5
+
+
+class Retrains:
+    """Losses of queries by the tuning with all rows, and by tunings that leave rows out. Each is a part of the call."""
+
+    def __init__(self, label: str, traced: TracedAdapter, queries: Sequence[TraceQuery]) -> None:
+        self.label, self.traced, self.queries = label, traced, queries
+
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """Replay of the tuning; opened by the first part that no earlier call has measured."""
+        return Replay.open(self.traced, notice=notice)
+
+    def losses(self, name: str, weights: F64 | None = None, seed: int | None = None) -> F64:
+        """Return the queries' losses (Q,) in nats after a tuning with these weights (N,) of the rows."""
+
+        def retrain() -> list[float]:
+            parameters = self.replay.retrain(weights, seed=seed)
+            return [float(loss) for loss in self.replay.losses(parameters, self.queries)]
+
+        return np.asarray(parts.run(f"{self.label}: retrain {name}", retrain))
+
+
+def subsets(rows: int, count: int) -> list[NDArray[np.int64]]:
+    """Return the rows that each retrain leaves out, a random tenth; the first ones are the same for any count."""
+    return [np.random.default_rng(index).choice(rows, max(1, rows // FRACTION), replace=False) for index in range(count)]
+
+
+def true_changes(retrains: Retrains, left_out: Sequence[NDArray[np.int64]]) -> F64:
+    """Return the change of each query's loss (R, Q) in nats by each retrain."""
+    full = retrains.losses("with all rows")
+    changes = []
+    for index, rows in enumerate(left_out):
+        weights = np.ones(len(retrains.traced.rows))
+        weights[rows] = 0
+        changes.append(retrains.losses(f"{index + 1} of {len(left_out)}", weights) - full)
+    return np.stack(changes)
+
+
+def lds_by_query(scores: F64, changes: F64, left_out: Sequence[NDArray[np.int64]]) -> list[float]:
+    """Return the LDS of each query. scores: (Q, N). changes: (R, Q)."""
+    predicted = np.stack([scores[:, rows].sum(1) for rows in left_out])
+    return [spearman(predicted[:, query], changes[:, query]) for query in range(len(scores))]
+
+
+def spearman(first: F64, second: F64) -> float:
+    """Return Spearman's rank correlation; 0 if one side is constant."""
+    ranks = np.stack([rankdata(first), rankdata(second)])
+    if (np.ptp(ranks, axis=1) == 0).any():
+        return 0.0
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def scores_of(
+    label: str, scorers: Mapping[str, trace_methods.Scorer], traced: TracedAdapter, queries: Sequence[TraceQuery]
+) -> dict[str, F64]:
+    """Return the scores (Q, N) of each method; each is a part of the call."""
+    return {
+        name: np.asarray(parts.run(f"{label}: {name}", lambda scorer=scorer: scorer(traced, queries).tolist()))
+        for name, scorer in scorers.items()
+    }
+
+
+def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
+    """Return the LDS of each method on a set, and ours less each peer's, with intervals over the queries."""
+    train, held_out = set_rows(name, options, size.rows, size.queries)
+    recipe = recipe_of(train, updates=size.updates, batch_rows=size.batch_rows)
+    traced = tune_traced(folder / name, {name: train}, {**recipe, **size.recipe})
+    queries = queries_of(traced, held_out)
+    left_out = subsets(len(traced.rows), size.retrains)
+    changes = true_changes(Retrains(name, traced, queries), left_out)
+    scores = scores_of(name, {**trace_methods.OURS, **trace_methods.PEERS}, traced, queries)
+    by_query = {method: lds_by_query(values, changes, left_out) for method, values in scores.items()}
+    return {
+        **{method: _statistics(values) for method, values in by_query.items()},
+        "differences": {
+            ours: {peer: _difference(by_query[ours], by_query[peer]) for peer in trace_methods.PEERS}
+            for ours in ("unrolled", "gradient")
+        },
+        "slope": _slope(scores["unrolled"], changes, left_out),
+        "rows": len(traced.rows),
+        "updates": traced.artifact.manifest["run"]["updates"],
+        "retrains": len(left_out),
+        "queries": len(queries),
+    }
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    compared = _difference(values, [0.0] * len(values))
+    return {"mean": compared["estimate"], "min": min(values), **compared, "by_query": list(values)}
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Return the mean difference of LDS with its interval, paired by query."""
+    compared = paired_bootstrap(theirs, ours, [str(index) for index in range(len(ours))])
+    return {"estimate": compared.difference, "low": compared.low, "high": compared.high}
+
+
+def _slope(scores: F64, changes: F64, left_out: Sequence[NDArray[np.int64]]) -> float:
+    """Return the slope of true on predicted changes through 0, over all queries; 1 for exact scores in nats."""
+    predicted = np.stack([scores[:, rows].sum(1) for rows in left_out])
+    return float((predicted * changes).sum() / max(float((predicted**2).sum()), 1e-30))
+
+
+def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | None) -> dict[str, Any]:
+    """Return the LDS of unrolling and of gradient cosine by learning rate, batch and epochs; a plot is written too."""
+    train, held_out = set_rows(CURVE_SET, options, size.rows, min(size.queries, CURVE_QUERIES))
+    scorers = {"unrolled": trace_methods.OURS["unrolled"], "gradient_cosine": trace_methods.PEERS["gradient_cosine"]}
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for option, (title, values, others) in CURVES.items():
+        for value in values[: size.curve_points]:
+            label = f"curve, {title} {value:g}"
+            recipe = recipe_of(train, **{"batch_rows": size.batch_rows, **others, option: value})
+            traced = tune_traced(folder / f"curve-{option}-{value:g}", {CURVE_SET: train}, {**recipe, **size.recipe})
+            queries = queries_of(traced, held_out)
+            left_out = subsets(len(traced.rows), min(size.retrains, CURVE_RETRAINS))
+            changes = true_changes(Retrains(label, traced, queries), left_out)
+            scores = scores_of(label, scorers, traced, queries)
+            points = {
+                method: _statistics(lds_by_query(matrix, changes, left_out)) for method, matrix in scores.items()
+            }
+            lines.setdefault(option, []).append({"value": value, **points})
+    if plot:
+        write_plot(lines, plot)
+    return {"set": CURVE_SET, "retrains": CURVE_RETRAINS, "queries": CURVE_QUERIES, "lines": lines}
+
+
+def write_plot(lines: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Write the curves as a picture, a panel for each axis."""
+    from matplotlib.figure import Figure  # no pyplot: it keeps global state and wants a display
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(lines), sharey=True)
+    for panel, (option, points) in zip(panels, lines.items(), strict=True):
+        x = [point["value"] for point in points]
+        for method in ("unrolled", "gradient_cosine"):
+            mean, low, high = ([point[method][name] for point in points] for name in ("mean", "low", "high"))
+            panel.plot(x, mean, marker="o", label=method)
+            panel.fill_between(x, low, high, alpha=0.2)
+        panel.set(xlabel=CURVES[option][0], xscale="log", ylim=(-0.2, 1.0))
+    panels[0].set_ylabel("LDS, mean of the replies")
+    panels[-1].legend()
+    figure.savefig(file)

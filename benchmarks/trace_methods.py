@@ -1,0 +1,159 @@
+"""Scores of training rows for replies: Sartor's methods, and the peers of trace.py in plain code.
+
+Each gives (Q, N) of Q queries and N rows; larger if the row made the reply likelier.
+
+bm25                Robertson and Zaragoza 2009, equation 3.15, over prompt and reply of a row as one text
+embedding           cosine of minilm's vectors of prompt and reply
+hidden              cosine of the tuned model's last hidden states, mean of the reply's tokens
+gradient_dot        dot product of the gradients of the reply's summed loss by the adapter's weights, after the tuning
+gradient_cosine     the same over their norms
+bergson             bergson 2.5.1 in a venv of its own (peers/bergson)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from trace_setup import notice, open_tokenized
+
+from sartor.core.encoder_registry import open_encoder
+from sartor.core.records import Example
+from sartor.models import adapters
+from sartor.models.losses.loss_backend import LossOptions
+from sartor.models.packing import TokenizedExample
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+
+F64 = NDArray[np.float64]
+Scorer = Callable[[TracedAdapter, Sequence[TraceQuery]], F64]
+# saturation of a word's count, and weight of the text's length
+K1, B = 1.2, 0.75
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+class Bm25:
+    """BM25 index of N texts."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        counts = [Counter(words(text)) for text in texts]
+        lengths = np.array([max(1, count.total()) for count in counts], float)
+        postings: dict[str, list[tuple[int, int]]] = {}
+        for row, count in enumerate(counts):
+            for word, number in count.items():
+                postings.setdefault(word, []).append((row, number))
+        self._size = len(texts)
+        # norm_d = k1 (1 - b + b |d| / mean |d|)
+        self._norms = K1 * (1 - B + B * lengths / lengths.mean())
+        self._postings = {word: np.array(rows) for word, rows in postings.items()}
+
+    def scores(self, query: str) -> F64:
+        """Return the scores (N,) of the texts for a query."""
+        scores = np.zeros(self._size)
+        for word in set(words(query)):
+            if word not in self._postings:
+                continue
+            rows, numbers = self._postings[word].T
+            # idf = log(1 + (N - n + 0.5) / (n + 0.5));  score += idf f (k1 + 1) / (f + norm_d)
+            idf = math.log(1 + (self._size - len(rows) + 0.5) / (len(rows) + 0.5))
+            scores[rows] += idf * numbers * (K1 + 1) / (numbers + self._norms[rows])
+        return scores
+
+
+def text_of(example: Example) -> str:
+    """Return the last question and the reply; a system prompt that all rows share tells nothing."""
+    return f"{example.prompt[-1].text if example.prompt else ''}\n{example.reply}"
+
+
+def bm25(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the BM25 scores, (Q, N)."""
+    index = Bm25([text_of(row.example) for row in traced.rows])
+    return np.stack([index.scores(text_of(query.example)) for query in queries])
+
+
+def embedding(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the cosines of the sentence encoder's vectors, (Q, N). Raises MissingError without minilm."""
+    examples = [*(row.example for row in traced.rows), *(query.example for query in queries)]
+    vectors = np.asarray(open_encoder("minilm").encode([text_of(example) for example in examples]), float)
+    return np.asarray(vectors[len(traced.rows) :] @ vectors[: len(traced.rows)].T)
+
+
+def hidden(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the cosines of the mean last hidden states of the reply's tokens, (Q, N)."""
+    base, examples = open_tokenized(traced, queries)
+    model = adapters.open_adapter(base.model, traced.artifact.path)
+    states = np.stack([_reply_state(model, example, base.device) for example in examples])
+    states /= np.linalg.norm(states, axis=1, keepdims=True)
+    return np.asarray(states[len(traced.rows) :] @ states[: len(traced.rows)].T, float)
+
+
+@torch.no_grad()
+def _reply_state(model: Any, example: TokenizedExample, device: torch.device) -> F64:
+    """Return the mean last hidden state of the positions that predict the last reply, (D,)."""
+    start, end = example.last_reply
+    output = model(input_ids=torch.tensor([example.ids[:end]], device=device), output_hidden_states=True)
+    return np.asarray(output.hidden_states[-1][0, start - 1 : end - 1].mean(0).double().cpu())
+
+
+def gradient_products(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> tuple[F64, F64]:
+    """Return dot products and cosines of gradients, (Q, N) each.
+
+    The rows' gradients are computed one after the other and not kept, so memory holds Q of them.
+    """
+    base, examples = open_tokenized(traced, queries)
+    model = adapters.open_adapter(base.model, traced.artifact.path)
+    parameters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    path = base.path(model, examples, LossOptions())
+    gradients = _gradients(path, parameters, examples)
+    rows = examples[: len(traced.rows)]
+    targets = torch.stack(list(_gradients(path, parameters, examples[len(rows) :])))
+    norms = targets.norm(dim=1)
+    dots, cosines = [], []
+    for row, gradient in zip(range(len(rows)), gradients, strict=False):
+        if row and row % 500 == 0:
+            notice(f"gradients of {row} of {len(rows)} rows")
+        product = targets @ gradient
+        dots.append(product.double().cpu().numpy())
+        cosines.append((product / (norms * gradient.norm()).clamp_min(1e-30)).double().cpu().numpy())
+    return np.stack(dots, 1), np.stack(cosines, 1)
+
+
+def _gradients(
+    path: Any, parameters: Sequence[torch.nn.Parameter], examples: Sequence[TokenizedExample]
+) -> Iterator[torch.Tensor]:
+    """Yield the gradient (D,) of each example's loss, summed over its supervised tokens."""
+    for example in examples:
+        for parameter in parameters:
+            parameter.grad = None
+        path.losses([example])[0].sum().backward()
+        yield torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+
+
+def gradient_dot(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the dot products of the gradients, (Q, N)."""
+    return gradient_products(traced, queries)[0]
+
+
+def gradient_cosine(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the cosines of the gradients, (Q, N)."""
+    return gradient_products(traced, queries)[1]
+
+
+PEERS: dict[str, Scorer] = {
+    "bm25": bm25,
+    "embedding": embedding,
+    "hidden": hidden,
+    "gradient_dot": gradient_dot,
+    "gradient_cosine": gradient_cosine,
+}
