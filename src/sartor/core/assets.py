@@ -228,7 +228,7 @@ def _run(command: list[str], remedy: str, cwd: Path | None = None, variables: Ma
 
 
 # folders of SARTOR_HOME whose content is rebuilt at the next use
-_CACHES = ("bases", "towers", "rehearsal", "features", "activations", "probes", "kernels")
+_CACHES = ("bases", "towers", "rehearsal", "features", "activations", "trace", "probes", "kernels")
 
 
 _SECONDS_UNTIL_A_REST = 86_400

@@ -3,9 +3,11 @@
 The default is the platform's cache folder. It holds
 
     assets/  bases/  towers/  rehearsal/  features/  activations/  probes/  kernels/  edge/  keys/  trusted/  revoked/
+    trace/
     catalogue.sqlite  digests.sqlite  evaluations.jsonl
 
-What is created here is for its owner alone: features and activations are computed from rows, and keys sign.
+What is created here is for its owner alone: features, activations and
+sketches (trace_store.py) are computed from rows, and keys sign.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, home, signing
+from sartor.core import catalogue, home, signing, trace_store
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.database import scrub_file
@@ -105,13 +105,14 @@ def forget_personal(
         done.datasets = list(_clean_datasets(state, intent))
         done.receipts, _ = erase_receipts(state / "receipts", person)
         done.runs = erase_runs(state / "plans", person)
-        done.caches = _empty_caches(intent)
+        done.caches += _empty_caches(intent)
         scrubbed = {registry.database.name: registry.database.scrub("people", "speakers")}
         for database_file in (state / "receipts" / INDEX, home.home() / "catalogue.sqlite"):
             if database_file.is_file():
                 scrubbed[str(database_file)] = scrub_file(database_file)
         notice("searching")
         descended = tuned_on_user(state, person, intent)
+        done.caches += _remove_sketches(descended, done)
         people = {file.name for file in (state / FOLDER).glob("*")}
         others = [*_words(inbox), *(text for item in people for text in _rows_of(state, item))]
         needles = SearchTerms(intent.words, others)
@@ -237,6 +238,8 @@ def _rows_of(state: Path, person: str) -> Iterator[str]:
 
 def _remove_files(state: Path, person: str, done: _Done) -> None:
     folder = folder_of(state, person)
+    # before the artefacts: without them nobody would know which sketches are theirs
+    done.caches += trace_store.remove_traces(trace_store.find_traces(below=folder.absolute()))
     for file in sorted(folder.rglob("*")) if folder.is_dir() else []:
         if file.is_file() and file.name != f".{TUNING}.lock":
             done.files[str(file.relative_to(state))] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
@@ -312,6 +315,13 @@ def _empty_caches(intent: DeletionIntent) -> list[str]:
                 WITHIN_S,
             )
     return [str(folder) for folder in folders]
+
+
+def _remove_sketches(descended: Sequence[Descended], done: _Done) -> list[str]:
+    """Remove the sketches of rows for every adapter that was tuned on the user's, and return their folders."""
+    adapter_ids = {*done.artifacts, *(item["id"] for item in descended)}
+    dataset_ids = {str(dataset["id"]) for dataset in done.datasets}
+    return trace_store.remove_traces(trace_store.find_traces(adapter_ids=adapter_ids, dataset_ids=dataset_ids))
 
 
 def _proof(team: Team, person: str, generation: int, done: _Done) -> dict[str, Any]:

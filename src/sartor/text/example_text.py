@@ -111,6 +111,11 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def word_positions(text: str) -> list[tuple[str, int, int]]:
+    """Return (word in lower case, start, end) of each word, with its characters [start, end) of the text."""
+    return [(match.group().lower(), match.start(), match.end()) for match in _WORD.finditer(text)]
+
+
 def begins_alike(text: str, other_text: str) -> bool:
     """Return whether two texts begin with the same word, as a fast check before a slow one."""
     first, second = _WORD.search(text), _WORD.search(other_text)

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sartor.core import config, parquet_io
-from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core import catalogue, config, parquet_io, strict_json
+from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import TEST
+from sartor.media import content_parts
 from sartor.tune.dataset_encoding import hold_out
 from sartor.tune.recipe import ResolvedRecipe
 
@@ -57,16 +58,24 @@ class TracedAdapter:
     artifact: Adapter or Release.
     dataset: its own Dataset.
     rows: (N,) rows that the tuning learnt from, then those of rehearsal. Rows that it left out are not among them.
+    is_own: whether they are the rows of its tuning; false for those of a Dataset that the caller named, which
+        retrieval alone can search.
     """
 
     artifact: Artifact
     dataset: Artifact
     rows: tuple[TrainingRow, ...]
+    is_own: bool = True
 
-    @property
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Manifest of the Adapter; a Release holds a copy of it."""
+        return adapter_manifest(self.artifact)
+
+    @cached_property
     def recipe(self) -> ResolvedRecipe:
-        """Recipe of the tuning, without `auto`."""
-        return config.load_any(ResolvedRecipe, self.artifact.manifest["recipe"])
+        """Recipe of the tuning, without `auto`. Raises ArtifactError for an adapter that no `sartor tune` made."""
+        return _recipe_of(self.artifact)
 
     @cached_property
     def indices(self) -> dict[str, int]:
@@ -88,16 +97,33 @@ class TracedAdapter:
             found += matches
         return found
 
-    def query(self, prompt: str, reply: str, *, system: str | None = None, media: Sequence[Part] = ()) -> TraceQuery:
-        """Return a prompt of one user turn and its reply as a query.
+    def query(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        reply: str,
+        *,
+        system: str | None = None,
+        media: Sequence[Part] = (),
+    ) -> TraceQuery:
+        """Return a prompt and its reply as a query.
 
-        system: None for the system prompt that most training rows have; empty for none.
+        prompt: text of one user turn, or the turns in OpenAI's form.
+        system: None for the system prompt that most training rows have, unless the turns begin with one; empty for
+            none.
+        media: images and recordings before the text.
+        Raises ConfigError for an empty reply, and for turns of another form.
         """
-        if not reply:
+        if not reply.strip():
             raise ConfigError("the reply is empty", '--reply "what the model said"')
+        if isinstance(prompt, str):
+            user = Message("user", (*media, *([Part("text", prompt)] if prompt else [])))
+            messages = [user] if user.content else []
+        else:
+            messages = [_message_of(turn) for turn in prompt]
+        has_system = bool(messages) and messages[0].role == "system"
         system = self.system_prompt if system is None else system
-        user = Message("user", (*media, *([Part("text", prompt)] if prompt else [])))
-        messages = ([Message.of("system", system)] if system else []) + ([user] if user.content else [])
+        if system and not has_system:
+            messages = [Message.of("system", system), *messages]
         return TraceQuery(tuple(messages), reply, self.tools)
 
     @cached_property
@@ -111,43 +137,87 @@ class TracedAdapter:
         return _most_common([row.example.tools for row in self.rows if not row.is_rehearsal])
 
 
-def open_traced(path: Path | str) -> TracedAdapter:
+def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapter:
     """Open an Adapter or Release and the rows that it was tuned on.
 
+    data: a Dataset whose training rows are taken instead, where those of the tuning are unknown or on another machine.
     Raises ArtifactError if it, or the Dataset it was tuned on, is damaged, changed or not on this machine.
     """
     artifact = open_artifact(path, ("adapter", "release"))
-    if "recipe" not in artifact.manifest:
-        raise ArtifactError(
-            f"{artifact.path} was not tuned by Sartor: it has no recipe and no order of rows",
-            "trace an Adapter that `sartor tune` made",
-        )
-    recipe = config.load_any(ResolvedRecipe, artifact.manifest["recipe"])
-    # a Release is made from an Adapter, whose parents are the Datasets
-    own_parents = _dataset_parents(artifact)
-    opened = {dataset.id: dataset for dataset in ancestry.training_datasets(artifact)}
-    rows: list[TrainingRow] = []
-    own_dataset: Artifact | None = None
-    for parent in own_parents:
+    if data is not None:
+        named = open_artifact(data, "dataset")
+        rows = [TrainingRow(example, named) for example in parquet_io.read_examples(named, "train")]
+        return _with_rows(artifact, named, rows, is_own=False)
+    recipe, manifest = _recipe_of(artifact), adapter_manifest(artifact)
+    left_out = {id for ids in manifest.get("left_out", {}).values() for id in ids}
+    rows, own_dataset = [], None
+    for parent in [parent for parent in manifest["parents"] if parent["kind"] == "dataset"]:
         is_rehearsal = parent.get("role") == ancestry.REHEARSAL
-        dataset = opened.get(parent["id"])
-        if dataset is None:
-            if is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
-                continue
-            raise ArtifactError(
-                f"the Dataset {parent['id'][:16]} of {artifact.path.name} is not at {parent.get('path', '')}, or was "
-                "changed",
-                "sartor index DIR finds a Dataset that was moved",
-            )
+        path = catalogue.locate(parent["id"], parent["path"], str(artifact.path.parent / Path(parent["path"]).name))
+        if path is None and is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
+            continue
+        dataset = _open_dataset(artifact, parent, path)
         if not is_rehearsal:
             own_dataset = own_dataset or dataset
-        rows += [TrainingRow(example, dataset, is_rehearsal) for example in _learnt(dataset, recipe, is_rehearsal)]
+        examples = [example for example in _learnt(dataset, recipe, is_rehearsal) if example.id not in left_out]
+        rows += [TrainingRow(example, dataset, is_rehearsal) for example in examples]
     if own_dataset is None:
+        raise ArtifactError(f"{artifact.path} names no Dataset that it was tuned on", _by_retrieval(artifact))
+    return _with_rows(artifact, own_dataset, rows, is_own=True)
+
+
+def adapter_manifest(artifact: Artifact) -> dict[str, Any]:
+    """Return the manifest of an Adapter, or of the Adapter that a Release was made from; empty if it has none."""
+    if artifact.kind == "adapter":
+        return artifact.manifest
+    file = MANIFESTS["adapter"]
+    if file not in artifact.manifest["files"]:
+        return {}
+    manifest: dict[str, Any] = strict_json.loads((artifact.path / file).read_bytes(), takes_infinity=True)
+    return manifest
+
+
+def _with_rows(artifact: Artifact, dataset: Artifact, rows: Sequence[TrainingRow], *, is_own: bool) -> TracedAdapter:
+    if not rows:
+        raise ArtifactError(f"no row of {dataset.path} was learnt from", f"sartor show {dataset.path} shows its rows")
+    return TracedAdapter(artifact, dataset, tuple(rows), is_own)
+
+
+def _recipe_of(artifact: Artifact) -> ResolvedRecipe:
+    manifest = adapter_manifest(artifact)
+    if "federated" in manifest.get("run", {}):
         raise ArtifactError(
-            f"the Dataset of {artifact.path} is unknown", "trace an Adapter or Release that `sartor tune` made"
+            f"{artifact.path} was tuned by federated rounds: no machine has the rows of all clients",
+            f"{_by_retrieval(artifact)}: each client searches its own",
         )
-    left_out = {id for ids in artifact.manifest.get("left_out", {}).values() for id in ids}
-    return TracedAdapter(artifact, own_dataset, tuple(row for row in rows if row.example.id not in left_out))
+    try:
+        return config.load_any(ResolvedRecipe, manifest["recipe"])
+    except (KeyError, ConfigError):
+        raise ArtifactError(
+            f"{artifact.path} has no recipe of `sartor tune`, so that the order of its rows is unknown and neither "
+            "gradients nor unrolling can trace it",
+            _by_retrieval(artifact),
+        ) from None
+
+
+def _by_retrieval(artifact: Artifact) -> str:
+    return (
+        f"sartor trace {artifact.path} --data DATASET searches the rows of a Dataset by retrieval, which still works"
+    )
+
+
+def _open_dataset(artifact: Artifact, parent: Mapping[str, str], path: Path | None) -> Artifact:
+    """Return the Dataset of a tuning. Raises ArtifactError if it is gone, moved or changed."""
+    problem = "is not on this machine, or was moved"
+    if path is not None:
+        try:
+            return open_artifact(path, "dataset")
+        except ArtifactError as error:
+            problem = f"was changed: {error.problem}"
+    raise ArtifactError(
+        f"the Dataset {parent['id'][:16]} that {artifact.path.name} was tuned on ({parent['path']}) {problem}",
+        f"sartor index DIR finds one that was moved; {_by_retrieval(artifact)}",
+    )
 
 
 def read_queries(file: Path, traced: TracedAdapter) -> list[TraceQuery]:
@@ -165,9 +235,10 @@ def read_queries(file: Path, traced: TracedAdapter) -> list[TraceQuery]:
             continue
         try:
             queries.append(_query(json.loads(line), traced))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            problem = error.problem if isinstance(error, ConfigError) else error
             raise ConfigError(
-                f"{file}, line {number} is no query: {error or type(error).__name__}",
+                f"{file}, line {number} is no query: {problem or type(error).__name__}",
                 'a line is {"prompt": "...", "reply": "..."} or {"messages": [...]}',
             ) from None
     if not queries:
@@ -178,20 +249,31 @@ def read_queries(file: Path, traced: TracedAdapter) -> list[TraceQuery]:
 def _query(record: Mapping[str, Any], traced: TracedAdapter) -> TraceQuery:
     if "messages" not in record:
         return traced.query(str(record["prompt"]), str(record["reply"]), system=record.get("system"))
-    messages = [Message.of(str(turn["role"]), str(turn["content"])) for turn in record["messages"]]
-    if not messages or messages[-1].role != "assistant":
-        raise ValueError("the last message is not the assistant's")
+    messages = [_message_of(turn) for turn in record["messages"]]
+    if not messages or messages[-1].role != "assistant" or not messages[-1].text.strip():
+        raise ValueError("the last message is no reply of the assistant")
     tools = record.get("tools")
     return TraceQuery(tuple(messages[:-1]), messages[-1].text, json.dumps(tools) if tools else "")
 
 
-def _dataset_parents(artifact: Artifact) -> list[dict[str, str]]:
-    """Return the Dataset entries in the parents of the Adapter that the artefact is, or was released from."""
-    parents = [parent for parent in artifact.manifest.get("parents", []) if parent["kind"] == "dataset"]
-    if parents or artifact.kind == "adapter":
-        return parents
-    adapter = ancestry.find_parent(artifact, "adapter")
-    return _dataset_parents(adapter) if adapter else []
+def _message_of(turn: Mapping[str, Any]) -> Message:
+    """Return a turn in OpenAI's form as a message. Raises ConfigError for another form."""
+    try:
+        content = turn["content"]
+        if isinstance(content, str):
+            return Message.of(str(turn["role"]), content)
+        parts = [
+            Part("text", str(part["text"]))
+            if part["type"] == "text"
+            else Part(content_parts.MEDIA[part["type"]], media=content_parts.url_in(part))
+            for part in content
+        ]
+        return Message(str(turn["role"]), tuple(parts))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"a turn of the prompt is no message: {error or type(error).__name__}",
+            '{"role": "user", "content": "..."}, or content parts with data URLs',
+        ) from None
 
 
 def _learnt(dataset: Artifact, recipe: ResolvedRecipe, is_rehearsal: bool) -> list[Example]:

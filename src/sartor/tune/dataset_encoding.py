@@ -34,12 +34,12 @@ def encode_preference(
     """
     if example.rejected and not isinstance(objective, Sft):
         rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
-        good, bad = (_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
+        good, bad = (keep_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
         if isinstance(objective, Dpo):
             return [(_lesson(good, "pair", bad), example)]
         return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), rejected)]
     if example.rating and isinstance(objective, Kto):
-        row = _last_reply(chat.encode(example, folder), example)
+        row = keep_last_reply(chat.encode(example, folder), example)
         row = replace(row, weight=row.weight * abs(example.rating))
         return [(_lesson(row, "good" if example.rating > 0 else "bad"), example)]
     return [] if example.rating < 0 else [(chat.encode(example, folder), example)]
@@ -49,7 +49,7 @@ def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = 
     return PreferenceExample(row.ids, row.learnt, example_id=row.example_id, weight=row.weight, term=term, other=other)
 
 
-def _last_reply(row: TokenizedExample, example: Example) -> TokenizedExample:
+def keep_last_reply(row: TokenizedExample, example: Example) -> TokenizedExample:
     """Return the row with only its last reply learnt.
 
     A rating or a preference concerns that reply and not the turns before it.
@@ -89,7 +89,7 @@ def mismatched_pairs(
                 examples[index], messages=(*examples[index].prompt, other.messages[-1]), rejected=(), rating=0.0
             )
             try:
-                row = _last_reply(chat.encode(example, folder), examples[index])
+                row = keep_last_reply(chat.encode(example, folder), examples[index])
             except SourceError:  # a reply that this prompt's template refuses
                 continue
             if len(row.ids) <= max_tokens and row.supervised_tokens:

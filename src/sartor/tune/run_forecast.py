@@ -19,6 +19,7 @@ from sartor.tune import checkpoint_selection, cost_model, preflight
 from sartor.tune.cost_model import (
     FORWARD_FRACTION,
     TIME_ALLOWANCE,
+    BatchLoad,
     Interval,
     MicroBatchChoice,
     RunCounters,
@@ -118,6 +119,20 @@ def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: 
     for index, group in enumerate(calibration_batches(rows, max_tokens)):
         probe.run(group, warm_up=not index)
     probe.settle()
+
+
+def unmeasured(micro_batch_tokens: int, reason: str) -> RunForecast:
+    """Return a forecast that states a micro-batch size and nothing else.
+
+    A size that depended on free memory would change the last bits of a run's result.
+    """
+    return RunForecast(
+        MicroBatchChoice(micro_batch_tokens, BatchLoad(), fits=True, reason=reason),
+        memory=Interval(0.0, 0.0, 0.0),
+        course_tokens=None,
+        evaluated_tokens=0,
+        limit_s=None,
+    )
 
 
 def foresee(

@@ -19,10 +19,9 @@ from sartor.models.base import Base
 from sartor.models.lora_tensors import A, Array, Tensors, alpha_of, modules
 from sartor.models.losses.loss_backend import LossBackend, LossOptions
 from sartor.tune.checkpoint import Saver
-from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice
 from sartor.tune.model_setup import inject_recipe_adapter, open_recipe_base
 from sartor.tune.recipe import ResolvedRecipe
-from sartor.tune.run_forecast import RunForecast
+from sartor.tune.run_forecast import RunForecast, unmeasured
 from sartor.tune.sampler import SchedulePart
 from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.training_log import TrainingLog
@@ -223,21 +222,12 @@ class LocalRun(TrainingRun):
         """Do nothing: a client that is killed repeats its round."""
 
     def _foresee(self, recipe: ResolvedRecipe) -> RunForecast:
-        """Return a forecast without measuring.
-
-        A micro-batch size that depended on free memory would change the last bits of the result.
-        """
+        """Return a forecast without measuring."""
         micro_batch_tokens = recipe.compute.micro_batch_tokens
         capacity = max(len(row.ids) for row in self.data.train)
         if isinstance(micro_batch_tokens, int):
             capacity = max(capacity, micro_batch_tokens)
-        return RunForecast(
-            MicroBatchChoice(capacity, BatchLoad(), fits=True, reason="the recipe's"),
-            memory=Interval(0.0, 0.0, 0.0),
-            course_tokens=None,
-            evaluated_tokens=0,
-            limit_s=None,
-        )
+        return unmeasured(capacity, "the recipe's")
 
     def _rates(self) -> tuple[float, float]:
         rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from sartor.core import catalogue
+from sartor.core import catalogue, trace_store
 from sartor.core.artifacts import Artifact, read_manifest
 from sartor.core.catalogue import Descendant
 from sartor.core.errors import ConfigError
@@ -60,8 +60,9 @@ class Revocation:
 
     examples: Examples with no other origin left.
     examples_kept: Examples that lose an origin and keep another.
-    caches: folders of this machine that hold what was computed from rows, by digests of them: of which rows, nobody
-        can tell. `sartor assets prune --cache` empties them.
+    caches: folders of this machine that hold what was computed from rows: by digests of them, of which rows nobody
+        can tell; and sketches for attribution, of adapters made from the Dataset. `sartor assets prune --cache`
+        empties them.
     """
 
     dataset: Artifact
@@ -146,14 +147,19 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
         made_from_it=descendants,
         replies=replies,
         receipts=receipts,
-        caches=_filled_caches() if len(removed) or len(affected) else [],
+        caches=_filled_caches(dataset, descendants) if len(removed) or len(affected) else [],
     )
 
 
-def _filled_caches() -> list[str]:
-    """Return the folders of SARTOR_HOME that hold values computed from rows, if there is anything in them."""
+def _filled_caches(dataset: Artifact, descendants: list[Descendant]) -> list[str]:
+    """Return the folders of SARTOR_HOME that hold values computed from rows, if there is anything in them.
+
+    Of the sketches for attribution, those of adapters made from the Dataset.
+    """
     folders = [home() / name for name in ROW_CACHES]
-    return [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
+    filled = [folder for folder in folders if folder.is_dir() and any(folder.iterdir())]
+    traces = trace_store.find_traces(adapter_ids={child.id for child in descendants}, dataset_ids={dataset.id})
+    return [str(folder) for folder in [*filled, *traces]]
 
 
 def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import signing
+from sartor.core import signing, trace_store
 from sartor.core.errors import BusyError, ConfigError, MissingError, SartorError
 from sartor.core.filesystem import DISK_FULL, PrivateFileSystem
 from sartor.core.records import Example
@@ -202,6 +202,7 @@ class OwnerModel:
         intent = Intent(intent.ids, tuple(dict.fromkeys([*intent.deltas, *digests])), intent.began)
         intent.write(self._disk, self._intent)
         self._locals.purge(names)
+        trace_store.remove_traces(trace_store.find_traces(adapter_ids=intent.deltas))
         self._disk.replace(self._stale, b"")
         self._clean()
         return intent

@@ -1,0 +1,324 @@
+"""Tuning of a traced adapter made again in fp32, with any row left out.
+
+Rows, order, batches, schedule, clipping, weight decay and seed are those of the recorded run. A run that computed in
+bf16, or elsewhere, ends at other weights than its replay; `Replay.difference` measures by how much.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sartor.core import config, reply_markup
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.lineage import ancestry
+from sartor.inference import generate
+from sartor.models import adapters
+from sartor.models.base import Base
+from sartor.models.packing import TokenizedExample
+from sartor.trace.replay_run import Course, PreferenceReplayRun, ReplayRun, RowWeights, RunState
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.tune import resume
+from sartor.tune.dataset_encoding import encode_rows, keep_last_reply
+from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
+from sartor.tune.recipe import ResolvedRecipe, Sft
+from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
+
+Notice = Callable[[str], object]
+# Above this difference of a reply's loss between the replay and the Adapter, nats, scores are called approximate
+MAX_DIFFERENCE_NATS = 0.02
+_OTHER_METHODS = "--method gradient or --method retrieval, which need no replay"
+
+
+@dataclass(frozen=True)
+class ReplayDifference:
+    """Distance of a replay from the Adapter on disk, both with the base in fp32.
+
+    replay_losses, adapter_losses: (Q,) nats of each reply, summed over its tokens.
+    recorded_dtype: dtype in which the recorded run computed.
+    """
+
+    replay_losses: tuple[float, ...]
+    adapter_losses: tuple[float, ...]
+    recorded_dtype: str
+
+    @property
+    def nats(self) -> float:
+        """Largest difference of a reply's loss, nats."""
+        pairs = zip(self.replay_losses, self.adapter_losses, strict=True)
+        return max((abs(first - second) for first, second in pairs), default=0.0)
+
+    @property
+    def approximate(self) -> str:
+        """Reason why the replay's results hold for the Adapter only about; empty if they differ by little."""
+        if self.nats <= MAX_DIFFERENCE_NATS:
+            return ""
+        return (
+            f"the tuning ran in {self.recorded_dtype}; its replay in fp32 gives a reply another loss, by up to "
+            f"{self.nats:.3f} nats"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the losses and likelihoods of each reply, by the replay and by the Adapter."""
+        return {
+            **asdict(self),
+            "nats": self.nats,
+            "replay_likelihoods": [math.exp(-loss) for loss in self.replay_losses],
+            "adapter_likelihoods": [math.exp(-loss) for loss in self.adapter_losses],
+        }
+
+
+class Replay:
+    """Recorded tuning that can be made again on this machine.
+
+    rows: (N,) tokens of `TracedAdapter.rows`, in their order; of a preference pair the preferred side.
+    adapter: the Adapter whose tuning is repeated; that of a traced Release, if it is still on this machine.
+    run: the run of `seed`, in its last state.
+    """
+
+    def __init__(self, traced: TracedAdapter, adapter: Artifact, base: Base, data: TokenizedDataset) -> None:
+        self.traced, self.adapter, self.base, self.data = traced, adapter, base, data
+        self.recipe = fp32_recipe(adapter)
+        self.recorded: dict[str, Any] = adapter.manifest["run"]
+        self.rows, indices = match_rows(traced, data, base)
+        self._row_weights = RowWeights(indices, torch.ones(len(self.rows) + 1, device=base.device))
+        self.seed = self.recipe.seed
+        self.run = self._begin(self.recipe.seed)
+        self._start: RunState = self.run.snapshot()
+
+    @classmethod
+    def open(cls, traced: TracedAdapter, *, notice: Notice = lambda line: None) -> Replay:
+        """Open the base in fp32 and encode the rows, with the adapter as before its first update.
+
+        Raises ConfigError for an adapter that was not tuned by `sartor tune` alone, ArtifactError if the base, the
+        rows or the start are not those of the recorded run, and what opening them raises.
+        """
+        adapter = tuned_adapter(traced)
+        recipe = fp32_recipe(adapter)
+        base = open_recipe_base(recipe, notice)
+        rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
+        data = encode_rows(traced.dataset, recipe, base.chat, rehearsal)
+        current = resume.fingerprint(recipe, traced.dataset, base, data=data, start=start)
+        recorded = {**adapter.manifest["fingerprint"], "recipe": current["recipe"]}
+        if differing := resume.differences(recorded, current):
+            problem = f"the tuning of {adapter.path} cannot be repeated here: {'; '.join(differing)}"
+            raise ArtifactError(problem, _OTHER_METHODS)
+        calibrate(base, data)
+        for line in described(adapter):
+            notice(line)
+        return cls(traced, adapter, base, data)
+
+    @property
+    def course(self) -> Course:
+        """Number of updates and learning rates of the recorded run."""
+        updates = int(self.recorded["updates"])
+        chosen = int(self.recorded.get("selection", {}).get("update", updates))
+        return Course(chosen, updates, dict(_recorded_rates(self.adapter)))
+
+    def _begin(self, seed: int) -> ReplayRun:
+        """Inject the adapter and return its run before the first update."""
+        recipe, course = replace(self.recipe, seed=seed), self.course
+        if seed != self.recipe.seed and recipe.budget.minutes is None:
+            # another order of rows has other updates, and so other rates
+            is_last = course.last_update == course.updates
+            course = replace(course, last_update=None if is_last else course.last_update, rates={})
+        kind = ReplayRun if isinstance(recipe.objective, Sft) else PreferenceReplayRun
+        return kind.begin(
+            recipe,
+            self.base,
+            inject_recipe_adapter(recipe, self.base),
+            self.data,
+            micro_batch_tokens=self._micro_batch_tokens,
+            course=course,
+            row_weights=self._row_weights,
+        )
+
+    @property
+    def _micro_batch_tokens(self) -> int:
+        tokens = int(self.recorded["micro_batch_tokens"])
+        # an activation in fp32 has twice the bytes of one in 16 bits
+        return tokens if self.adapter.manifest["base"]["dtype"] == "float32" else max(tokens // 2, 1)
+
+    def restart(self, weights: np.ndarray[Any, Any] | None = None, *, seed: int | None = None) -> ReplayRun:
+        """Return the run before its first update.
+
+        weights: (N,) weight of each row, by default 1. A row of weight 0 is left out; the divisor stays.
+        seed: of row order, new factors and dropout, by default the recorded one. The split of the rows stays.
+        """
+        if weights is not None and np.shape(weights) != (len(self.rows),):
+            raise ConfigError(f"weights has the shape {np.shape(weights)}", f"one weight for each of {len(self.rows)}")
+        seed = self.recipe.seed if seed is None else seed
+        self.run.go_back(self._start)
+        if seed != self.seed:
+            self.base.model = adapters.undo(self.run.model)
+            self.run, self.seed = self._begin(seed), seed
+            self._start = self.run.snapshot()
+        values = self._row_weights.values
+        values[:-1] = 1.0 if weights is None else torch.as_tensor(weights, dtype=values.dtype, device=values.device)
+        return self.run
+
+    def retrain(
+        self,
+        weights: np.ndarray[Any, Any] | None = None,
+        *,
+        seed: int | None = None,
+        notice: Notice = lambda line: None,
+    ) -> dict[str, torch.Tensor]:
+        """Repeat the tuning and return the trained parameters (...) by name.
+
+        weights, seed: as for `restart`.
+        notice: receives a line when the tuning is done.
+        Raises ModelError if the loss explodes.
+        """
+        run = self.restart(weights, seed=seed)
+        run.go_on()
+        notice(f"repeated {run.counters.updates} updates, {run.counters.tokens:,} tokens")
+        return self.parameters()
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return copies of the current parameters (...) by name."""
+        return {name: parameter.detach().clone() for name, parameter in self.run.named.items()}
+
+    def adapter_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters (...) of the Adapter on disk, by the names of `retrain`."""
+        adapters.load_start(self.run.model, self.adapter.path)
+        return self.parameters()
+
+    def put(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Make parameters (...) that `retrain` returned the current ones."""
+        with torch.no_grad():
+            for name, parameter in self.run.named.items():
+                parameter.copy_(parameters[name])
+
+    @torch.no_grad()
+    def losses(
+        self, parameters: Mapping[str, torch.Tensor], queries: Sequence[TraceQuery]
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return (Q,) losses of the replies in nats, summed over their tokens.
+
+        parameters: as `retrain` returned them.
+        Raises what `encode` raises.
+        """
+        self.put(parameters)
+        self.run.model.eval()
+        rows = [self.encode(query) for query in queries]
+        result = np.zeros(len(rows))
+        for index, row in enumerate(rows):
+            losses, _ = self.run.path.losses([row])
+            result[index] = float(losses.double().sum())
+        return result
+
+    def encode(self, query: TraceQuery) -> TokenizedExample:
+        """Return the query as tokens, of which those of the reply are learnt.
+
+        Raises SourceError if the template refuses it, ConfigError if it is longer than the base's context.
+        """
+        example = reply_markup.read_example(query.example, self.base.chat.markup.spelt, keep_id=True)
+        row = keep_last_reply(self.base.chat.encode(example, self.traced.dataset.path), example)
+        context = generate.context_tokens(self.base.model)
+        if context and len(row.ids) > context:
+            problem = f"prompt and reply have {len(row.ids)} tokens, and the base reads {context}"
+            raise ConfigError(problem, "a shorter --prompt or --reply")
+        if not row.supervised_tokens:
+            raise ConfigError("the template gives the reply no token", '--reply "what the model said"')
+        return row
+
+    def difference(self, parameters: Mapping[str, torch.Tensor], queries: Sequence[TraceQuery]) -> ReplayDifference:
+        """Return how far the replay is from the Adapter on disk.
+
+        parameters: of a replay with all rows, which stay the current ones.
+        """
+        adapter_losses = self.losses(self.adapter_parameters(), queries)
+        replay_losses = self.losses(parameters, queries)
+        dtype = self.adapter.manifest["base"]["dtype"]
+        return ReplayDifference(tuple(replay_losses.tolist()), tuple(adapter_losses.tolist()), dtype)
+
+
+def tuned_adapter(traced: TracedAdapter) -> Artifact:
+    """Return the Adapter that was tuned, of a Release the one that it was made from.
+
+    Raises ConfigError, naming the methods that still work, if its tuning is not one that `sartor tune` can repeat.
+    """
+    artifact = traced.artifact
+    adapter = artifact if artifact.kind == "adapter" else ancestry.find_parent(artifact, "adapter")
+    if adapter is None:
+        raise ConfigError(f"the Adapter of the Release {artifact.path} is not on this machine", _OTHER_METHODS)
+    run = adapter.manifest.get("run", {})
+    for key, reason in (
+        ("federated", "it was tuned by a federation, whose rounds this machine has not seen"),
+        ("personal", "it was tuned on top of a frozen version, as a personal one"),
+    ):
+        if key in run:
+            raise ConfigError(f"the tuning of {adapter.path} cannot be repeated: {reason}", _OTHER_METHODS)
+    missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
+    missing += [key for key in ("recipe", "fingerprint") if key not in adapter.manifest]
+    if missing:
+        raise ConfigError(
+            f"the tuning of {adapter.path} cannot be repeated: its manifest has no {', '.join(missing)}",
+            _OTHER_METHODS,
+        )
+    return adapter
+
+
+def fp32_recipe(adapter: Artifact) -> ResolvedRecipe:
+    """Return the recipe of an Adapter, with the base in fp32."""
+    recipe = config.load_any(ResolvedRecipe, adapter.manifest["recipe"])
+    return replace(recipe, base=replace(recipe.base, bits=32))
+
+
+def described(adapter: Artifact) -> Iterator[str]:
+    """Yield lines on what a replay of the Adapter's tuning cannot repeat exactly."""
+    base, recipe, run = adapter.manifest["base"], fp32_recipe(adapter), adapter.manifest["run"]
+    if base["dtype"] != "float32":
+        yield f"the tuning ran in {base['dtype']}; it is repeated in fp32"
+    if base.get("quantisation", "none") != "none":
+        yield f"its base was held as {base['quantisation']}; it is repeated with the base as published"
+    if recipe.budget.minutes is not None:
+        yield f"its budget was in minutes; its {run['updates']:,} updates are repeated, whatever time they take"
+    if recipe.method.dropout:
+        yield f"its dropout of {recipe.method.dropout:g} is drawn again, and in another dtype differently"
+
+
+def match_rows(
+    traced: TracedAdapter, data: TokenizedDataset, base: Base
+) -> tuple[list[TokenizedExample], dict[int, int]]:
+    """Return the (N,) traced rows as tokens, and the index of each sequence of `data` by the `id` of its object.
+
+    Raises ArtifactError for a training row that is not among the traced ones.
+    """
+    positions = {(row.is_rehearsal, row.example.id): index for index, row in enumerate(traced.rows)}
+    rows: dict[int, TokenizedExample] = {}
+    indices: dict[int, int] = {}
+    for is_rehearsal, part in ((False, data.train), (True, data.rehearsal)):
+        for row in part:
+            index = positions.get((is_rehearsal, row.example_id))
+            if index is None:
+                problem = (
+                    f"the tuning read the row {row.example_id}, which is not among the rows of {traced.dataset.path}"
+                )
+                raise ArtifactError(problem, _OTHER_METHODS)
+            rows.setdefault(index, row)
+            indices |= {id(sequence): index for sequence in all_sequences([row])}
+    # a rehearsal row that equals a held-out one is never read
+    for index in set(range(len(traced.rows))) - rows.keys():
+        unread = traced.rows[index]
+        rows[index] = base.chat.encode(unread.example, unread.dataset.path)
+    return [rows[index] for index in range(len(traced.rows))], indices
+
+
+def _recorded_rates(adapter: Artifact) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Yield the number of earlier updates and the rates of factors and projectors, of each update in the log."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for text in (adapter.path / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if "learning_rate" in line:
+                rate = float(line["learning_rate"])
+                yield int(line["update"]) - 1, (rate, float(line.get("projector_rate", rate)))
