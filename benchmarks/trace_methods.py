@@ -28,7 +28,11 @@ from sartor.core.records import Example
 from sartor.models import adapters
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample
+from sartor.trace.gradient import gradient_scores
+from sartor.trace.prepare import prepare
+from sartor.trace.retrieval import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.unrolling import unrolled_scores
 
 F64 = NDArray[np.float64]
 Scorer = Callable[[TracedAdapter, Sequence[TraceQuery]], F64]
@@ -150,6 +154,23 @@ def gradient_cosine(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64
     return gradient_products(traced, queries)[1]
 
 
+def unrolled(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the scores of unrolling in nats, (Q, N)."""
+    return np.asarray(unrolled_scores(traced, queries, notice=notice).scores)
+
+
+def gradient(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the scores of Sartor's gradient method, (Q, N); sketches that are missing are made first."""
+    prepare(traced, notice=notice)
+    return np.asarray(gradient_scores(traced, queries, notice=notice).scores)
+
+
+def retrieval(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
+    """Return the scores of Sartor's retrieval, (Q, N)."""
+    return np.asarray(retrieval_scores(traced, queries).scores)
+
+
+OURS: dict[str, Scorer] = {"unrolled": unrolled, "gradient": gradient, "retrieval": retrieval}
 PEERS: dict[str, Scorer] = {
     "bm25": bm25,
     "embedding": embedding,

@@ -8,7 +8,7 @@ A plant of trace_plants.yaml is two training rows and a pair that is asked (prom
   their mean rank.
 
 It counts if it is closed and has an effect: five retrains each leave out a plant of every kind. Without the plant, the
-loss of the reply that is asked has to rise by MIN_EFFECT nats, and by more than in any retrain that leaves out other
+loss of the reply that is asked has to rise by `min_effect` nats, and by more than in any retrain that leaves out other
 plants.
 """
 
@@ -30,8 +30,6 @@ from trace_setup import Row, Size, chat_row, filler, texts_of
 
 F64 = NDArray[np.float64]
 FILE = Path(__file__).with_name("trace_plants.yaml")
-# nats of the whole reply
-MIN_EFFECT = 0.1
 MAX_OVERLAP = 0.5
 GRAM = 4
 STOP_WORDS = frozenset(
@@ -142,17 +140,17 @@ def left_out_weights(plants: Sequence[Plant], indices: dict[tuple[str, str], int
     return rounds
 
 
-def effects(plants: Sequence[Plant], full: Sequence[float], rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Return for each plant the rise of its reply's loss without it, and the largest without other plants.
+def effects(plants: Sequence[Plant], full: F64, rounds: Sequence[F64], min_effect: float) -> dict[str, dict[str, Any]]:
+    """Return for each plant the rise of its reply's loss without it, the largest without others, and if it counts.
 
-    full: (P,) losses of the replies by the tuning with every row. rounds: (R, P) by each retrain.
+    full: (P,) losses of the replies in nats by the tuning with every row. rounds: (R, P) by each retrain.
     """
-    changes = np.asarray(rounds, float) - np.asarray(full, float)
+    changes = np.stack(rounds) - full
     result = {}
     for index, plant in enumerate(plants):
         others = np.delete(changes[:, index], plant.number)
         effect, placebo = float(changes[plant.number, index]), float(others.max()) if len(others) else 0.0
-        counts = effect >= MIN_EFFECT and (effect > placebo or not len(others))
+        counts = effect >= min_effect and (effect > placebo or not len(others))
         result[plant.name] = {"kind": plant.kind, "effect": effect, "placebo": placebo, "counts": counts}
     return result
 

@@ -32,10 +32,10 @@ class Size:
     curve_points: of a curve at most.
     planted_rows: with the plants among them; few_rows: of the smaller planted set, for unrolling.
     plants: that are scored. asked_plants: a kind's plants that are tried.
-    closed_rank: BM25 has to rank a plant below it.
+    closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply.
     source_rows: rows of each of ten sources. bad_replies: that are traced to their source.
     suspicions: true ones, and as many false ones. controls: matched sets of each. truth_seeds: of the truth about them.
-    cost_rows, cost_curve: rows of the timed retrieval and gradient, and of the curves.
+    retrieval_rows, gradient_rows, curve_rows: rows of the timed calls.
     recipe: of every tuning, over the benchmark's own.
     """
 
@@ -51,6 +51,7 @@ class Size:
     plants: int = 20
     asked_plants: int = 5
     closed_rank: int = 100
+    min_effect: float = 0.1
     source_rows: int = 40
     bad_replies: int = 20
     suspicions: int = 10
@@ -74,7 +75,8 @@ SMALL = Size(
     few_rows=40,
     plants=2,
     asked_plants=1,
-    closed_rank=20,
+    closed_rank=0,
+    min_effect=-1e9,
     source_rows=6,
     bad_replies=2,
     suspicions=2,
