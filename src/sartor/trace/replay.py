@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.core import config, reply_markup
-from sartor.core.artifacts import Artifact
+from sartor.core import reply_markup
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.core.lineage import ancestry
 from sartor.inference import generate
 from sartor.models import adapters
 from sartor.models.base import Base
@@ -80,14 +78,14 @@ class Replay:
     """Recorded tuning that can be made again on this machine.
 
     rows: (N,) tokens of `TracedAdapter.rows`, in their order; of a preference pair the preferred side.
-    adapter: the Adapter whose tuning is repeated; that of a traced Release, if it is still on this machine.
+    recipe: that of the tuning, with the base in fp32.
     run: the run of `seed`, in its last state.
     """
 
-    def __init__(self, traced: TracedAdapter, adapter: Artifact, base: Base, data: TokenizedDataset) -> None:
-        self.traced, self.adapter, self.base, self.data = traced, adapter, base, data
-        self.recipe = fp32_recipe(adapter)
-        self.recorded: dict[str, Any] = adapter.manifest["run"]
+    def __init__(self, traced: TracedAdapter, base: Base, data: TokenizedDataset) -> None:
+        self.traced, self.base, self.data = traced, base, data
+        self.recipe = _fp32_recipe(traced)
+        self.recorded: dict[str, Any] = traced.manifest["run"]
         self.rows, indices = match_rows(traced, data, base)
         self._row_weights = RowWeights(indices, torch.ones(len(self.rows) + 1, device=base.device))
         self.seed = self.recipe.seed
@@ -101,27 +99,28 @@ class Replay:
         Raises ConfigError for an adapter that was not tuned by `sartor tune` alone, ArtifactError if the base, the
         rows or the start are not those of the recorded run, and what opening them raises.
         """
-        adapter = tuned_adapter(traced)
-        recipe = fp32_recipe(adapter)
+        check_replayable(traced)
+        recipe = _fp32_recipe(traced)
         base = open_recipe_base(recipe, notice)
         rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
         data = encode_rows(traced.dataset, recipe, base.chat, rehearsal)
         current = resume.fingerprint(recipe, traced.dataset, base, data=data, start=start)
-        recorded = {**adapter.manifest["fingerprint"], "recipe": current["recipe"]}
+        # a manifest has no recipe among these, and one of an older Sartor lacks some of them
+        recorded = {**current, **traced.manifest["fingerprint"]}
         if differing := resume.differences(recorded, current):
-            problem = f"the tuning of {adapter.path} cannot be repeated here: {'; '.join(differing)}"
+            problem = f"the tuning of {traced.artifact.path} cannot be repeated here: {'; '.join(differing)}"
             raise ArtifactError(problem, _OTHER_METHODS)
         calibrate(base, data)
-        for line in described(adapter):
+        for line in describe_differences(traced):
             notice(line)
-        return cls(traced, adapter, base, data)
+        return cls(traced, base, data)
 
     @property
     def course(self) -> Course:
         """Number of updates and learning rates of the recorded run."""
         updates = int(self.recorded["updates"])
         chosen = int(self.recorded.get("selection", {}).get("update", updates))
-        return Course(chosen, updates, dict(_recorded_rates(self.adapter)))
+        return Course(chosen, updates, dict(_recorded_rates(self.traced)))
 
     def _begin(self, seed: int) -> ReplayRun:
         """Inject the adapter and return its run before the first update."""
@@ -145,7 +144,7 @@ class Replay:
     def _micro_batch_tokens(self) -> int:
         tokens = int(self.recorded["micro_batch_tokens"])
         # an activation in fp32 has twice the bytes of one in 16 bits
-        return tokens if self.adapter.manifest["base"]["dtype"] == "float32" else max(tokens // 2, 1)
+        return tokens if self.traced.manifest["base"]["dtype"] == "float32" else max(tokens // 2, 1)
 
     def restart(self, weights: np.ndarray[Any, Any] | None = None, *, seed: int | None = None) -> ReplayRun:
         """Return the run before its first update.
@@ -189,7 +188,7 @@ class Replay:
 
     def adapter_parameters(self) -> dict[str, torch.Tensor]:
         """Return the parameters (...) of the Adapter on disk, by the names of `retrain`."""
-        adapters.load_start(self.run.model, self.adapter.path)
+        adapters.load_start(self.run.model, self.traced.artifact.path)
         return self.parameters()
 
     def put(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -238,45 +237,32 @@ class Replay:
         """
         adapter_losses = self.losses(self.adapter_parameters(), queries)
         replay_losses = self.losses(parameters, queries)
-        dtype = self.adapter.manifest["base"]["dtype"]
+        dtype = self.traced.manifest["base"]["dtype"]
         return ReplayDifference(tuple(replay_losses.tolist()), tuple(adapter_losses.tolist()), dtype)
 
 
-def tuned_adapter(traced: TracedAdapter) -> Artifact:
-    """Return the Adapter that was tuned, of a Release the one that it was made from.
-
-    Raises ConfigError, naming the methods that still work, if its tuning is not one that `sartor tune` can repeat.
-    """
-    artifact = traced.artifact
-    adapter = artifact if artifact.kind == "adapter" else ancestry.find_parent(artifact, "adapter")
-    if adapter is None:
-        raise ConfigError(f"the Adapter of the Release {artifact.path} is not on this machine", _OTHER_METHODS)
-    run = adapter.manifest.get("run", {})
-    for key, reason in (
-        ("federated", "it was tuned by a federation, whose rounds this machine has not seen"),
-        ("personal", "it was tuned on top of a frozen version, as a personal one"),
-    ):
-        if key in run:
-            raise ConfigError(f"the tuning of {adapter.path} cannot be repeated: {reason}", _OTHER_METHODS)
+def check_replayable(traced: TracedAdapter) -> None:
+    """Raise ConfigError, naming the methods that still work, for a tuning that `sartor tune` alone cannot repeat."""
+    manifest = traced.manifest
+    run = manifest.get("run", {})
+    reasons = []
+    if not traced.is_own:
+        reasons.append("the rows are those of a Dataset that was named, and not of its tuning")
+    if "federated" in run:
+        reasons.append("it was tuned by a federation, whose rounds this machine has not seen")
+    if "personal" in run:
+        reasons.append("it was tuned on top of a frozen version, as a personal one")
     missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
-    missing += [key for key in ("recipe", "fingerprint") if key not in adapter.manifest]
-    if missing:
-        raise ConfigError(
-            f"the tuning of {adapter.path} cannot be repeated: its manifest has no {', '.join(missing)}",
-            _OTHER_METHODS,
-        )
-    return adapter
+    missing += [key for key in ("recipe", "fingerprint", "base") if key not in manifest]
+    if missing and not reasons:
+        reasons.append(f"its manifest has no {', '.join(missing)}")
+    if reasons:
+        raise ConfigError(f"the tuning of {traced.artifact.path} cannot be repeated: {reasons[0]}", _OTHER_METHODS)
 
 
-def fp32_recipe(adapter: Artifact) -> ResolvedRecipe:
-    """Return the recipe of an Adapter, with the base in fp32."""
-    recipe = config.load_any(ResolvedRecipe, adapter.manifest["recipe"])
-    return replace(recipe, base=replace(recipe.base, bits=32))
-
-
-def described(adapter: Artifact) -> Iterator[str]:
-    """Yield lines on what a replay of the Adapter's tuning cannot repeat exactly."""
-    base, recipe, run = adapter.manifest["base"], fp32_recipe(adapter), adapter.manifest["run"]
+def describe_differences(traced: TracedAdapter) -> Iterator[str]:
+    """Yield lines on what a replay of the adapter's tuning cannot repeat exactly."""
+    base, recipe, run = traced.manifest["base"], traced.recipe, traced.manifest["run"]
     if base["dtype"] != "float32":
         yield f"the tuning ran in {base['dtype']}; it is repeated in fp32"
     if base.get("quantisation", "none") != "none":
@@ -314,10 +300,14 @@ def match_rows(
     return [rows[index] for index in range(len(traced.rows))], indices
 
 
-def _recorded_rates(adapter: Artifact) -> Iterator[tuple[int, tuple[float, float]]]:
+def _fp32_recipe(traced: TracedAdapter) -> ResolvedRecipe:
+    return replace(traced.recipe, base=replace(traced.recipe.base, bits=32))
+
+
+def _recorded_rates(traced: TracedAdapter) -> Iterator[tuple[int, tuple[float, float]]]:
     """Yield the number of earlier updates and the rates of factors and projectors, of each update in the log."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        for text in (adapter.path / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        for text in (traced.artifact.path / "log.jsonl").read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
             if "learning_rate" in line:
                 rate = float(line["learning_rate"])
