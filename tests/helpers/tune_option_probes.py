@@ -18,6 +18,7 @@ from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.filesystem import file_digest
 from sartor.core.licences import compliance
+from sartor.core.sketch_matrix import SketchMatrix
 from sartor.models.base import open_base
 from sartor.tune import model_setup
 from sartor.tune.checkpoint_selection import CheckpointSelection
@@ -265,6 +266,15 @@ def _from_hub(values: Any, workspace: Workspace) -> Any:
     return _planned({"base": {"name": "owner/model", **values}}, workspace)
 
 
+def _recorded(values: Any, workspace: Workspace) -> Any:
+    """How many rows have a sketch of their gradient after a run."""
+    home = workspace.folder()
+    workspace.patch.setenv("SARTOR_HOME", str(home))
+    workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    sartor.tune(_recipe({"trace": values}, workspace), workspace.folder() / "adapter", show=False)
+    return [int(SketchMatrix.open(folder).written().sum()) for folder in home.glob("trace/*/recorded")]
+
+
 TOO_LONG = {"max_length_tokens": 42}
 PAIRS_AND_TALK = {"path": "dataset:pairs", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
 COMPOSED: dict[str, Any] = {
@@ -289,6 +299,7 @@ TUNE_PROBES = (
     *probes_of("Recipe", _chosen, {"weights": ("last", "best")}),
     Probe("Recipe.objective", ({"data": "dataset:pairs"}, {"data": "dataset:pairs", "objective": "dpo"}), _tuned),
     Probe("Recipe.compute", ({}, {"compute": {"path": "general"}}), _planned),
+    Probe("Recipe.trace", ({}, {"features": True}), _recorded),
     Probe("Recipe.checkpoints", ({"keep": 1}, {"keep": 3}), _saved),
     *probes_of(
         "Data",
@@ -345,6 +356,7 @@ TUNE_PROBES = (
     *probes_of("Compute", _part("compute", _tuned), {"share_prefixes": (True, False)}),
     *probes_of("Compute", _cached, {"reuse_frozen": (True, False), "cache_gb": (8.0, 0.0)}),
     *probes_of("Checkpoints", _saved, {"every_minutes": (0.0, 5.0), "keep": (2, 3)}),
+    *probes_of("TraceRecording", _recorded, {"features": (False, True)}),
     *probes_of("BaseChoice", _from_hub, {"revision": ("", "other")}),
     *probes_of("BaseChoice", _part("base", _planned), {"name": ("BASE", "OTHER BASE")}),
     *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"bits": (32, 16)}),

@@ -2,7 +2,7 @@
 
     origin.json       the Datasets and the path of the adapter
     calibration.json  measured trust of each method (trace/calibration.py)
-    LABEL/            sketches and states of one set of weights (trace/sketch_store.py)
+    LABEL/            sketches of the rows at one set of weights (sketch_matrix.py), and those weights
 
 Sketches of gradients and states of training lead back to the rows' text. So every folder has mode 0700 and every file
 0600. Nothing here is part of an artefact, and so of no Release or export. `sartor revoke` lists the folders that it

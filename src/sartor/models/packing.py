@@ -255,6 +255,7 @@ class Pack:
     segments, rows: the forest of segments, and the same grouped for `attend`.
     places: per example, (length,) pack indices of its tokens.
     example_ids: id of each example.
+    supervised: number of supervised tokens of each example.
     """
 
     ids: torch.Tensor
@@ -266,6 +267,7 @@ class Pack:
     rows: tuple[SegmentGroup, ...]
     places: tuple[torch.Tensor, ...]
     example_ids: tuple[str, ...]
+    supervised: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -348,6 +350,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
         rows=tuple(group_segments(segments, device)),
         places=tuple(torch.tensor(indices, device=device) for indices in row_indices),
         example_ids=tuple(example.example_id for example in examples),
+        supervised=tuple(example.supervised_tokens for example in examples),
     )
 
 

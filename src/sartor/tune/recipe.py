@@ -330,6 +330,15 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
+class TraceRecording:
+    """Records of a run for the attribution of replies to its rows. They change no bit of the Adapter."""
+
+    features: bool = option(
+        False, "keep a sketch of each row's gradient, and the factors at two moments, in SARTOR_HOME/trace"
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides how a Dataset becomes an Adapter."""
 
@@ -355,6 +364,7 @@ class Recipe:
         "last: of the last update; best: of an earlier evaluation where that is better beyond chance; auto: "
         "auto_settings.py",
     )
+    trace: TraceRecording = option(TraceRecording(), "what is recorded for `sartor trace`")
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", *(["evaluations"] if self.evaluations != "auto" else []))

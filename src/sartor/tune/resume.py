@@ -142,6 +142,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "base.use": [],
     "rules.assumed_colluders": "auto",
     "data.reuse_frozen": False,
+    "trace.features": False,
 }
 
 

@@ -31,6 +31,7 @@ from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.gradient_features import FeatureRecorder
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft
@@ -156,6 +157,8 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
     }
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
+    dataset_ids = [parent.id for parent in context.parents if parent.kind == "dataset"]
+    recorded: list[TrainingRun] = []
 
     def fill(temp_folder: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so no other run uses what is removed
@@ -179,6 +182,9 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                         {**checkpoint.manifest["environment"], **checkpoint.manifest}, current
                     ):
                         notice(line)
+                if recipe.trace.features:
+                    run.features = FeatureRecorder.begin(out, dataset_ids, run, is_resumed=checkpoint is not None)
+                    recorded.append(run)
                 notice(f"path {run.path.name}: {run.path.reason}")
                 notice(run.forecast.line)
                 warnings = _warnings(context, run, notice)
@@ -195,6 +201,9 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
     catalogue.register(adapter)
+    for run in recorded:
+        assert run.features is not None
+        notice(f"sketches of the rows' gradients: {run.features.finish(adapter, dataset_ids, run.optimizer)}")
     _record_looks(adapter, context.data)
     return adapter
 

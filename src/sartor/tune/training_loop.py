@@ -6,6 +6,7 @@ counters, open evaluations. So a run restored from a checkpoint takes the same s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from sartor.models.media_tokens import embedding_of
 from sartor.tune import objectives, optimizers, run_forecast, sampler
 from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
 from sartor.tune.checkpoint_selection import CheckpointScore, CheckpointSelection
+from sartor.tune.gradient_features import FeatureRecorder
 from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog
@@ -127,6 +129,8 @@ class TrainingRun:
         self.evaluation_points = [(index + 1) / count for index in range(count)]
         # set if the run keeps the best weights; None keeps the last
         self.selection: CheckpointSelection | None = None
+        # set if the run records sketches of its rows' gradients
+        self.features: FeatureRecorder | None = None
         # on a busy machine MKL may use fewer threads, and then adds in another order; setting the number, even to its
         # current value, fixes it
         torch.set_num_threads(torch.get_num_threads())
@@ -162,6 +166,10 @@ class TrainingRun:
             "packing_difference_nats": self.path.packing_difference,
         }
         self.journal.note(**fields, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
+        with self.features.observing(self.path, self.optimizer) if self.features else contextlib.nullcontext():
+            self._train(signals)
+
+    def _train(self, signals: DeferredSignals) -> None:
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
         rehearsal_lengths = [row.tokens for row in self.data.rehearsal]
@@ -321,10 +329,14 @@ class TrainingRun:
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
         self._check(rows, loss_sum, norm)
+        # of the observed gradients, which are scaled and not clipped
+        factor = min(1.0, settings.clip_norm / (norm + 1e-6)) / self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(rows, loss_sum, norm, rates=rates, seconds=time.monotonic() - start_s)
+        if self.features:
+            self.features.record(self.counters.updates, rates[0] * factor, self._fraction(), self.optimizer)
 
     def _backward(self, rows: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
         """Compute the gradients of an update's loss times `weight`, and return that product."""

@@ -16,7 +16,7 @@ older checkpoints stay bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,8 @@ class Projection:
         # some weight is quantised or mapped, so W is made dense for each product
         self.is_narrow = any(_is_narrow(base) for base in frozen)
         self._fused: torch.Tensor | None = None
+        # receives the factors and the arguments of `factor_gradients` (row_gradients.py)
+        self.observer: Callable[..., None] | None = None
         unexpected_dtypes = [
             base.weight.dtype for base in frozen if not _is_narrow(base) and base.weight.dtype != self.dtype
         ]
@@ -279,6 +281,8 @@ class Projection:
         """
         if low_rank is None or lowered is None:
             return []
+        if self.observer is not None:
+            self.observer(self.factors, dy, x, low_rank=low_rank, lowered=lowered)
         gradients: Gradients = []
         rank = 0
         # dA = (scale dy B)^T x, (sum of R, N) (N, D): all modules at once

@@ -23,6 +23,7 @@ import torch
 from sartor.core.home import folder
 from sartor.models import packing
 from sartor.models.losses.fused_decoder import FusedDecoder
+from sartor.models.losses.row_gradients import RowGradientObserver
 from sartor.models.packing import Pack, TokenizedExample, group_by_capacity, pack
 from sartor.models.tensor_files import SCHEMA, TensorCache
 
@@ -204,10 +205,13 @@ class FusedBackend:
     frozen: ActivationCache | None = None
     packing_difference: float | None = None
     name: str = "fast"
+    observer: RowGradientObserver | None = None
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
         batch = packing.pack(rows, self.device, share=self.share)
+        if self.observer is not None and torch.is_grad_enabled():
+            self.observer.begin(batch)
         if self.frozen is None:
             return self.fast.losses(batch), batch.weights
         with torch.no_grad():

@@ -35,6 +35,7 @@ from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.lora_linear import Unsupported, rounds
 from sartor.models.losses.lora_rounding import rounded_twice
 from sartor.models.losses.loss_backend import WISH, FusedBackend, LossBackend, LossOptions, activation_cache_for
+from sartor.models.losses.row_gradients import RowGradientObserver
 from sartor.models.media_tokens import own_inputs
 from sartor.models.multimodal.native_media import is_plain, native_media
 from sartor.models.packing import AttentionShape, Pack, TokenizedExample, attend, pack
@@ -111,15 +112,22 @@ def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
     return F.cross_entropy(_at_least_fp32(logits), batch.targets, reduction="none")
 
 
-def row_losses(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> torch.Tensor:
+def row_losses(
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    device: torch.device | str,
+    observer: RowGradientObserver | None = None,
+) -> torch.Tensor:
     """Return the losses (S,) of `pack_losses`, one example at a time through the model's own attention.
 
-    This is slow, and right for any model.
+    This is slow, and right for any model. observer: of the rows' gradients.
     """
     losses = []
     for example in examples:
         batch = pack([example], device)
         if batch.supervised_tokens:
+            if observer is not None and torch.is_grad_enabled():
+                observer.begin(batch)
             logits = model(**own_inputs(model, batch.ids), use_cache=False).logits[0]
             losses.append(F.cross_entropy(_at_least_fp32(logits[batch.predict]), batch.targets, reduction="none"))
     return torch.cat(losses) if losses else torch.zeros(0, device=device)
@@ -263,10 +271,13 @@ class PackedTransformersBackend:
     share: bool = False
     packing_difference: float | None = None
     name: str = "general"
+    observer: RowGradientObserver | None = None
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
         batch = batches.pack(rows, self.device, share=self.share)
+        if self.observer is not None and torch.is_grad_enabled():
+            self.observer.begin(batch)
         with packing(self.model):
             return pack_losses(self.model, batch), batch.weights
 
@@ -289,10 +300,11 @@ class RowTransformersBackend:
     reason: str
     packing_difference: float | None = None
     name: str = "one-row"
+    observer: RowGradientObserver | None = None
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
-        losses = row_losses(self.model, rows, self.device)
+        losses = row_losses(self.model, rows, self.device, self.observer)
         weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
         return losses, torch.tensor(weights, device=losses.device)
 
