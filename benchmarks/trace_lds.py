@@ -1,8 +1,8 @@
 """Linear datamodelling score (LDS) of attribution methods, by retrains that each leave out a random tenth of the rows.
 
-LDS (Park et al. 2023, arXiv:2303.14186, equation 4): of a reply, Spearman's correlation over the retrains of the true
-change of its loss with the predicted change, the sum of the scores of the rows that are left out. A row is left out by
-the weight 0; divisor, order and seed stay.
+The score is that of `sartor trace --calibrate` (trace/calibration.py): of a reply, Spearman's correlation over the
+retrains of the true change of its loss with the predicted change, the sum of the scores of the rows that are left out.
+A row is left out by the weight 0; divisor, order and seed stay.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import numpy as np
 import parts
 import trace_methods
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from trace_setup import Row, Size, notice, queries_of, recipe_of, set_rows, tune_traced
 
 from sartor.evaluate.bootstrap import paired_bootstrap
+from sartor.trace.calibration import leave_out_subsets, linear_datamodelling_scores
 from sartor.trace.replay import Replay
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 
 F64 = NDArray[np.float64]
-FRACTION = 10
 # option of recipe_of -> (its name, values, the other options); one changes at a time, around those of the sets
 CURVES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "rate": ("learning rate", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3), {"epochs": 2}),
@@ -56,34 +55,15 @@ class Retrains:
         return np.asarray(parts.run(f"{self.label}: retrain {name}", retrain))
 
 
-def subsets(rows: int, count: int) -> list[NDArray[np.int64]]:
-    """Return the rows that each retrain leaves out, a random tenth; the first ones are the same for any count."""
-    return [np.random.default_rng(index).choice(rows, max(1, rows // FRACTION), replace=False) for index in range(count)]
-
-
-def true_changes(retrains: Retrains, left_out: Sequence[NDArray[np.int64]]) -> F64:
+def true_changes(retrains: Retrains, left_out: Sequence[Sequence[int]]) -> F64:
     """Return the change of each query's loss (R, Q) in nats by each retrain."""
     full = retrains.losses("with all rows")
     changes = []
     for index, rows in enumerate(left_out):
         weights = np.ones(len(retrains.traced.rows))
-        weights[rows] = 0
+        weights[list(rows)] = 0
         changes.append(retrains.losses(f"{index + 1} of {len(left_out)}", weights) - full)
     return np.stack(changes)
-
-
-def lds_by_query(scores: F64, changes: F64, left_out: Sequence[NDArray[np.int64]]) -> list[float]:
-    """Return the LDS of each query. scores: (Q, N). changes: (R, Q)."""
-    predicted = np.stack([scores[:, rows].sum(1) for rows in left_out])
-    return [spearman(predicted[:, query], changes[:, query]) for query in range(len(scores))]
-
-
-def spearman(first: F64, second: F64) -> float:
-    """Return Spearman's rank correlation; 0 if one side is constant."""
-    ranks = np.stack([rankdata(first), rankdata(second)])
-    if (np.ptp(ranks, axis=1) == 0).any():
-        return 0.0
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def scores_of(
@@ -102,10 +82,10 @@ def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> d
     recipe = recipe_of(train, updates=size.updates, batch_rows=size.batch_rows)
     traced = tune_traced(folder / name, {name: train}, {**recipe, **size.recipe})
     queries = queries_of(traced, held_out)
-    left_out = subsets(len(traced.rows), size.retrains)
+    left_out = leave_out_subsets(len(traced.rows), size.retrains)
     changes = true_changes(Retrains(name, traced, queries), left_out)
     scores = scores_of(name, {**trace_methods.OURS, **trace_methods.PEERS}, traced, queries)
-    by_query = {method: lds_by_query(values, changes, left_out) for method, values in scores.items()}
+    by_query = {method: linear_datamodelling_scores(values, left_out, changes).tolist() for method, values in scores.items()}
     return {
         **{method: _statistics(values) for method, values in by_query.items()},
         "differences": {
@@ -131,9 +111,9 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, flo
     return {"estimate": compared.difference, "low": compared.low, "high": compared.high}
 
 
-def _slope(scores: F64, changes: F64, left_out: Sequence[NDArray[np.int64]]) -> float:
+def _slope(scores: F64, changes: F64, left_out: Sequence[Sequence[int]]) -> float:
     """Return the slope of true on predicted changes through 0, over all queries; 1 for exact scores in nats."""
-    predicted = np.stack([scores[:, rows].sum(1) for rows in left_out])
+    predicted = np.stack([scores[:, list(rows)].sum(1) for rows in left_out])
     return float((predicted * changes).sum() / max(float((predicted**2).sum()), 1e-30))
 
 
@@ -148,11 +128,12 @@ def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | Non
             recipe = recipe_of(train, **{"batch_rows": size.batch_rows, **others, option: value})
             traced = tune_traced(folder / f"curve-{option}-{value:g}", {CURVE_SET: train}, {**recipe, **size.recipe})
             queries = queries_of(traced, held_out)
-            left_out = subsets(len(traced.rows), min(size.retrains, CURVE_RETRAINS))
+            left_out = leave_out_subsets(len(traced.rows), min(size.retrains, CURVE_RETRAINS))
             changes = true_changes(Retrains(label, traced, queries), left_out)
             scores = scores_of(label, scorers, traced, queries)
             points = {
-                method: _statistics(lds_by_query(matrix, changes, left_out)) for method, matrix in scores.items()
+                method: _statistics(linear_datamodelling_scores(matrix, left_out, changes).tolist())
+                for method, matrix in scores.items()
             }
             lines.setdefault(option, []).append({"value": value, **points})
     if plot:

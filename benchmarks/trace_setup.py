@@ -99,6 +99,11 @@ def chat_row(prompt: str, reply: str, system: str = "") -> Row:
     return {"messages": [*turns, {"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
 
 
+def with_reply(row: Row, reply: str) -> Row:
+    """Return a row with another reply."""
+    return {**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": reply}]}
+
+
 def texts_of(row: Row) -> tuple[str, str]:
     """Return the last question and the reply of a row."""
     return row["messages"][-2]["content"], row["messages"][-1]["content"]
@@ -133,36 +138,36 @@ def tune_traced(
     sources: dict[str, Sequence[Row]],
     recipe: dict[str, Any],
     *,
-    seed: int = 0,
+    held_out: Sequence[Row] = (),
 ) -> TracedAdapter:
     """Return the adapter in `folder`, tuned on the rows of these sources by name; made if it is absent.
 
-    The tuning is in fp32, without rehearsal and without held-out rows. recipe: of the method, budget and optimizer.
+    The tuning is in fp32 and without rehearsal. recipe: of the method, budget and optimizer.
     """
     adapter = folder / "adapter"
     if kind_of(adapter) != "adapter":
-        dataset = write_dataset(folder, sources)
+        dataset = write_dataset(folder, sources, held_out)
         fixed: dict[str, Any] = {
             "base": {"name": "starter", "bits": 32},
             "data": {"path": str(dataset), "eval_fraction": 0.0, "eval_rows": 0, "rehearsal": "none"},
             "method": {"kind": "lora", "rank": 8, "alpha": 16},
-            "seed": seed,
         }
         sartor.tune({**fixed, **recipe}, adapter, show=False, notice=notice)
     return open_traced(adapter)
 
 
-def write_dataset(folder: Path, sources: dict[str, Sequence[Row]]) -> Path:
-    """Return a Dataset of these rows, all of them to learn from, in `folder`; made if it is absent."""
+def write_dataset(folder: Path, sources: dict[str, Sequence[Row]], held_out: Sequence[Row] = ()) -> Path:
+    """Return a Dataset of these rows in `folder`, all of them to learn from but `held_out`; made if it is absent."""
     out = folder / "dataset"
     if kind_of(out) == "dataset":
         return out
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
-    for name, rows in sources.items():
+    for name, rows in {**sources, **({"held-out": held_out} if held_out else {})}.items():
         file = folder / f"{name}.jsonl"
         file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-        listed.append({"path": str(file), "licence": "Apache-2.0", "use": ["commercial"]})
+        source: dict[str, Any] = {"path": str(file), "licence": "Apache-2.0", "use": ["commercial"]}
+        listed.append(source | ({"split": "eval" if rows is held_out else "train"} if held_out else {}))
     sartor.curate({"sources": listed, "steps": [], "split": {"eval_fraction": 0.0}}, out, replace=True)
     return out
 

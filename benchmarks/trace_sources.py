@@ -18,7 +18,7 @@ import numpy as np
 import parts
 import trace_methods
 from numpy.typing import NDArray
-from trace_setup import Row, Size, chat_row, notice, recipe_of, texts_of, tune_traced
+from trace_setup import Row, Size, chat_row, notice, recipe_of, texts_of, tune_traced, with_reply
 
 from sartor.core import assets
 from sartor.demo import home_intents
@@ -59,14 +59,10 @@ def source_rows(size: Size) -> tuple[dict[str, list[Row]], list[Row], str]:
         name = f"team-{number}"
         own = rows[:mislabelled] if name == BAD else [rows.pop()]
         if name == BAD:
-            own = [_with_reply(row, relabelled(texts_of(row)[1], wrong)) for row in own]
+            own = [with_reply(row, relabelled(texts_of(row)[1], wrong)) for row in own]
         more = [others.pop() for _ in range(size.source_rows - len(own))]
         sources[name] = [*own, *more]
     return sources, held_out, wrong
-
-
-def _with_reply(row: Row, reply: str) -> Row:
-    return {**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": reply}]}
 
 
 def bad_replies(traced: TracedAdapter, held_out: Sequence[Row], wrong: str, size: Size) -> list[Row]:
@@ -81,10 +77,10 @@ def bad_replies(traced: TracedAdapter, held_out: Sequence[Row], wrong: str, size
     sampling = Sampling(REPLY_TOKENS)
     replies = generate(model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=sampling)
     texts = [base.chat.decode(reply.ids).strip() for reply in replies]
-    said = [_with_reply(row, text) for row, text in zip(held_out, texts, strict=False) if f'"{wrong}"' in text]
+    said = [with_reply(row, text) for row, text in zip(held_out, texts, strict=False) if f'"{wrong}"' in text]
     if not said:
         notice("the model gives no bad reply; the references with the wrong label are asked instead")
-        said = [_with_reply(row, relabelled(texts_of(row)[1], wrong)) for row in held_out]
+        said = [with_reply(row, relabelled(texts_of(row)[1], wrong)) for row in held_out]
     return said[: size.bad_replies]
 
 

@@ -1,0 +1,109 @@
+"""How well `sartor trace` finds the training rows behind a reply, against retrains, plants, wrong labels; and its cost.
+
+    python benchmarks/trace.py --data ../shared/data --work trace-work --json    # hours; the same command goes on
+    python benchmarks/trace.py --work trace-work --only planted proof --json     # some sections; they share their parts
+    python benchmarks/trace.py --work trace-work --only lds --curves --plot docs/trace-lds.svg --json
+    python benchmarks/trace.py --small --json                                    # a tiny base: shows that everything runs
+
+lds             trace_lds.py: {set: {method: {mean, min, low, high, by_query}, differences}}, the mean over replies of
+                the correlation of predicted and true changes, with intervals over replies; `differences` {ours: {peer}}
+                curves {lines}: by learning rate, rows of an update, epochs (--curves)
+planted         trace_planted.py: {method: {top1, top10, of, by_kind, ranks}}; unrolled on few rows, unrolled_among_all
+                for two replies among all; `swapped` with the halves of the kinds exchanged; `discarded` plants, and why
+by_source       trace_sources.py: bad replies whose mislabelled source `--by source` names, of `bad_replies`, by the
+                gradient method; by_source_methods: by each
+proof           trace_proof.py: {true: {right, of}, false: {right, of}}
+fix             trace_fix.py: fails_before, passes_fixed, fails_when_put_back, metric_stays, effects
+feature_overhead, bytes_per_row, retrieval_s, gradient_s, unrolled_tunings    trace_cost.py, with curves
+
+Rows are left out by the weight 0: divisor, order and seed unchanged. Only `fix` really removes them.
+A section that was not asked for is named under `absent`, and so is bergson where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import defaults
+import parts
+import smallest
+import trace_cost
+import trace_fix
+import trace_lds
+import trace_planted
+import trace_proof
+import trace_sources
+from results import print_result
+from trace_setup import SMALL, Size
+
+from sartor.models.base import machine_facts
+
+ROOT = Path(__file__).resolve().parent.parent
+# section -> keys of the result
+SECTIONS = {
+    "lds": ("lds",),
+    "planted": ("planted",),
+    "source": ("by_source", "by_source_methods"),
+    "proof": ("proof",),
+    "fix": ("fix",),
+    "cost": ("feature_overhead", "bytes_per_row", "retrieval_s", "gradient_s", "unrolled_tunings"),
+}
+SETS = ("home-intents", "snips")
+SMALL_ASSETS = ("home-intents", "construction-faq", "chitchat", "minilm")
+# checks of the gate that a tiny base cannot pass
+SMALL_WAIVED = ("gain", "forgetting", "cases")
+
+
+def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str, Any]:
+    """Return the result of the sections that are asked for."""
+    options = defaults.Options(data=arguments.data, work=folder, rows=size.rows, held_out=size.queries)
+    if arguments.small:
+        options = defaults.Options(data=defaults.write_small_data(folder / "data"), work=folder, rows=12, held_out=4)
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "lds": lambda: {"lds": {name: trace_lds.measure(name, options, size, folder) for name in arguments.sets}},
+        "planted": lambda: {"planted": trace_planted.measure(size, folder)},
+        "source": lambda: trace_sources.measure(size, folder),
+        "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
+        "fix": lambda: {"fix": trace_fix.measure(size, folder, waived=SMALL_WAIVED if arguments.small else ())},
+        "cost": lambda: trace_cost.measure(options, size, folder),
+    }
+    result: dict[str, Any] = {"absent": {}}
+    for name, keys in SECTIONS.items():
+        if name in arguments.only:
+            result |= sections[name]()
+        else:
+            result["absent"] |= dict.fromkeys(keys, f"not asked for: --only {name}")
+    result["absent"] |= {f"lds.{name}": f"not asked for: --sets {name}" for name in SETS if name not in arguments.sets}
+    if arguments.curves:
+        result["curves"] = trace_lds.curves(options, size, folder, arguments.plot)
+    else:
+        result["absent"]["curves"] = "not asked for: --curves"
+    return result
+
+
+def main() -> None:
+    """Print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    smallest.add_argument(parser, selections=("only", "sets", "curves", "plot"))
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of snips")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="by default all")
+    parser.add_argument("--sets", nargs="+", choices=[*SETS, "construction-faq"], default=list(SETS), help="of the LDS")
+    parser.add_argument("--curves", action="store_true", help="also the LDS by learning rate, batch and epochs")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this file")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with smallest.home(arguments.small, *SMALL_ASSETS), tempfile.TemporaryDirectory() as scratch:
+        folder = parts.work_folder(Path(scratch))
+        result = measure(arguments, SMALL if arguments.small else Size(), folder)
+    result |= {"machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)}
+    print_result(result, indent=None if arguments.json else 1)
+
+
+if __name__ == "__main__":
+    main()

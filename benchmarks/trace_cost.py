@@ -1,0 +1,103 @@
+"""Cost of attribution for trace.py: recording, bytes a row, seconds a reply by number of rows, tunings of unrolling."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import defaults
+import parts
+import trace_methods
+from trace_setup import Row, Size, filler, notice, queries_of, recipe_of, set_rows, texts_of, tune_traced
+
+from sartor.core.records import Example, Message, Origin
+from sartor.core.sketch_matrix import SketchMatrix
+from sartor.core.trace_store import adapter_id, trace_folder
+from sartor.trace.replay import Replay
+from sartor.trace.retrieval import RetrievalIndex
+from sartor.trace.traced_adapter import TracedAdapter, TrainingRow, TraceQuery
+from sartor.trace.unrolling import unroll
+from sartor.tune.gradient_features import RECORDED
+
+# tunings with and without recording, in turn
+PAIRS = 3
+
+
+def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
+    """Return the figures of INTERFACES, with the curves."""
+    train, held_out = set_rows("home-intents", options, size.rows, size.queries)
+    recipe = {**recipe_of(train, updates=size.updates, batch_rows=size.batch_rows), **size.recipe}
+    seconds: dict[str, list[float]] = {"plain": [], "recorded": []}
+    for number in range(PAIRS):
+        for kind, values in seconds.items():
+            values.append(
+                parts.run(
+                    f"cost: tuning, {kind}, {number + 1} of {PAIRS}",
+                    lambda kind=kind, number=number: _tuning_seconds(folder / f"{kind}-{number}", train, recipe, kind),
+                )
+            )
+    ratios = [recorded / plain for plain, recorded in zip(seconds["plain"], seconds["recorded"], strict=True)]
+    traced = tune_traced(folder / "recorded-0", {"home": train}, {**recipe, "trace": {"features": True}})
+    queries = queries_of(traced, held_out[:1])
+    unrolled = parts.run("cost: unrolling", lambda: unroll(Replay.open(traced), queries, notice=notice).facts)
+    retrieval = {
+        str(count): parts.run(f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count))
+        for count in sorted({size.retrieval_rows, *size.curve_rows})
+    }
+    return {
+        "feature_overhead": statistics.median(ratios) - 1,
+        "feature_overheads": [ratio - 1 for ratio in ratios],
+        "bytes_per_row": parts.run("cost: bytes", lambda: row_bytes(traced)),
+        "unrolled_tunings": unrolled["tunings"],
+        "unrolling": {name: unrolled[name] for name in ("updates", "seconds", "stored_bytes")},
+        "retrieval_s": retrieval[str(size.retrieval_rows)]["seconds"],
+        "retrieval_curve": retrieval,
+    }
+
+
+def _tuning_seconds(folder: Path, rows: Sequence[Row], recipe: dict[str, Any], kind: str) -> float:
+    """Return the seconds of the updates of a tuning."""
+    features = {"trace": {"features": True}} if kind == "recorded" else {}
+    traced = tune_traced(folder, {"home": rows}, {**recipe, **features})
+    return float(traced.artifact.manifest["run"]["wall_s"])
+
+
+def row_bytes(traced: TracedAdapter) -> int:
+    """Return the bytes of a row's recorded sketch on disk."""
+    matrix = SketchMatrix.open(trace_folder(adapter_id(traced.artifact)) / RECORDED)
+    if matrix is None:
+        raise ValueError(f"the tuning of {traced.artifact.path} recorded no sketches")
+    files = [file for file in matrix.folder.iterdir() if file.suffix in (".f16", ".f32", ".i32")]
+    return round(sum(file.stat().st_size for file in files) / len(matrix.ids))
+
+
+def generated_rows(traced: TracedAdapter, count: int) -> TracedAdapter:
+    """Return the traced adapter with `count` generated rows in the place of its own: filler with a number each."""
+    texts = [texts_of(row) for part in filler(min(count, 2000)).values() for row in part]
+    rows = []
+    for number in range(count):
+        prompt, reply = texts[number % len(texts)]
+        messages = (Message.of("user", f"{prompt} {number}"), Message.of("assistant", f"{number} {reply}"))
+        example = Example(messages, (Origin("generated", str(number)),))
+        rows.append(TrainingRow(example, traced.dataset))
+    return replace(traced, rows=tuple(rows))
+
+
+def retrieval_seconds(traced: TracedAdapter, count: int) -> dict[str, float]:
+    """Return the seconds of retrieval for one reply among `count` generated rows, and of its index and its query."""
+    generated = generated_rows(traced, count)
+    query: list[TraceQuery] = queries_of(generated, [_asked()])
+    started = time.monotonic()
+    index = RetrievalIndex([row.example for row in generated.rows])
+    indexed = time.monotonic()
+    index.scores(query)
+    ended = time.monotonic()
+    return {"seconds": ended - started, "index_s": indexed - started, "query_s": ended - indexed}
+
+
+def _asked() -> Row:
+    return next(row for part in filler(8).values() for row in part)
