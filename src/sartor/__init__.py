@@ -24,8 +24,11 @@ __version__ = "0.1.0"
 
 _NAMES = {
     # verbs
+    "ablate": "sartor.trace.ablation:ablate",
     "allow_personal": "sartor.learn.user_data:allow_personal",
+    "check_ablation": "sartor.trace.ablation_proof:check_ablation",
     "check_personal_proof": "sartor.learn.deletion_proof:check_proof",
+    "fix": "sartor.learn.fix:fix",
     "forget_personal": "sartor.learn.user_erasure:forget_personal",
     "list_personal": "sartor.learn.user_data:list_personal",
     "show": "sartor.quickstart.show:show",
@@ -136,6 +139,7 @@ _NAMES = {
     "ExportOptions": "sartor.release.export.export:ExportOptions",
     "FederateRecipe": "sartor.federate.recipe:FederateRecipe",
     "FederateShards": "sartor.federate.tuning.client_shards:Shards",
+    "FixOptions": "sartor.learn.fix:FixOptions",
     "FleetPolicy": "sartor.edge.update.fleet_monitor:FleetPolicy",
     "GateFile": "sartor.release.gate:GateFile",
     "Message": "sartor.core.records:Message",

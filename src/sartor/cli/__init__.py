@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError, Group
 
 import sartor
-from sartor.cli import data, edge, federate, personal, review, serving, tuning
+from sartor.cli import correcting, data, edge, federate, personal, review, serving, tuning
 from sartor.cli import data as assets
 from sartor.cli import data as validation
 from sartor.cli import edge as person
@@ -39,6 +39,7 @@ __all__ = [
     "agents",
     "app",
     "assets",
+    "correcting",
     "data",
     "edge",
     "federate",
@@ -84,6 +85,10 @@ GROUPS = {
     "Check and release": (
         "sartor release adapters/faq --name faq --version 1.0 --key keys",
         ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke", "revoke-release"),
+    ),
+    "Trace and fix": (
+        "sartor ablate adapters/faq-1.0 --examples ID --prompt P --reply R --out proof",
+        ("ablate", "fix"),
     ),
     "Serve and learn": ("sartor serve team.yaml", ("serve", "agents", "receipt", "retrain", "personal")),
     "Devices": ("sartor edge sync https://updates.example faq --device box-17 --root root.json", ("edge",)),

@@ -31,6 +31,7 @@ from sartor.evaluate.audit import forgetting_probes
 from sartor.evaluate.audit.audit import AuditOptions
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import ModelPair
+from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
 from sartor.evaluate.metrics import ALL_METRICS, LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
@@ -395,6 +396,30 @@ def compare_with_live(
         }
         table.append(fields)
     return VersionScores(metric, table)
+
+
+def compare_reports(before: Path | str, after: Path | str) -> dict[str, Any] | None:
+    """Return the primary metric of an earlier Report in a later one, on the rows that both have.
+
+    The keys are those of a Comparison, whose base is the earlier Report's tuned model, with the `name` of the metric
+    and the number of `rows`. None if no row is in both.
+    """
+    earlier_report, later_report = open_artifact(before, "report"), open_artifact(after, "report")
+    primary = str(earlier_report.manifest["primary"])
+    metric = _OF_A_ROW.get(primary, primary)
+    earlier_rows = {row["id"]: row for row in parquet_io.read_file(earlier_report.path / "rows.parquet")}
+    earlier_scores, later_scores, groups = [], [], []
+    for row in parquet_io.read_file(later_report.path / "rows.parquet"):
+        earlier = earlier_rows.get(row["id"], {}).get(f"tuned_{metric}")
+        later = row.get(f"tuned_{metric}")
+        if earlier is not None and later is not None:
+            earlier_scores.append(float(earlier))
+            later_scores.append(float(later))
+            groups.append(group_of_stored(row))
+    if not groups:
+        return None
+    compared = paired_bootstrap(earlier_scores, later_scores, groups)
+    return {"name": metric, "rows": len(groups), **dataclasses.asdict(compared)}
 
 
 def write_beside(file: Path, scores: VersionScores) -> None:

@@ -19,6 +19,7 @@ from sartor.core.resource_limits import limit_data
 from sartor.core.splits import group_of
 from sartor.evaluate.evaluation import compare_with_live, likelihoods, write_beside
 from sartor.evaluate.evaluation import evaluate as measure
+from sartor.evaluate.regression_cases import read_cases
 from sartor.learn import look_ledger, promotion_checks, training_data, triggers
 from sartor.learn.promotion_checks import Judgement
 from sartor.learn.run_record import (
@@ -278,6 +279,7 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
     """Write release/: the Adapter through the gate of a Release, by the live one's rules, as its next version.
 
     If a Dataset of the adapter has a test split, test-report/ is measured on it here, after all other checks passed.
+    It has to pass the live version's regression cases, and keeps them.
     Raises GateError, LicenceError if the gate refuses.
     """
     live, out = job.live(), job.at("release")
@@ -302,6 +304,7 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
         waivers=job.wishes.waivers,
         use=live.manifest.get("use", "commercial"),
         rules=rules if live_rules else None,
+        cases=read_cases(live),
     )
     return {"release": str(out), "version": version}
 

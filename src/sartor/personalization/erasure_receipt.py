@@ -17,10 +17,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.core import records, signing, strict_json
-from sartor.core.errors import SignatureError, StoreError
+from sartor.core import records
+from sartor.core.errors import StoreError
 from sartor.core.filesystem import FileSystem
-from sartor.core.installation import upgrade_command
+from sartor.core.signed_document import DocumentForm, read_document, sign_document
 from sartor.core.signing import AnyPublicKey
 from sartor.personalization.user_rows import now
 
@@ -82,12 +82,11 @@ class Forgotten:
 def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
     """Write the signed receipt of an erasure, and return its file."""
     document = {**fields, "schema": SCHEMA, "kind": KIND, "date": now()}
-    signature = signing.signature_of(records.canonical(document), key, "proof")
     if disk.stat(folder) is None:
         disk.mkdir(folder)
         disk.sync_folder(folder.parent)
     file = folder / f"forgotten-{document['date'].replace(':', '')}-{records.digest(document)[:8]}.json"
-    disk.replace(file, json.dumps({**document, "signature": signature}, indent=1).encode() + b"\n")
+    disk.replace(file, sign_document(document, key, "proof"))
     return file
 
 
@@ -99,20 +98,12 @@ def check_receipt(
     required: fields that the document must have. Raises SignatureError, also for another kind of signed document, a
     key that occurs twice and a schema that this version does not know.
     """
-    try:
-        fields = strict_json.loads(file.read_bytes())
-        signature = fields.pop("signature")
-        document = records.canonical(fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SignatureError(f"{file} is no receipt of a forgetting", "get it again from the device") from None
-    signing.check_signature(document, signature, file, subject="the receipt", trusted=trusted, purpose="proof")
-    kind, schema = fields.get("kind"), fields.get("schema")
-    if kind != KIND or (missing := [name for name in required if name not in fields]):
-        described = f"a signed document of the kind {kind!r:.40}" if kind != KIND else f"without {missing[0]!r}"
-        raise SignatureError(
-            f"{file} is no receipt of this forgetting: it is {described}",
-            "give the file that sartor personal forget, or the device, named",
-        )
-    if type(schema) is not int or schema != SCHEMA:
-        raise SignatureError(f"{file} has the schema {schema!r:.20}; this reads {SCHEMA}", upgrade_command())
-    return dict(fields)
+    form = DocumentForm(
+        kind=KIND,
+        schema=SCHEMA,
+        purpose="proof",
+        title="receipt of this forgetting",
+        required=tuple(required),
+        source="give the file that sartor personal forget, or the device, named",
+    )
+    return read_document(file, form, trusted)

@@ -1,4 +1,4 @@
-"""Gate checks: gain, forgetting, licence, privacy, user rules.
+"""Gate checks: gain, forgetting, licence, privacy, regression cases, user rules.
 
     gain: {at_least: 0.05}                       # limits.py has all of them
     forgetting: {at_most: 0.3}
@@ -63,6 +63,7 @@ from sartor.evaluate.limits import (
     ReviewLimit,
 )
 from sartor.evaluate.metrics import LOWER_IS_BETTER
+from sartor.evaluate.regression_cases import CaseResult, describe_failures
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of
 from sartor.release import notices
 
@@ -577,3 +578,33 @@ def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str,
             "pass" if items <= max_items else "fail", detail, "" if items <= max_items else f"sartor review {where}"
         )
     }
+
+
+@dataclass(frozen=True)
+class CaseEvidence:
+    """Measured regression cases of the Release that a version follows (`evaluate/regression_cases.py`).
+
+    unknown_starts: paths of what its tuning started from and that is gone, so that its cases are not known.
+    """
+
+    results: tuple[CaseResult, ...] = ()
+    unknown_starts: tuple[str, ...] = ()
+
+
+def check_cases(evidence: CaseEvidence, adapter: Path) -> dict[str, Check]:
+    """Check whether the version passes every regression case that it inherits or is given.
+
+    There is no check without cases. It cannot tell if the Release that the tuning started from is not there.
+    """
+    results, unknown_starts = evidence.results, evidence.unknown_starts
+    if not (results or unknown_starts):
+        return {}
+    failures = describe_failures(results)
+    detail = f"{len(results) - len(failures)} of {len(results)} regression cases pass"
+    if failures:
+        remedy = f"sartor trace {adapter} --prompt P --reply R names the rows behind a reply; sartor fix removes them"
+        return {"cases": Check("fail", f"{detail}; {'; '.join(failures)}", remedy)}
+    if unknown_starts:
+        missing = f"the cases of {', '.join(unknown_starts)}, which the tuning started from, are not known: it is gone"
+        return {"cases": Check("cannot tell", f"{detail}; {missing}", "sartor index DIR finds what was moved")}
+    return {"cases": Check("pass", detail)}

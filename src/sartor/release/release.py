@@ -22,19 +22,21 @@ from sartor.core.artifacts import (
 )
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError, SignatureError
+from sartor.core.lazy_import import import_module
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
 from sartor.core.splits import TEST
 from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import limits as verdicts
-from sartor.evaluate import training_facts
+from sartor.evaluate import regression_cases, training_facts
 from sartor.evaluate.limits import Check, GateLimits
+from sartor.evaluate.regression_cases import RegressionCase
 from sartor.release import gate as attacked
 from sartor.release import gate as checks
 from sartor.release import gate as permission
 from sartor.release import notices
-from sartor.release.gate import GateRules, open_rules
+from sartor.release.gate import CaseEvidence, GateRules, open_rules
 
 # Returns the number of items of a Dataset that wait for a review; with `signed=True` only signed decisions count
 OpenItems = Callable[..., int]
@@ -78,6 +80,7 @@ def release(
     rules: Mapping[str, Any] | Path | str | None = None,
     exemplars: int = training_facts.MOST_EXEMPLARS,
     open_items: OpenItems = items_to_review,
+    cases: Sequence[RegressionCase] = (),
     replace: bool = False,
 ) -> Released:
     """Pass an Adapter through the gate and sign it as a Release.
@@ -88,7 +91,8 @@ def release(
     private key file, or the directory that keygen made. `exemplars`: number of prompts of its rows that are included
     for
     the router of a team; with 0, `auto` never chooses the agent. `rules`: your own limits and checks (`gate.py`), as a
-    YAML file or its content. `open_items`: returns the number of items of a Dataset that wait for a review. Raises
+    YAML file or its content. `open_items`: returns the number of items of a Dataset that wait for a review. `cases`:
+    regression cases that it has to pass and keeps, beside those of the Release that its tuning started from. Raises
     GateError with each failed check, ConfigError, ArtifactError.
     """
     for label, text in (("name", name), ("version", version)):
@@ -104,7 +108,18 @@ def release(
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    gate_checks = gate(adapter, evidence, waivers, use=use, gate_rules=gate_rules, open_items=open_items, name=name)
+    inherited = regression_cases.inherited_cases(adapter)
+    kept_cases = regression_cases.merge_cases(inherited.cases, cases)
+    gate_checks = gate(
+        adapter,
+        evidence,
+        waivers,
+        use=use,
+        gate_rules=gate_rules,
+        open_items=open_items,
+        name=name,
+        cases=CaseEvidence(_measured(adapter, kept_cases), inherited.unknown_starts),
+    )
     if failed := {check: result for check, result in gate_checks.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
@@ -121,6 +136,8 @@ def release(
         for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
+        if kept_cases:
+            regression_cases.write_cases(part, kept_cases)
         facts["exemplars"] = training_facts.write_exemplars(training, part, exemplars)
         notices.write_notice(facts, adapter.licence, part, notices.base_folder(facts))
         manifest = seal(part, "release", facts)
@@ -129,6 +146,13 @@ def release(
     released = Artifact(out.absolute(), manifest)
     catalogue.register(released)
     return Released(released)
+
+
+def _measured(adapter: Artifact, cases: Sequence[RegressionCase]) -> tuple[regression_cases.CaseResult, ...]:
+    """Return the results of the cases; the model is opened only if there are any."""
+    if not cases:
+        return ()
+    return tuple(import_module("sartor.evaluate.case_measurement").measure_cases(adapter, cases))
 
 
 UNRELEASED = "unreleased"
@@ -196,10 +220,12 @@ def gate(
     gate_rules: GateRules | None = None,
     open_items: OpenItems = items_to_review,
     name: str = "",
+    cases: CaseEvidence | None = None,
 ) -> dict[str, Check]:
     """Return every check of the gate.
 
     name: name of the planned Release.
+    cases: its regression cases, measured; None checks none.
     Raises ConfigError for a waiver of an unknown check, or one without person or reason.
     """
     manifest, limits = report.manifest, gate_rules.limits if gate_rules else GateLimits()
@@ -212,6 +238,7 @@ def gate(
         **checks.check_test(adapter, manifest),
         **checks.check_modality(adapter, manifest),
         **attacked.check_privacy(adapter),
+        **checks.check_cases(cases or CaseEvidence(), adapter.path),
         **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
     }
     if dataset:
