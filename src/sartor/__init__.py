@@ -7,7 +7,8 @@
     sartor.tune("tune.yaml", out="adapters/faq")          # Dataset -> Adapter
     sartor.evaluate("adapters/faq")                       # Adapter -> Report
     sartor.release("adapters/faq", name="faq", version="1.0", key="keys")
-    sartor.ask("adapters/faq-1.0", "What does delivery cost?").reply
+    reply = sartor.ask("adapters/faq-1.0", "What does delivery cost?").reply
+    sartor.trace("adapters/faq-1.0", "What does delivery cost?", reply)  # the training rows behind it
 
 Names are resolved at their first use, so `import sartor` loads neither torch nor pyarrow.
 """
@@ -19,6 +20,7 @@ from typing import Any
 from sartor.core.encoder_registry import register_encoder, register_encoder_directory
 from sartor.core.lazy_import import import_module
 from sartor.synthesize.teacher import offer_local, offer_speech
+from sartor.trace.served_replies import offer_receipt_check
 
 __version__ = "0.1.0"
 
@@ -118,6 +120,7 @@ _NAMES = {
     "prove": "sartor.synthesize.synthetic_lift:prove",
     "synthesize": "sartor.synthesize",
     "tailor": "sartor.quickstart.tailor:tailor",
+    "trace": "sartor.trace",
     "training_summary": "sartor.core.lineage.training_summary:training_summary",
     "tune": "sartor.tune",
     "validate": "sartor.synthesize.validate.validation:validate",
@@ -191,6 +194,13 @@ offer_speech(
     lambda texts, voice, speed, folder: import_module("sartor.media.speech.batch_synthesis").speak_to_files(
         texts, voice, speed, folder
     )
+)
+
+# how the words of a traced reply are compared with its receipt
+offer_receipt_check(
+    lambda file, messages, reply, team: import_module(
+        "sartor.serving.commands.receipt_verification"
+    ).check_served_reply(file, messages, reply, team)
 )
 
 __all__ = sorted(_NAMES)  # noqa: PLE0605

@@ -13,7 +13,7 @@ import sartor
 from sample_data import write_jsonl
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message, Origin, Part
-from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
+from sartor.core.splits import group_of, group_of_stored, hold_out, prompt_group, split_group, stated_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate import bootstrap, evaluation
@@ -26,8 +26,6 @@ from sartor.personalization import user_tokens
 from sartor.personalization.user_rows import UserRow
 from sartor.release import gate as checks
 from sartor.synthesize.validate import samples as validating
-from sartor.tune import dataset_encoding as tuning
-from sartor.tune.recipe import Data
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
@@ -171,7 +169,7 @@ def test_what_the_model_is_shown_is_the_group() -> None:
 
 def test_tuning_holds_out_rows_without_a_group_one_by_one() -> None:
     rows = [Example(one.messages, one.origins) for one in (row(place) for place in range(40))]
-    held = tuning.hold_out(rows, Data(path="x", eval_fraction=0.25), 0)
+    held = hold_out(rows, 0.25, 0)
     assert sum(one.split == "eval" for one in held) == 10
 
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError, Group
 
 import sartor
-from sartor.cli import correcting, data, edge, federate, personal, review, serving, tuning
+from sartor.cli import correcting, data, edge, federate, personal, review, serving, tracing, tuning
 from sartor.cli import data as assets
 from sartor.cli import data as validation
 from sartor.cli import edge as person
@@ -49,6 +49,7 @@ __all__ = [
     "personal",
     "review",
     "serving",
+    "tracing",
     "tuning",
     "validation",
 ]
@@ -84,7 +85,7 @@ GROUPS = {
     "Train": ("sartor tune tune.yaml --out adapters/faq", ("plan", "tune")),
     "Check and release": (
         "sartor release adapters/faq --name faq --version 1.0 --key keys",
-        ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke", "revoke-release"),
+        ("evaluate", "keygen", "release", "verify", "trace", "export", "inspect", "index", "revoke", "revoke-release"),
     ),
     "Trace and fix": (
         "sartor ablate adapters/faq-1.0 --examples ID --prompt P --reply R --out proof",

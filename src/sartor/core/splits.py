@@ -142,3 +142,14 @@ def held_out_groups(groups: Iterable[str], fraction: float, seed: int | str) -> 
             chosen.add(group)
             count += sizes[group]
     return chosen
+
+
+def hold_out(examples: list[Example], eval_fraction: float, seed: int) -> list[Example]:
+    """Return the examples, with `eval_fraction` of them held out by group.
+
+    They are unchanged for a fraction of 0, and if the Dataset itself holds out rows.
+    """
+    if not eval_fraction or any(example.split == "eval" for example in examples):
+        return examples
+    held_out = held_out_groups((split_group(example) for example in examples), eval_fraction, seed)
+    return [replace(example, split="eval") if split_group(example) in held_out else example for example in examples]

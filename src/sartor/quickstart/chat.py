@@ -1,7 +1,7 @@
 """Verb chat: talk to a base, an Adapter, a Release, a team or a server in the terminal.
 
     /compare         the base answers too, from here on (again: no longer)
-    /why             training rows nearest to the last question
+    /why             training rows nearest to the last question and its reply
     /save FILE       append the conversation as a row that `curate` reads
     /image FILE, /audio FILE     attach media to the next question
     /new             start a new conversation           /quit, or the end of input
@@ -274,14 +274,15 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": reply}]
 
     def _why(self) -> None:
-        """Write the training rows nearest to the last question. Raises ConfigError if there are no rows here."""
+        """Write the training rows nearest to the last question and reply. Raises ConfigError if no rows are here."""
         if self.partner.artifact is None:
             raise ConfigError(
                 f"{self.partner.name} has no rows that could be looked at here", "chat with an Adapter or a Release"
             )
         asked = next((turn["content"] for turn in reversed(self.messages) if turn["role"] == "user"), "")
         text = asked if isinstance(asked, str) else " ".join(part.get("text", "") for part in asked)
-        nearest, note = nearest_examples(self.partner.artifact, text, _NEAREST)
+        reply = next((turn["content"] for turn in reversed(self.messages) if turn["role"] == "assistant"), "")
+        nearest, note = nearest_examples(self.partner.artifact, text, reply, _NEAREST)
         for row in nearest:
             self.write(
                 f"{row['score']:.2f}  {row['prompt']!r} -> {row['reply']!r}  ({row['locator']}, {row['licence']})\n"

@@ -15,9 +15,8 @@ from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
-from sartor.core.splits import TEST
+from sartor.core.splits import TEST, hold_out
 from sartor.media import content_parts
-from sartor.tune.dataset_encoding import hold_out
 from sartor.tune.recipe import ResolvedRecipe
 
 
@@ -262,13 +261,7 @@ def _message_of(turn: Mapping[str, Any]) -> Message:
         content = turn["content"]
         if isinstance(content, str):
             return Message.of(str(turn["role"]), content)
-        parts = [
-            Part("text", str(part["text"]))
-            if part["type"] == "text"
-            else Part(content_parts.MEDIA[part["type"]], media=content_parts.url_in(part))
-            for part in content
-        ]
-        return Message(str(turn["role"]), tuple(parts))
+        return Message(str(turn["role"]), tuple(map(_part_of, content)))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"a turn of the prompt is no message: {error or type(error).__name__}",
@@ -276,11 +269,22 @@ def _message_of(turn: Mapping[str, Any]) -> Message:
         ) from None
 
 
+def _part_of(part: Mapping[str, Any]) -> Part:
+    if part["type"] == "text":
+        return Part("text", str(part["text"]))
+    url = content_parts.url_in(part)
+    if not url:
+        raise TypeError(f"a part of type {part['type']!r} holds no data URL")
+    return Part(content_parts.MEDIA[part["type"]], media=url)
+
+
 def _learnt(dataset: Artifact, recipe: ResolvedRecipe, is_rehearsal: bool) -> list[Example]:
     if is_rehearsal:
         return list(parquet_io.read_examples(dataset, "train"))
     examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
-    return [example for example in hold_out(examples, recipe.data, recipe.seed) if example.split == "train"]
+    return [
+        example for example in hold_out(examples, recipe.data.eval_fraction, recipe.seed) if example.split == "train"
+    ]
 
 
 def _system_of(example: Example) -> str:

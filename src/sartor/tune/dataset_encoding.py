@@ -11,11 +11,11 @@ from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
-from sartor.core.splits import TEST, group_of, held_out_groups, split_group
+from sartor.core.splits import TEST, group_of, hold_out
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
-from sartor.tune.recipe import Data, Dpo, Kto, Recipe, Sft
+from sartor.tune.recipe import Dpo, Kto, Recipe, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -127,7 +127,7 @@ def encode_rows(
     data = TokenizedDataset()
     # rows of the test split are neither learnt nor watched: a loss that influences tuning would select by them
     examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
-    examples = hold_out(examples, recipe.data, recipe.seed)
+    examples = hold_out(examples, recipe.data.eval_fraction, recipe.seed)
     train_examples = [example for example in examples if example.split == "train"]
     train = _encode_examples(train_examples, dataset, recipe=recipe, chat=chat, data=data)
     held_out_examples = [example for example in examples if example.split != "train"]
@@ -222,11 +222,3 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
             f"data.max_length_tokens={preflight.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
         )
     return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
-
-
-def hold_out(examples: list[Example], data: Data, seed: int) -> list[Example]:
-    """Return the examples split by group as `data` says; unchanged if the Dataset itself holds out rows."""
-    if not data.eval_fraction or any(example.split == "eval" for example in examples):
-        return examples
-    held_out = held_out_groups((split_group(example) for example in examples), data.eval_fraction, seed)
-    return [replace(example, split="eval") if split_group(example) in held_out else example for example in examples]

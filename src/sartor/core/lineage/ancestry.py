@@ -7,6 +7,7 @@ Parents that still exist are opened and checked in addition.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,21 @@ def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, An
                     table = parquet.read_row_group(group, columns=names)
                     rows += table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()
     return rows
+
+
+def count_duplicates(dataset: Artifact, ids: Sequence[str]) -> dict[str, int]:
+    """Return the number of rows that were dropped as duplicates of each of these Examples, without zeros.
+
+    Raises ArtifactError if a file of Drops was changed.
+    """
+    counts: Counter[str] = Counter()
+    value_set = to_string_array(ids)
+    for file in origin_index.example_files(dataset, "drops/"):
+        check_file(dataset, file.relative_to(dataset.path).as_posix())
+        with pq.ParquetFile(file) as parquet:
+            kept = parquet.read(columns=["kept"]).combine_chunks()["kept"]
+        counts.update(pc.filter(kept, pc.is_in(kept, value_set=value_set)).to_pylist())
+    return dict(counts)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -49,9 +49,12 @@ class ModelPair:
             0
         ]
 
-    def encoded(self, prompt: Sequence[Message], reply: str) -> TokenizedExample:
-        """Return a prompt and a reply to it as tokens; the loss covers this reply alone, not earlier ones."""
-        row = self.base.chat.encode(Example((*prompt, Message.of("assistant", reply)), ()), self.folder)
+    def encoded(self, prompt: Sequence[Message], reply: str, tools: str = "") -> TokenizedExample:
+        """Return a prompt and a reply to it as tokens; the loss covers this reply alone, not earlier ones.
+
+        tools: JSON text of the declared tools; empty for none.
+        """
+        row = self.base.chat.encode(Example((*prompt, Message.of("assistant", reply)), (), tools=tools), self.folder)
         start, _ = row.last_reply
         return replace(row, learnt=[learnt and index >= start for index, learnt in enumerate(row.learnt)])
 

@@ -60,10 +60,11 @@ def ask(
     if not isinstance(sampling, Sampling):
         sampling = Sampling(**{**defaults, **(sampling or {})})
     generated = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
-    nearest, note = nearest_examples(artifact, question.text, top)
+    reply = chat.decode(generated.ids)
+    nearest, note = nearest_examples(artifact, question.text, reply, top, question.media)
     return AskReply(
         prompt=question.text,
-        reply=chat.decode(generated.ids),
+        reply=reply,
         finish=generated.finish,
         agent=agent,
         reason=reason,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, cast
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import error_of
+from sartor.core.records import Part
 from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.commands.ask_types import AskPrompt, AskReply, as_prompt, nearest_examples
@@ -42,7 +43,7 @@ def ask_team(
     single_worker_team = without_http(loaded_team)
     notice(f"opening the base {loaded_team.base!r} and the agents of the team")
     reply = asyncio.run(_ask(single_worker_team, AgentRequest(agent, (question.plain(),), sampling=sampling or {})))
-    nearest, note = _nearest(single_worker_team, reply.agent, question.text, top)
+    nearest, note = _nearest(single_worker_team, replace(reply, prompt=question.text), top, question.media)
     return replace(reply, prompt=question.text, media=question.media_digests(), nearest=nearest, nearest_note=note)
 
 
@@ -77,11 +78,12 @@ async def _ask(team: Team, request: AgentRequest) -> AskReply:
         )
 
 
-def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
+def _nearest(team: Team, reply: AskReply, top: int, media: Sequence[Part]) -> tuple[list[dict[str, Any]], str]:
     """Return training examples of the version that answered, and a note.
 
     Examples need the version's Dataset on this machine.
     """
+    agent = reply.agent
     with closing(Registry.of(team)) as registry:
         version = registry.read().versions.get(agent)
     if any(agent.partition("@")[0] == plan.name for plan in team.plans):
@@ -89,6 +91,7 @@ def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[s
     if version is None:
         return [], "the base answered, which has no examples of yours"
     try:
-        return nearest_examples(open_artifact(version.release, "release"), prompt, top)
+        release = open_artifact(version.release, "release")
+        return nearest_examples(release, reply.prompt, reply.reply, top, media)
     except SartorError as error:  # the reply is valid without its nearest examples
         return [], error.problem

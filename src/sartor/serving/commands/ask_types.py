@@ -9,9 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rapidfuzz import fuzz, process
-
-from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError, MediaError, RequestError
 from sartor.core.lineage import ancestry
@@ -19,6 +16,8 @@ from sartor.core.records import Message, Part, PartKind
 from sartor.media import audio as sounds
 from sartor.media import content_parts
 from sartor.media import images as pictures
+from sartor.trace.retrieval import nearest_rows, prompt_text
+from sartor.trace.traced_adapter import TraceQuery
 
 STDIN = "-"
 _REMEDIES = {
@@ -176,31 +175,27 @@ class AskReply:
         return {**said, **note, **spoken, **media, **unreleased}
 
 
-def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:
-    """Return the training Examples whose question is most like `prompt`, and a note if there are none.
+def nearest_examples(
+    release: Artifact, prompt: str, reply: str, top: int, media: Sequence[Part] = ()
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the training Examples that share most words with a prompt and its reply, and a note if there are none.
 
-    Scores are in 0..1, by shared words and edits. This is a look-up and not attribution: it shows what the model saw
-    that resembles the question, not what caused its reply.
+    media: images and recordings in the prompt. Scores are in 0..1 (trace/retrieval.py). This is a look-up and not
+    attribution: it shows what the model saw that resembles question and reply, not what caused the reply.
     """
     dataset = ancestry.find_parent(release, "dataset")
     if dataset is None:
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
-    examples = list(parquet_io.read_examples(dataset, "train"))
-    questions = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
-    # candidates by shared words in any order; score = (token set ratio + edit ratio) / 2, so that whole questions rank
-    # before parts
-    matches = process.extract(prompt, questions, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)
-    scored = [((score + fuzz.ratio(prompt.lower(), text.lower())) / 2, index) for text, score, index in matches]
-    best = sorted(scored, key=lambda pair: -pair[0])[:top]
+    query = TraceQuery((AskPrompt(prompt, tuple(media)).message,), reply)
     return [
         {
-            "id": examples[index].id,
-            "score": round(score / 100, 4),
-            "prompt": questions[index],
-            "reply": examples[index].reply,
-            "source": examples[index].origins[0].source,
-            "locator": examples[index].origins[0].locator,
-            "licence": examples[index].origins[0].licence,
+            "id": example.id,
+            "score": round(score, 4),
+            "prompt": prompt_text(example.messages) or example.reply,
+            "reply": example.reply,
+            "source": example.origins[0].source,
+            "locator": example.origins[0].locator,
+            "licence": example.origins[0].licence,
         }
-        for score, index in best
+        for score, example in nearest_rows(dataset, query, top)
     ], ""

@@ -10,16 +10,17 @@ arithmetic (core/numerics.py) is not generated again, because this version may r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, model_refs, records, signing, strict_json
-from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.artifacts import Artifact, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
 from sartor.core.installation import upgrade_command
+from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.core.remedies import REPORT
 from sartor.inference.engine import (
     BASE,
@@ -34,8 +35,10 @@ from sartor.inference.engine import (
 )
 from sartor.serving.dispatch.client_turns import fold_system
 from sartor.serving.receipts import FAILED, KIND, SCHEMA, RequestDigestInput, digest_by, read_secret
+from sartor.serving.registry.user_versions import ADAPTER, folder_of
 from sartor.serving.team_config import LocalEngineOptions, Team, load
 from sartor.serving.workers.worker_main import open_engine
+from sartor.trace.served_replies import ServedReply
 
 MOST_BYTES = 64 << 20
 _TEXTS = ("id", "created", "agent", "release", "adapter", "finish")
@@ -67,6 +70,7 @@ class _Evidence:
 
     content: None if the request is not available.
     reply: None if the reply's text is not available.
+    state: directory of the team's state, which holds the key of the digests; None if it is unknown.
     """
 
     receipt: Mapping[str, Any]
@@ -74,6 +78,7 @@ class _Evidence:
     reply: str | None
     team: Team | None
     release: Artifact | None
+    state: Path | None
 
 
 def verify_receipt(
@@ -111,6 +116,7 @@ def verify_receipt(
         reply=text if isinstance(text, str) else None,
         team=loaded_team,
         release=release,
+        state=Path(loaded_team.state) if loaded_team else None,
     )
     checked = {
         "signature": f"signed by {signer}",
@@ -118,6 +124,80 @@ def verify_receipt(
         "text": _check_text(evidence, notice),
     }
     return CheckedReceipt(receipt, signer, checked)
+
+
+def check_served_reply(
+    file: Path, messages: Sequence[Mapping[str, Any]], reply: str, team: Path | None = None
+) -> ServedReply:
+    """Return which Release or personal adapter gave a reply, after comparing the words with its receipt.
+
+    messages: turns of the prompt as the client sent them; the Release's own system prompt and tools are added.
+    team: TEAM.yaml; without it the team is looked for among those that served on this machine.
+    Raises ArtifactError for other words, an invalid receipt, or a version that is no longer here; ConfigError if the
+    key of the digests is not here; SignatureError.
+    """
+    document = _json(file)
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{file} is no receipt", "give what GET /v1/receipts/ID answered")
+    receipt = _form(document["receipt"] if isinstance(document.get("receipt"), dict) else document, file)
+    loaded_team = load(team) if team else None
+    state = Path(loaded_team.state) if loaded_team else _find_state(receipt["id"])
+    if state is None or not (state / "receipts.key").is_file():
+        raise ConfigError(
+            f"the words cannot be compared with the receipt {receipt['id']}: its digests are keyed, and the key of "
+            "its team is not here",
+            "--team TEAM.yaml, on the machine that served; without --receipt the words are taken as they are",
+        )
+    public_key = state / "keys" / "sartor.pub"
+    signer = _check_signature(receipt, file, public_key if public_key.is_file() else None, None)
+    release = _release_of(receipt, loaded_team)
+    evidence = _Evidence(
+        receipt,
+        content=_completed(RequestDigestInput.of_request({"messages": [*messages]}), receipt, release, loaded_team),
+        reply=reply,
+        team=loaded_team,
+        release=release,
+        state=state,
+    )
+    compared = _check_digests(evidence)
+    return ServedReply(
+        receipt=receipt["id"],
+        path=_adapter_of(receipt, release, state),
+        agent=receipt["agent"],
+        signer=signer,
+        compared=compared,
+    )
+
+
+def _find_state(receipt: str) -> Path | None:
+    """Return the state of the team on this machine that wrote a receipt; None if there is none."""
+    for folder in catalogue.receipt_folders():
+        if folder.is_dir() and ReceiptIndex(folder).find(receipt) is not None:
+            return folder.parent
+    return None
+
+
+def _adapter_of(receipt: Mapping[str, Any], release: Artifact | None, state: Path) -> Path:
+    """Return the personal adapter or the Release that gave a reply. Raises ArtifactError if it is not here."""
+    if person := receipt.get("person"):
+        agent = str(receipt["agent"]).partition("@")[0]
+        for path in sorted(folder_of(state, str(person), agent).glob(f"*/{ADAPTER}")):
+            if adapter_digest(read_manifest(path, ("adapter",))["files"]) == receipt["adapter"]:
+                return path
+        raise ArtifactError(
+            f"the personal version that gave the reply {receipt['id']} is no longer in {state}",
+            "it was tuned again or forgotten since: ask for the reply again, and trace that one",
+        )
+    if release is not None:
+        return release.path
+    if not receipt["release"]:
+        raise ArtifactError(
+            f"the base gave the reply {receipt['id']}, which no rows of yours have taught", "trace a reply of an agent"
+        )
+    raise ArtifactError(
+        f"the Release {receipt['release'][:16]} that gave the reply {receipt['id']} is not on this machine",
+        "sartor index DIR finds one that was moved",
+    )
 
 
 def _json(file: Path) -> Any:
@@ -209,7 +289,7 @@ def _check_digests(evidence: _Evidence) -> str:
 
     Raises ArtifactError if a text differs.
     """
-    file = Path(evidence.team.state) / "receipts.key" if evidence.team else None
+    file = evidence.state / "receipts.key" if evidence.state else None
     if evidence.content is None and evidence.reply is None:
         return "not checked: give the messages and the reply"
     if file is None or not file.is_file():

@@ -1,0 +1,125 @@
+"""Command trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+import sartor
+from sartor.cli.app import REPLACE, app, notice, prompt_of
+from sartor.cli.tuning import MEDIA
+from sartor.core import strict_json
+from sartor.core.errors import ConfigError
+
+
+@app.command
+def trace(
+    target: Path | None = None,
+    *,
+    prompt: str = "",
+    reply: str = "",
+    prompt_file: Path | None = None,
+    reply_file: Path | None = None,
+    messages: Path | None = None,
+    system: str | None = None,
+    media: MEDIA = (),
+    method: Literal["retrieval", "gradient", "unrolled"] = "retrieval",
+    by: Literal["", "source"] = "",
+    top: int = 10,
+    receipt: Path | None = None,
+    team: Path | None = None,
+    data: Path | None = None,
+    prepare: REPLACE = False,
+    calibrate: REPLACE = False,
+    runs: int = 30,
+    queries: Path | None = None,
+    scores: Path | None = None,
+    likelihood: Annotated[bool, Parameter(negative="--no-likelihood")] = True,
+    html: Path | None = None,
+    replace: REPLACE = False,
+) -> Any:
+    """Show the training rows behind a reply.
+
+    `retrieval` finds rows that share words with prompt and reply, in about a second; it is shown beside the other
+    methods. `gradient` and `unrolled` estimate which rows caused the reply. How far a method can be trusted for this
+    adapter is measured by --calibrate; a method that predicts too little is refused, and retrieval ranks.
+
+    Args:
+        target: an Adapter, a Release or a personal adapter; may be left out with --receipt
+        prompt: what was asked
+        reply: what the model said
+        prompt_file: file with the prompt, which keeps it out of the list of processes; - is standard input
+        reply_file: file with the reply
+        messages: JSON file with the turns before the reply, or the body of the request, instead of --prompt
+        system: system prompt; by default that of most training rows
+        media: image or recording before the prompt, several in their order
+        method: retrieval, gradient or unrolled
+        by: source: also sum the scores of the rows of each source
+        top: number of rows shown; duplicates and near-duplicates count as one
+        receipt: receipt of a served reply: prompt and reply are compared with its digests, and it names the target
+        team: the team's YAML file, for a receipt of a team that did not serve on this machine
+        data: a Dataset whose rows are searched by retrieval, where those of the tuning are not on this machine
+        prepare: make what gradient needs, at most two epochs' time, and end
+        calibrate: measure how well each method predicts, by retrains that leave rows out, and end
+        runs: number of these retrains
+        queries: JSONL file, a prompt and a reply in each line, for --scores and --calibrate
+        scores: file for the matrix of the scores of all rows (.npy, queries x training rows)
+        likelihood: compare the reply's likelihood with that under the base, which takes the time to open it
+        html: file for a page with the rows beside the reply
+        replace: replace an existing page or matrix
+    """
+    words = prompt_of(prompt, prompt_file)
+    turns: Any = words
+    if messages is not None:
+        if words:
+            raise ConfigError("a prompt and --messages exclude each other", f"--messages {messages}, without a prompt")
+        turns = _turns(messages)
+    attached = sartor.Question.of("", media).media
+    return sartor.trace(
+        target,
+        turns,
+        _reply(reply, reply_file),
+        method=method,
+        by=by,
+        top=top,
+        receipt=receipt,
+        team=team,
+        system=system,
+        media=attached,
+        data=data,
+        queries=queries,
+        scores=scores,
+        prepare=prepare,
+        calibrate=calibrate,
+        runs=runs,
+        likelihood=likelihood,
+        html=html,
+        replace=replace,
+        notice=notice,
+    )
+
+
+def _reply(reply: str, file: Path | None) -> str:
+    """Return the typed reply, or the text of a file without the line end that an editor adds."""
+    if file is None:
+        return reply
+    if reply:
+        raise ConfigError("a reply and --reply-file exclude each other", f"--reply-file {file}, without --reply")
+    try:
+        return file.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as text: {error}", "--reply-file FILE, in UTF-8") from None
+
+
+def _turns(file: Path) -> list[Any]:
+    """Return the turns in a JSON file, a list or the body of a request. Raises ConfigError for other content."""
+    try:
+        document = strict_json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}", "a list of messages in OpenAI's form") from None
+    turns = document.get("messages") if isinstance(document, dict) else document
+    if not isinstance(turns, list):
+        raise ConfigError(f"{file} holds no list of messages", '[{"role": "user", "content": "..."}]')
+    return turns
