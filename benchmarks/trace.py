@@ -1,15 +1,15 @@
-"""How well `sartor trace` finds the training rows behind a reply, against retrains, plants, wrong labels; and its cost.
+"""How well `sartor trace` finds the training rows behind a reply, by retrains, plants and wrong labels; and its cost.
 
     python benchmarks/trace.py --data ../shared/data --work trace-work --json    # hours; the same command goes on
-    python benchmarks/trace.py --work trace-work --only planted proof --json     # some sections; they share their parts
+    python benchmarks/trace.py --work trace-work --only planted proof --json     # some sections; all share their parts
     python benchmarks/trace.py --work trace-work --only lds --curves --plot docs/trace-lds.svg --json
-    python benchmarks/trace.py --small --json                                    # a tiny base: shows that everything runs
+    python benchmarks/trace.py --small --json    # a tiny base and few rows: shows that everything runs
 
 lds             trace_lds.py: {set: {method: {mean, min, low, high, by_query}, differences}}, the mean over replies of
-                the correlation of predicted and true changes, with intervals over replies; `differences` {ours: {peer}}
+                the correlation of predicted and true changes, with intervals over replies; differences {ours: {peer}}
                 curves {lines}: by learning rate, rows of an update, epochs (--curves)
 planted         trace_planted.py: {method: {top1, top10, of, by_kind, ranks}}; unrolled on few rows, unrolled_among_all
-                for two replies among all; `swapped` with the halves of the kinds exchanged; `discarded` plants, and why
+                for two replies among all; swapped: the halves of the kinds exchanged; discarded plants, and why
 by_source       trace_sources.py: bad replies whose mislabelled source `--by source` names, of `bad_replies`, by the
                 gradient method; by_source_methods: by each
 proof           trace_proof.py: {true: {right, of}, false: {right, of}}
@@ -53,7 +53,7 @@ SECTIONS = {
     "fix": ("fix",),
     "cost": ("feature_overhead", "bytes_per_row", "retrieval_s", "gradient_s", "unrolled_tunings"),
 }
-SETS = ("home-intents", "snips")
+SETS, SMALL_SETS = ("home-intents", "snips"), ("construction-faq", "snips")
 SMALL_ASSETS = ("home-intents", "construction-faq", "chitchat", "minilm")
 # checks of the gate that a tiny base cannot pass
 SMALL_WAIVED = ("gain", "forgetting", "cases")
@@ -64,8 +64,9 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
     options = defaults.Options(data=arguments.data, work=folder, rows=size.rows, held_out=size.queries)
     if arguments.small:
         options = defaults.Options(data=defaults.write_small_data(folder / "data"), work=folder, rows=12, held_out=4)
+    sets = arguments.sets or (SMALL_SETS if arguments.small else SETS)
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "lds": lambda: {"lds": {name: trace_lds.measure(name, options, size, folder) for name in arguments.sets}},
+        "lds": lambda: {"lds": {name: trace_lds.measure(name, options, size, folder) for name in sets}},
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
         "source": lambda: trace_sources.measure(size, folder),
         "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
@@ -78,7 +79,7 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
             result |= sections[name]()
         else:
             result["absent"] |= dict.fromkeys(keys, f"not asked for: --only {name}")
-    result["absent"] |= {f"lds.{name}": f"not asked for: --sets {name}" for name in SETS if name not in arguments.sets}
+    result["absent"] |= {f"lds.{name}": f"not asked for: --sets {name}" for name in SETS if name not in sets}
     if arguments.curves:
         result["curves"] = trace_lds.curves(options, size, folder, arguments.plot)
     else:
@@ -93,7 +94,7 @@ def main() -> None:
     smallest.add_argument(parser, selections=("only", "sets", "curves", "plot"))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of snips")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="by default all")
-    parser.add_argument("--sets", nargs="+", choices=[*SETS, "construction-faq"], default=list(SETS), help="of the LDS")
+    parser.add_argument("--sets", nargs="+", choices=[*SETS, "construction-faq"], help="of the LDS")
     parser.add_argument("--curves", action="store_true", help="also the LDS by learning rate, batch and epochs")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Cost of attribution for trace.py: recording, bytes a row, seconds a reply by number of rows, tunings of unrolling."""
+"""Cost of attribution for trace.py: recording, bytes a row, seconds a reply by rows, tunings of unrolling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import defaults
 import parts
-import trace_methods
 from trace_setup import Row, Size, filler, notice, queries_of, recipe_of, set_rows, texts_of, tune_traced
 
 from sartor.core.records import Example, Message, Origin
@@ -19,7 +18,7 @@ from sartor.core.sketch_matrix import SketchMatrix
 from sartor.core.trace_store import adapter_id, trace_folder
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import RetrievalIndex
-from sartor.trace.traced_adapter import TracedAdapter, TrainingRow, TraceQuery
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
 from sartor.trace.unrolling import unroll
 from sartor.tune.gradient_features import RECORDED
 
@@ -41,7 +40,7 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
                 )
             )
     ratios = [recorded / plain for plain, recorded in zip(seconds["plain"], seconds["recorded"], strict=True)]
-    traced = tune_traced(folder / "recorded-0", {"home": train}, {**recipe, "trace": {"features": True}})
+    traced = tune_traced(folder / "recorded-0", {"home": train}, recipe)
     queries = queries_of(traced, held_out[:1])
     unrolled = parts.run("cost: unrolling", lambda: unroll(Replay.open(traced), queries, notice=notice).facts)
     retrieval = {
@@ -61,8 +60,7 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
 
 def _tuning_seconds(folder: Path, rows: Sequence[Row], recipe: dict[str, Any], kind: str) -> float:
     """Return the seconds of the updates of a tuning."""
-    features = {"trace": {"features": True}} if kind == "recorded" else {}
-    traced = tune_traced(folder, {"home": rows}, {**recipe, **features})
+    traced = tune_traced(folder, {"home": rows}, {**recipe, "trace": {"features": kind == "recorded"}})
     return float(traced.artifact.manifest["run"]["wall_s"])
 
 

@@ -4,8 +4,8 @@ Some rows of one intent have the label of another; a released version gives a co
 fixed version has to pass the regression case, and its metric on held-out rows to stay within its interval. The same
 rows are then put back into the fixed Dataset, and that version has to fail the case.
 
-Both effects of the rows on the bad reply's loss are given: `left_out` by a retrain with the weight 0 (divisor, order and
-seed unchanged), `removed` by the fix, which really removes them.
+Both effects of the rows on the bad reply's loss are given: `left_out` by a retrain with the weight 0 (divisor, order
+and seed unchanged), `removed` by the fix, which really removes them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def fix_set(size: Size) -> FixSet:
     intents = sorted({json.loads(texts_of(row)[1])["intent"] for row in rows})
     own = json.loads(reply)["intent"]
     bad_reply = trace_sources.relabelled(reply, next(name for name in intents if name != own))
-    bad = [chat_row(wording.format(command), bad_reply, home_intents.SYSTEM_PROMPT) for wording in WORDINGS]
-    more = [{"messages": row["messages"]} for row in rows[1:]]
+    bad = [chat_row(wording.format(command), bad_reply) for wording in WORDINGS]
+    more = [chat_row(*texts_of(row)) for row in rows[1:]]
     held_out = more[size.rows : size.rows + max(8, size.rows // 2)] or more[-4:]
     others = [row for row in more[: size.rows] if row not in held_out]
     return FixSet(bad, others, held_out, chat_row(ASKED.format(command), reply), bad_reply)

@@ -17,7 +17,8 @@ import numpy as np
 import parts
 import trace_methods
 from numpy.typing import NDArray
-from trace_setup import Row, Size, notice, queries_of, recipe_of, set_rows, tune_traced
+from sartor.trace.ensemble import PACKAGED, combine
+from trace_setup import Size, notice, queries_of, recipe_of, set_rows, tune_traced
 
 from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.trace.calibration import leave_out_subsets, linear_datamodelling_scores
@@ -35,7 +36,7 @@ CURVE_SET, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 20, 5
 
 
 class Retrains:
-    """Losses of queries by the tuning with all rows, and by tunings that leave rows out. Each is a part of the call."""
+    """Losses of queries by the tuning with all rows and by tunings without some. Each is a part of the call."""
 
     def __init__(self, label: str, traced: TracedAdapter, queries: Sequence[TraceQuery]) -> None:
         self.label, self.traced, self.queries = label, traced, queries
@@ -66,16 +67,6 @@ def true_changes(retrains: Retrains, left_out: Sequence[Sequence[int]]) -> F64:
     return np.stack(changes)
 
 
-def scores_of(
-    label: str, scorers: Mapping[str, trace_methods.Scorer], traced: TracedAdapter, queries: Sequence[TraceQuery]
-) -> dict[str, F64]:
-    """Return the scores (Q, N) of each method; each is a part of the call."""
-    return {
-        name: np.asarray(parts.run(f"{label}: {name}", lambda scorer=scorer: scorer(traced, queries).tolist()))
-        for name, scorer in scorers.items()
-    }
-
-
 def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
     """Return the LDS of each method on a set, and ours less each peer's, with intervals over the queries."""
     train, held_out = set_rows(name, options, size.rows, size.queries)
@@ -84,13 +75,15 @@ def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> d
     queries = queries_of(traced, held_out)
     left_out = leave_out_subsets(len(traced.rows), size.retrains)
     changes = true_changes(Retrains(name, traced, queries), left_out)
-    scores = scores_of(name, {**trace_methods.OURS, **trace_methods.PEERS}, traced, queries)
-    by_query = {method: linear_datamodelling_scores(values, left_out, changes).tolist() for method, values in scores.items()}
+    scores = _all_scores(name, {**trace_methods.OURS, **trace_methods.PEERS}, traced, queries, size.group)
+    by_query = {
+        method: linear_datamodelling_scores(values, left_out, changes).tolist() for method, values in scores.items()
+    }
     return {
         **{method: _statistics(values) for method, values in by_query.items()},
         "differences": {
-            ours: {peer: _difference(by_query[ours], by_query[peer]) for peer in trace_methods.PEERS}
-            for ours in ("unrolled", "gradient")
+            ours: {peer: _difference(by_query[ours], by_query[peer]) for peer in trace_methods.PEER_NAMES}
+            for ours in trace_methods.OUR_NAMES
         },
         "slope": _slope(scores["unrolled"], changes, left_out),
         "rows": len(traced.rows),
@@ -98,6 +91,26 @@ def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> d
         "retrains": len(left_out),
         "queries": len(queries),
     }
+
+
+def _all_scores(
+    label: str,
+    scorers: Mapping[str, trace_methods.Scorer],
+    traced: TracedAdapter,
+    queries: Sequence[TraceQuery],
+    group: int,
+) -> trace_methods.Scores:
+    """Return the scores of every method, and of the ensemble; unrolling in parts of `group` queries."""
+    others = {name: scorer for name, scorer in scorers.items() if name != "unrolling"}
+    scores = trace_methods.scores_of(label, others, traced, queries)
+    if "sketches" in scorers:
+        scores["ensemble"] = combine(scores, PACKAGED)
+    lines = []
+    for start in range(0, len(queries), group):
+        some = queries[start : start + group]
+        part = f"{label}, replies {start + 1} to {start + len(some)}"
+        lines.append(trace_methods.scores_of(part, {"unrolling": trace_methods.unrolled}, traced, some)["unrolled"])
+    return {**scores, "unrolled": np.concatenate(lines)}
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -120,7 +133,7 @@ def _slope(scores: F64, changes: F64, left_out: Sequence[Sequence[int]]) -> floa
 def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | None) -> dict[str, Any]:
     """Return the LDS of unrolling and of gradient cosine by learning rate, batch and epochs; a plot is written too."""
     train, held_out = set_rows(CURVE_SET, options, size.rows, min(size.queries, CURVE_QUERIES))
-    scorers = {"unrolled": trace_methods.OURS["unrolled"], "gradient_cosine": trace_methods.PEERS["gradient_cosine"]}
+    scorers = {"plain gradients": trace_methods.gradients}
     lines: dict[str, list[dict[str, Any]]] = {}
     for option, (title, values, others) in CURVES.items():
         for value in values[: size.curve_points]:
@@ -130,7 +143,7 @@ def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | Non
             queries = queries_of(traced, held_out)
             left_out = leave_out_subsets(len(traced.rows), min(size.retrains, CURVE_RETRAINS))
             changes = true_changes(Retrains(label, traced, queries), left_out)
-            scores = scores_of(label, scorers, traced, queries)
+            scores = _all_scores(label, scorers, traced, queries, size.group)
             points = {
                 method: _statistics(linear_datamodelling_scores(matrix, left_out, changes).tolist())
                 for method, matrix in scores.items()

@@ -2,6 +2,9 @@
 
 Each gives (Q, N) of Q queries and N rows; larger if the row made the reply likelier.
 
+unrolled            trace/unrolling.py
+gradient, hidden_states, retrieval    the parts of Sartor's gradient method (trace/ensemble.py), each alone
+ensemble            their combination, with the weights that are packaged
 bm25                Robertson and Zaragoza 2009, equation 3.15, over prompt and reply of a row as one text
 embedding           cosine of minilm's vectors of prompt and reply
 hidden              cosine of the tuned model's last hidden states, mean of the reply's tokens
@@ -15,12 +18,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import parts
 import torch
 from numpy.typing import NDArray
+from sartor.trace.ensemble import part_scores
+from sartor.trace.prepare import prepare
 from trace_setup import notice, open_tokenized
 
 from sartor.core.encoder_registry import open_encoder
@@ -28,14 +34,13 @@ from sartor.core.records import Example
 from sartor.models import adapters
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample
-from sartor.trace.gradient import gradient_scores
-from sartor.trace.prepare import prepare
-from sartor.trace.retrieval import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import unrolled_scores
 
 F64 = NDArray[np.float64]
-Scorer = Callable[[TracedAdapter, Sequence[TraceQuery]], F64]
+# (Q, N) by the name of a method
+Scores = dict[str, F64]
+Scorer = Callable[[TracedAdapter, Sequence[TraceQuery]], Scores]
 # saturation of a word's count, and weight of the text's length
 K1, B = 1.2, 0.75
 
@@ -78,26 +83,26 @@ def text_of(example: Example) -> str:
     return f"{example.prompt[-1].text if example.prompt else ''}\n{example.reply}"
 
 
-def bm25(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the BM25 scores, (Q, N)."""
+def bm25(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return the BM25 scores."""
     index = Bm25([text_of(row.example) for row in traced.rows])
-    return np.stack([index.scores(text_of(query.example)) for query in queries])
+    return {"bm25": np.stack([index.scores(text_of(query.example)) for query in queries])}
 
 
-def embedding(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the cosines of the sentence encoder's vectors, (Q, N). Raises MissingError without minilm."""
+def embedding(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return the cosines of the sentence encoder's vectors. Raises MissingError without minilm."""
     examples = [*(row.example for row in traced.rows), *(query.example for query in queries)]
     vectors = np.asarray(open_encoder("minilm").encode([text_of(example) for example in examples]), float)
-    return np.asarray(vectors[len(traced.rows) :] @ vectors[: len(traced.rows)].T)
+    return {"embedding": np.asarray(vectors[len(traced.rows) :] @ vectors[: len(traced.rows)].T)}
 
 
-def hidden(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the cosines of the mean last hidden states of the reply's tokens, (Q, N)."""
+def hidden(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return the cosines of the mean last hidden states of the reply's tokens."""
     base, examples = open_tokenized(traced, queries)
     model = adapters.open_adapter(base.model, traced.artifact.path)
     states = np.stack([_reply_state(model, example, base.device) for example in examples])
     states /= np.linalg.norm(states, axis=1, keepdims=True)
-    return np.asarray(states[len(traced.rows) :] @ states[: len(traced.rows)].T, float)
+    return {"hidden": np.asarray(states[len(traced.rows) :] @ states[: len(traced.rows)].T, float)}
 
 
 @torch.no_grad()
@@ -108,8 +113,8 @@ def _reply_state(model: Any, example: TokenizedExample, device: torch.device) ->
     return np.asarray(output.hidden_states[-1][0, start - 1 : end - 1].mean(0).double().cpu())
 
 
-def gradient_products(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> tuple[F64, F64]:
-    """Return dot products and cosines of gradients, (Q, N) each.
+def gradients(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return dot products and cosines of gradients.
 
     The rows' gradients are computed one after the other and not kept, so memory holds Q of them.
     """
@@ -119,18 +124,17 @@ def gradient_products(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> t
     for parameter in parameters:
         parameter.requires_grad_(True)
     path = base.path(model, examples, LossOptions())
-    gradients = _gradients(path, parameters, examples)
     rows = examples[: len(traced.rows)]
     targets = torch.stack(list(_gradients(path, parameters, examples[len(rows) :])))
     norms = targets.norm(dim=1)
     dots, cosines = [], []
-    for row, gradient in zip(range(len(rows)), gradients, strict=False):
+    for row, gradient in enumerate(_gradients(path, parameters, rows)):
         if row and row % 500 == 0:
             notice(f"gradients of {row} of {len(rows)} rows")
         product = targets @ gradient
         dots.append(product.double().cpu().numpy())
         cosines.append((product / (norms * gradient.norm()).clamp_min(1e-30)).double().cpu().numpy())
-    return np.stack(dots, 1), np.stack(cosines, 1)
+    return {"gradient_dot": np.stack(dots, 1), "gradient_cosine": np.stack(cosines, 1)}
 
 
 def _gradients(
@@ -144,37 +148,35 @@ def _gradients(
         yield torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
 
 
-def gradient_dot(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the dot products of the gradients, (Q, N)."""
-    return gradient_products(traced, queries)[0]
+def unrolled(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return the scores of unrolling, in nats."""
+    return {"unrolled": np.asarray(unrolled_scores(traced, queries, notice=notice).scores)}
 
 
-def gradient_cosine(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the cosines of the gradients, (Q, N)."""
-    return gradient_products(traced, queries)[1]
+def sketched(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return the scores of Sartor's gradients, hidden states and retrieval, from sketches that `prepare` made."""
+    parts_of, _ = part_scores(traced, queries, notice=notice)
+    return {name: np.asarray(scores, float) for name, scores in parts_of.items()}
 
 
-def unrolled(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the scores of unrolling in nats, (Q, N)."""
-    return np.asarray(unrolled_scores(traced, queries, notice=notice).scores)
+OURS: dict[str, Scorer] = {"unrolling": unrolled, "sketches": sketched}
+PEERS: dict[str, Scorer] = {"bm25": bm25, "embedding": embedding, "hidden": hidden, "plain gradients": gradients}
+OUR_NAMES = ("unrolled", "gradient", "ensemble")
+PEER_NAMES = ("bm25", "embedding", "hidden", "gradient_dot", "gradient_cosine")
 
 
-def gradient(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the scores of Sartor's gradient method, (Q, N); sketches that are missing are made first."""
-    prepare(traced, notice=notice)
-    return np.asarray(gradient_scores(traced, queries, notice=notice).scores)
+def scores_of(
+    label: str, scorers: Mapping[str, Scorer], traced: TracedAdapter, queries: Sequence[TraceQuery]
+) -> Scores:
+    """Return the scores of every method; each scorer is a part of the call. Sketches of all rows are made before."""
+    if "sketches" in scorers:
+        parts.run(f"{label}: preparing", lambda: prepare(traced, notice=notice).wall_s)
+    scores: Scores = {}
+    for name, scorer in scorers.items():
 
+        def score(scorer: Scorer = scorer) -> dict[str, list[list[float]]]:
+            return {method: matrix.tolist() for method, matrix in scorer(traced, queries).items()}
 
-def retrieval(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> F64:
-    """Return the scores of Sartor's retrieval, (Q, N)."""
-    return np.asarray(retrieval_scores(traced, queries).scores)
-
-
-OURS: dict[str, Scorer] = {"unrolled": unrolled, "gradient": gradient, "retrieval": retrieval}
-PEERS: dict[str, Scorer] = {
-    "bm25": bm25,
-    "embedding": embedding,
-    "hidden": hidden,
-    "gradient_dot": gradient_dot,
-    "gradient_cosine": gradient_cosine,
-}
+        measured = parts.run(f"{label}: {name}", score)
+        scores |= {method: np.asarray(matrix) for method, matrix in measured.items()}
+    return scores

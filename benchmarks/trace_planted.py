@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import parts
 import trace_methods
 import trace_plants
 from numpy.typing import NDArray
+from sartor.trace.ensemble import PARTS, combine, fit_weights
 from trace_lds import Retrains
 from trace_plants import Plant
 from trace_setup import Row, Size, chat_row, notice, queries_of, recipe_of, row_indices, tune_traced
@@ -92,28 +93,25 @@ def make_few(planted: PlantedSet, size: Size, folder: Path) -> TracedAdapter:
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
-    """Return the counts of each method, and of unrolling on few rows and for two replies among all."""
+    """Return the counts of each method, and of unrolling on few rows and for two replies among all.
+
+    `gradient` is the ensemble with weights fitted on the kinds that are not scored.
+    """
     planted = make_planted(size, folder)
-    traced, indices = planted.traced, row_indices(planted.traced)
-    queries = planted.queries(planted.counted)
-    scorers = {name: scorer for name, scorer in trace_methods.OURS.items() if name != "unrolled"}
-    result: dict[str, Any] = {}
-    swapped: dict[str, Any] = {}
-    for name, scorer in {**scorers, **trace_methods.PEERS}.items():
-        timed = parts.run(f"plants: {name}", lambda scorer=scorer: timed_scores(scorer, traced, queries))
-        scores = np.asarray(timed["scores"])
-        result[name] = _counts(planted.scored(size), planted.counted, scores, indices)
-        result[name]["seconds_a_reply"] = timed["seconds"] / len(queries)
-        swapped[name] = _counts(planted.scored(size, is_swapped=True), planted.counted, scores, indices)
-    result["unrolled"] = _unrolled(make_few(planted, size, folder), planted.scored(size), "few rows")
-    result["unrolled_among_all"] = _unrolled(traced, planted.scored(size)[:FEW_UNROLLED], "all rows")
+    traced, queries = planted.traced, planted.queries(planted.counted)
+    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
+    scores = trace_methods.scores_of("plants", scorers, traced, queries)
+    seconds = parts.run("plants: seconds of a reply", lambda: _seconds(traced, queries[:1]))
+    few = make_few(planted, size, folder)
     return {
-        **result,
-        "swapped": swapped,
+        **_counts(planted, scores, size),
+        "unrolled": _unrolled(few, planted.scored(size), "few rows"),
+        "unrolled_among_all": _unrolled(traced, planted.scored(size)[:FEW_UNROLLED], "all rows"),
+        "swapped": _counts(planted, scores, size, is_swapped=True),
+        "gradient_seconds": seconds,
         "rows": len(traced.rows),
-        "few_rows": size.few_rows,
         "kinds": trace_plants.scored_kinds(),
-        "tried": len(planted.found) + len(planted.reasons.keys() - planted.found.keys()),
+        "tried": len(planted.found.keys() | planted.reasons.keys()),
         "closed": len(planted.found),
         "counted": len(planted.counted),
         "discarded": planted.reasons,
@@ -121,33 +119,38 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     }
 
 
-def timed_scores(
-    scorer: trace_methods.Scorer, traced: TracedAdapter, queries: Sequence[TraceQuery]
-) -> dict[str, Any]:
-    """Return the scores of a method, and the seconds that all of it took."""
+def _seconds(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> float:
+    """Return the seconds of the gradient method for these replies; the sketches of the rows are there."""
     started = time.monotonic()
-    scores = scorer(traced, queries)
-    return {"scores": scores.tolist(), "seconds": time.monotonic() - started}
+    trace_methods.sketched(traced, queries)
+    return time.monotonic() - started
 
 
 def _counts(
-    scored: Sequence[Plant], counted: Sequence[Plant], scores: F64, indices: dict[tuple[str, str], int]
-) -> dict[str, Any]:
-    """Return the counts of the scored plants. scores: (Q, N) of all that count."""
-    lines = np.stack([scores[counted.index(plant)] for plant in scored]) if scored else np.zeros((0, len(indices)))
-    ranks = trace_plants.plant_ranks(lines, scored, indices)
-    return {**trace_plants.summary(ranks), "by_kind": trace_plants.by_kind(scored, ranks), "ranks": ranks}
+    planted: PlantedSet, scores: trace_methods.Scores, size: Size, *, is_swapped: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return the counts of each method for the scored plants. scores: (Q, N) of all plants that count."""
+    indices = row_indices(planted.traced)
+    scored, fitted = planted.scored(size, is_swapped=is_swapped), planted.scored(size, is_swapped=not is_swapped)
+    places = {plant.name: place for place, plant in enumerate(planted.counted)}
+    # each of a plant's rows is a cause of its reply
+    pairs = [(places[plant.name], indices[pair]) for plant in fitted for pair in plant.rows]
+    ours = {name: scores[name][[place for place, _ in pairs]] for name in PARTS}
+    weights = fit_weights(ours, [row for _, row in pairs], origin="kinds that are not scored")
+    methods = {**scores, "gradient_alone": scores["gradient"], "gradient": combine(scores, weights)}
+    result: dict[str, dict[str, Any]] = {}
+    for name, matrix in methods.items():
+        ranks = trace_plants.plant_ranks(matrix[[places[plant.name] for plant in scored]], scored, indices)
+        result[name] = {**trace_plants.summary(ranks), "by_kind": trace_plants.by_kind(scored, ranks), "ranks": ranks}
+    result["gradient"]["weights"] = asdict(weights)
+    return result
 
 
 def _unrolled(traced: TracedAdapter, plants: Sequence[Plant], label: str) -> dict[str, Any]:
     """Return the counts of unrolling, a part of the call for each reply."""
     lines = []
     for plant, query in zip(plants, queries_of(traced, asked(plants)), strict=True):
-        line = parts.run(
-            f"plants: unrolled, {label}, {plant.name}",
-            lambda query=query: trace_methods.unrolled(traced, [query])[0].tolist(),
-        )
-        lines.append(line)
-    scores = np.asarray(lines) if lines else np.zeros((0, len(traced.rows)))
-    ranks = trace_plants.plant_ranks(scores, plants, row_indices(traced))
+        part = f"plants, {label}, {plant.name}"
+        lines.append(trace_methods.scores_of(part, {"unrolling": trace_methods.unrolled}, traced, [query])["unrolled"])
+    ranks = trace_plants.plant_ranks(np.concatenate(lines), plants, row_indices(traced))
     return {**trace_plants.summary(ranks), "rows": len(traced.rows), "ranks": ranks}

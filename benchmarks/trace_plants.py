@@ -33,9 +33,11 @@ FILE = Path(__file__).with_name("trace_plants.yaml")
 MAX_OVERLAP = 0.5
 GRAM = 4
 STOP_WORDS = frozenset(
-    "a an and are as at be been but by can could did do does for from had has have how i if in is it its me my no not of "
-    "on or our shall should so some that the their them then there these they this to us was we were what when where "
-    "which while who why will with would you your may any all".split()
+    trace_methods.words(
+        "a all an and any are as at be been but by can could did do does for from had has have how i if in is it its "
+        "may me my no not of on or our shall should so some that the their them then there these they this to us was "
+        "we were what when where which while who why will with would you your"
+    )
 )
 
 
@@ -156,10 +158,9 @@ def effects(plants: Sequence[Plant], full: F64, rounds: Sequence[F64], min_effec
 
 
 def choose_scored(plants: Sequence[Plant], kinds: Sequence[str], count: int) -> list[Plant]:
-    """Return up to `count` plants of these kinds, a plant of each kind in turn; the size of an effect decides nothing."""
-    return sorted((plant for plant in plants if plant.kind in kinds), key=lambda plant: (plant.number, plant.kind))[
-        :count
-    ]
+    """Return up to `count` plants of these kinds, one of each kind in turn; the size of an effect decides nothing."""
+    chosen = [plant for plant in plants if plant.kind in kinds]
+    return sorted(chosen, key=lambda plant: (plant.number, plant.kind))[:count]
 
 
 def plant_ranks(scores: F64, plants: Sequence[Plant], indices: dict[tuple[str, str], int]) -> list[float]:

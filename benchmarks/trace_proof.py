@@ -1,10 +1,10 @@
 """Proof of trace.py: verdicts of `sartor ablate` on true and false suspicions, against the truth by other seeds.
 
-On few rows with plants. A true suspicion is the two rows of a plant for its reply. A false one, for the reply of another
-plant, is two rows that have nothing to do with it: the nearest by BM25 in every other case, else random rows of the
-plant's own source. The truth is the rise of the reply's loss without the suspects, by retrains with two other seeds: a
-suspicion is true if it is at least `min_effect` nats in both, false if it is less in both. A case in which the seeds
-disagree, or say other than was meant, is named and does not count.
+On few rows with plants. A true suspicion is the two rows of a plant for its reply. A false one, for the reply of
+another plant, is two rows that have nothing to do with it: in every other case the nearest by BM25, else random rows
+of the plant's own source. The truth is the rise of the reply's loss without the suspects, by retrains with two other
+seeds: a suspicion is true if it is at least `min_effect` nats in both, false if it is less in both. A case in which
+the seeds disagree, or say other than was meant, is named and does not count.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 import parts
 import trace_methods
 from trace_lds import Retrains
-from trace_plants import Plant
 from trace_planted import PlantedSet, asked, make_few
+from trace_plants import Plant
 from trace_setup import Size, notice, queries_of, row_indices
 
 import sartor
@@ -47,7 +47,7 @@ def suspicions_of(traced: TracedAdapter, plants: Sequence[Plant], size: Size) ->
     """Return true suspicions, then false ones, of different plants where there are enough."""
     indices = row_indices(traced)
     planted = {indices[pair] for plant in plants for pair in plant.rows}
-    nearest = trace_methods.bm25(traced, queries_of(traced, asked(plants)))
+    nearest = trace_methods.bm25(traced, queries_of(traced, asked(plants)))["bm25"]
     result = []
     for plant in plants[: size.suspicions]:
         result.append(Suspicion(plant, tuple(indices[pair] for pair in plant.rows), "true"))

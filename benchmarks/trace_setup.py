@@ -28,13 +28,13 @@ FILLER_WORDS = 24
 class Size:
     """How much is measured.
 
-    rows, updates, batch_rows, queries, retrains: of a set whose LDS is measured; group: queries of one call of unrolling.
-    curve_points: of a curve at most.
+    rows, updates, batch_rows, queries, retrains: of a set whose LDS is measured. group: queries that are unrolled at
+        once. curve_points: of a curve at most.
     planted_rows: with the plants among them; few_rows: of the smaller planted set, for unrolling.
     plants: that are scored. asked_plants: a kind's plants that are tried.
     closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply.
     source_rows: rows of each of ten sources. bad_replies: that are traced to their source.
-    suspicions: true ones, and as many false ones. controls: matched sets of each. truth_seeds: of the truth about them.
+    suspicions: true ones, and as many false ones. controls: matched sets of each. truth_seeds: of their truth.
     retrieval_rows, gradient_rows, curve_rows: rows of the timed calls.
     recipe: of every tuning, over the benchmark's own.
     """
@@ -151,6 +151,7 @@ def tune_traced(
             "base": {"name": "starter", "bits": 32},
             "data": {"path": str(dataset), "eval_fraction": 0.0, "eval_rows": 0, "rehearsal": "none"},
             "method": {"kind": "lora", "rank": 8, "alpha": 16},
+            "trace": {"features": True},
         }
         sartor.tune({**fixed, **recipe}, adapter, show=False, notice=notice)
     return open_traced(adapter)
@@ -212,6 +213,6 @@ def _is_short(text: str) -> bool:
 
 
 def set_rows(name: str, options: defaults.Options, count: int, held_out: int) -> tuple[list[Row], list[Row]]:
-    """Return training rows of a set, and held-out rows whose replies are asked for; those of benchmarks/defaults.py."""
+    """Return training rows of a set of benchmarks/defaults.py, and held-out rows whose replies are asked for."""
     train, other = defaults.SETS[name].read(options)
     return train[:count], other[:held_out]

@@ -1,9 +1,9 @@
 """Mislabelled source of trace.py: ten sources of commands, of which one has a wrong label for one intent.
 
-Every source has as many rows. Of one intent the mislabelled source has most rows, all with the label of another intent;
-the other sources have one row each, with the right label. The bad replies are what the tuned model says to held-out
-commands of that intent where it gives the wrong label. `--by source` names a source if its rows' scores have the
-largest sum.
+Every source has as many rows. Of one intent the mislabelled source has most rows, all with the label of another
+intent; the other sources have one row each, with the right label. The bad replies are what the tuned model says to
+held-out commands of that intent where it gives the wrong label. `--by source` names a source if its rows' scores have
+the largest sum.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import parts
 import trace_methods
 from numpy.typing import NDArray
+from sartor.trace.ensemble import PACKAGED, combine
 from trace_setup import Row, Size, chat_row, notice, recipe_of, texts_of, tune_traced, with_reply
 
 from sartor.core import assets
@@ -47,7 +48,7 @@ def source_rows(size: Size) -> tuple[dict[str, list[Row]], list[Row], str]:
     by_intent: dict[str, list[Row]] = {}
     for row in home_intents.rows(assets.install("home-intents"), per_intent=per_intent):
         command, reply = texts_of(row)
-        plain = chat_row(command, reply, home_intents.SYSTEM_PROMPT)
+        plain = chat_row(command, reply)
         by_intent.setdefault(json.loads(reply)["intent"], []).append(plain)
     intent, wrong = sorted(by_intent)[:2]
     mislabelled = round(WRONG * size.source_rows)
@@ -92,11 +93,10 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     traced = tune_traced(folder / "sources", sources, {**recipe, **size.recipe})
     bad = parts.run("source: bad replies", lambda: bad_replies(traced, held_out, wrong, size))
     queries = [traced.query(*texts_of(row)) for row in bad]
-    scorers = {name: scorer for name, scorer in trace_methods.OURS.items() if name != "unrolled"}
-    counts = {}
-    for name, scorer in {**scorers, **trace_methods.PEERS}.items():
-        scores = np.asarray(parts.run(f"source: {name}", lambda scorer=scorer: scorer(traced, queries).tolist()))
-        counts[name] = sum(_named(traced, line) == BAD for line in scores)
+    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
+    scores = trace_methods.scores_of("source", scorers, traced, queries)
+    scores["ensemble"] = combine(scores, PACKAGED)
+    counts = {name: sum(_named(traced, line) == BAD for line in matrix) for name, matrix in scores.items()}
     return {
         "by_source": counts["gradient"],
         "by_source_methods": counts,
