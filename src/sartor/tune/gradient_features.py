@@ -4,10 +4,10 @@ A sketch reduces the gradient G (m, n) of each LoRA factor to P G Q^T (k_m, k_n)
 Choe et al. 2024, arXiv:2405.13954, equation 5). P and Q are made again from the seed whenever they are needed. Inner
 products of sketches approximate those of the gradients; the error falls with the number of factors.
 
-AdamW moves a parameter by its gradient over the root of its second moment v. So the inner product in which a row's
-step lowers a reply's loss is sum g_row g_reply / sqrt(v), and each side is multiplied by v^(-1/4). With v factored into
-rows and columns, v_ij = r_i c_j / sum(r) (Adafactor: Shazeer & Stern 2018, arXiv:1804.04235, equation 4), that
-multiplies P and Q and costs nothing a token.
+AdamW moves a parameter by its gradient over the root of its second moment v. So a row's step lowers a reply's loss by
+the inner product sum g_row g_reply / sqrt(v), and each side is multiplied by v^(-1/4). With v factored into rows and
+columns, v_ij = r_i c_j / sum(r) (Adafactor: Shazeer & Stern 2018, arXiv:1804.04235, algorithm 2), that multiplies P
+and Q and costs nothing a token.
 
 `FeatureRecorder` adds up what a run moves by each row: sum over its visits of rate * v^(-1/4) g. It keeps the factors
 of the run at a third and at two thirds of its budget too, for sketches at those weights.
@@ -42,7 +42,7 @@ ROW_BYTES = 27_000
 RECORDED, WEIGHTS, MOMENTS = "recorded", "weights.safetensors", "moments.safetensors"
 # fractions of the budget at which the factors are kept
 KEPT_AT = (1 / 3, 2 / 3)
-# updates between two looks at AdamW's second moment
+# AdamW's second moment is looked at after each of the first updates, in which it changes much, and then at intervals
 _MOMENT_UPDATES = 16
 # least mean square of a row or column of v, over the mean of all
 _MOMENT_FLOOR = 1e-4
@@ -159,7 +159,9 @@ def layer_of(name: str) -> int:
 
 def lora_factors(model: Any) -> dict[str, torch.nn.Parameter]:
     """Return the LoRA factors of a model by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
+    }
 
 
 def factor_moments(second_moments: Mapping[str, torch.Tensor]) -> Moments:
@@ -225,7 +227,9 @@ class FeatureRecorder:
     run goes on with it. A visit counts once, also if a kill repeats it.
     """
 
-    def __init__(self, folder: Path, layout: SketchLayout, ids: Sequence[str], model: Any, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, layout: SketchLayout, ids: Sequence[str], model: Any, device: torch.device
+    ) -> None:
         """Open the recording in `folder`, or begin one. ids: Example ids of the run's rows, each once."""
         self.folder = folder
         fields = {"layout": layout.as_json(), "label": RECORDED}
@@ -238,7 +242,6 @@ class FeatureRecorder:
         self._index = {id: index for index, id in enumerate(ids)}
         self._sketcher = GradientSketcher(layout, lora_factors(model), device)
         self._observer = RowGradientObserver(self._sketcher)
-        self._moments: Moments = {}
         self._factors = lora_factors(model)
 
     @classmethod
@@ -264,8 +267,7 @@ class FeatureRecorder:
 
         optimizer: AdamW of the run, which has moments if the run is resumed.
         """
-        self._moments = moments_of(optimizer, self._factors)
-        self._sketcher.precondition(self._moments)
+        self._sketcher.precondition(moments_of(optimizer, self._factors))
         with self._observer.attached(backend):
             yield
 
@@ -291,9 +293,8 @@ class FeatureRecorder:
             folder = self.folder / f"state-{index + 1}"
             if fraction >= share and not (folder / WEIGHTS).is_file():
                 write_state(folder, self._factors, moments_of(optimizer, self._factors))
-        if not self._moments or update % _MOMENT_UPDATES == 0:
-            self._moments = moments_of(optimizer, self._factors)
-            self._sketcher.precondition(self._moments)
+        if update <= _MOMENT_UPDATES or update % _MOMENT_UPDATES == 0:
+            self._sketcher.precondition(moments_of(optimizer, self._factors))
 
     def finish(self, adapter: Artifact, dataset_ids: Sequence[str], optimizer: Any) -> Path:
         """Move the recording to the Adapter's folder, and return the folder of the sketches."""

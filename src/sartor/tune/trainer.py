@@ -131,6 +131,11 @@ class TuningContext:
     fingerprint: dict[str, Any]
     prove: bool
 
+    @property
+    def dataset_ids(self) -> list[str]:
+        """Ids of the Datasets whose rows are read."""
+        return [parent.id for parent in self.parents if parent.kind == "dataset"]
+
 
 def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
     recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
@@ -157,8 +162,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
     }
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
-    dataset_ids = [parent.id for parent in context.parents if parent.kind == "dataset"]
-    recorded: list[TrainingRun] = []
+    runs: list[TrainingRun] = []
 
     def fill(temp_folder: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so no other run uses what is removed
@@ -182,9 +186,8 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                         {**checkpoint.manifest["environment"], **checkpoint.manifest}, current
                     ):
                         notice(line)
-                if recipe.trace.features:
-                    run.features = FeatureRecorder.begin(out, dataset_ids, run, is_resumed=checkpoint is not None)
-                    recorded.append(run)
+                _begin_recording(context, run, out)
+                runs.append(run)
                 notice(f"path {run.path.name}: {run.path.reason}")
                 notice(run.forecast.line)
                 warnings = _warnings(context, run, notice)
@@ -201,11 +204,22 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
     catalogue.register(adapter)
-    for run in recorded:
-        assert run.features is not None
-        notice(f"sketches of the rows' gradients: {run.features.finish(adapter, dataset_ids, run.optimizer)}")
+    _keep_recording(context, runs[-1], adapter, notice)
     _record_looks(adapter, context.data)
     return adapter
+
+
+def _begin_recording(context: TuningContext, run: TrainingRun, out: Path) -> None:
+    """Let the run record sketches of its rows' gradients, if the recipe says so."""
+    if context.recipe.trace.features:
+        is_resumed = context.resume_state.checkpoint is not None
+        run.features = FeatureRecorder.begin(out, context.dataset_ids, run, is_resumed=is_resumed)
+
+
+def _keep_recording(context: TuningContext, run: TrainingRun, adapter: Artifact, notice: Notice) -> None:
+    if run.features is not None:
+        folder = run.features.finish(adapter, context.dataset_ids, run.optimizer)
+        notice(f"sketches of the rows' gradients are in {folder}")
 
 
 def _record_looks(adapter: Artifact, data: TokenizedDataset) -> None:

@@ -9,9 +9,9 @@ reduces each token's product to a few numbers; they are summed by row. So no row
 gradient of a row is ever in memory (Choe et al. 2024, arXiv:2405.13954, section 3.2). The observer only reads: no bit
 of a loss or a gradient changes.
 
-With shared prefixes (packing.py) a token may belong to several rows, and its gradient is their sum. Such a token counts
-for each of its rows in equal parts. With `is_masked`, only tokens that predict a supervised token count, so this
-concerns only rows with the same prompt.
+With shared prefixes (packing.py) a token may belong to several rows, and its gradient is their sum. Such a token
+counts for each of its rows in equal parts. With `is_masked`, only tokens that predict a supervised token count, so
+this concerns only rows with the same prompt.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""Combination of gradients, hidden states and retrieval, with weights fixed on planted rows.
+
+Each part ranks all rows; the combination is the weighted mean of the ranks' normal quantiles. The weights come from
+the first of these that exists:
+
+    SARTOR_HOME/trace/ADAPTER_ID/ensemble.json    fitted by `fit_weights` on rows planted for this adapter
+    PACKAGED                                      fitted on planted rows of half of the kinds of benchmarks/trace.py
+    equal weights
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sartor.core import trace_store
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.sketch_matrix import SketchMatrix
+from sartor.trace import hidden_states
+from sartor.trace import prepare as preparation
+from sartor.trace.attribution import Attribution, Method
+from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized
+from sartor.trace.retrieval import retrieval_scores
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.traced_model import TracedModel
+
+Notice = Callable[[str], object]
+Array = np.ndarray[Any, np.dtype[Any]]
+PARTS = ("gradient", "hidden_states", "retrieval")
+FILE = "ensemble.json"
+# steps of a weight in a fit
+_STEPS = 10
+
+
+@dataclass(frozen=True)
+class EnsembleWeights:
+    """Weights of the parts, which add up to 1.
+
+    origin: how they were found, for the JSON of a trace. planted: number of planted rows of the fit; 0 for no fit.
+    """
+
+    gradient: float
+    hidden_states: float
+    retrieval: float
+    origin: str
+    planted: int = 0
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Weights in the order of PARTS."""
+        return self.gradient, self.hidden_states, self.retrieval
+
+
+# Until benchmarks/trace.py has fitted them, all parts count the same.
+PACKAGED = EnsembleWeights(1 / 3, 1 / 3, 1 / 3, "equal: not fitted on planted rows")
+
+
+def ensemble_scores(
+    traced: TracedAdapter,
+    queries: Sequence[TraceQuery],
+    *,
+    weights: EnsembleWeights | None = None,
+    notice: Notice = lambda line: None,
+) -> Attribution:
+    """Return the combined scores (Q, N). Raises what `gradient_scores` raises.
+
+    weights: by default those of `weights_of`.
+    """
+    weights = weights or weights_of(traced)
+    parts, facts = part_scores(traced, queries, notice=notice)
+    scores = combine(parts, weights)
+    return Attribution(Method.GRADIENT, scores, facts={**facts, "ensemble": asdict(weights)})
+
+
+def part_scores(
+    traced: TracedAdapter, queries: Sequence[TraceQuery], *, notice: Notice = lambda line: None
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return the scores (Q, N) of each of PARTS, and the facts of the gradients."""
+    model = TracedModel.open(traced, notice)
+    gradient = gradient_scores(traced, queries, model=model, notice=notice)
+    parts = {
+        "gradient": gradient.scores,
+        "hidden_states": hidden_scores(traced, queries, model=model, notice=notice),
+        "retrieval": retrieval_scores(traced, queries).scores,
+    }
+    return parts, gradient.facts
+
+
+def hidden_scores(
+    traced: TracedAdapter, queries: Sequence[TraceQuery], *, model: TracedModel, notice: Notice = lambda line: None
+) -> Array:
+    """Return the scores (Q, N) by hidden states: mean normal quantile of the cosines' ranks at both layers.
+
+    Rows that have no hidden states yet get them.
+    """
+    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    matrix = SketchMatrix.open(folder / preparation.HIDDEN)
+    if not preparation.is_complete(traced, matrix):
+        preparation.prepare(traced, model=model, labels=[preparation.HIDDEN], notice=notice)
+        matrix = SketchMatrix.open(folder / preparation.HIDDEN)
+    assert matrix is not None
+    changes = hidden_states.changes(model, [model.query(query) for query in queries])
+    places = {id: place for place, id in enumerate(matrix.ids)}
+    wanted = [places[row.example.id] for row in traced.rows]
+    count = len(hidden_states.chosen_layers(model))
+    cosines = np.zeros((count, len(queries), len(matrix.ids)), np.float32)
+    for piece, rows in matrix.pieces():
+        for index, (row_part, query_part) in enumerate(
+            zip(np.split(rows, count, 1), np.split(changes, count, 1), strict=True)
+        ):
+            cosines[index, :, piece] = normalized(query_part) @ normalized(row_part).T
+    return mean_normal_scores(cosines[:, :, wanted])
+
+
+def combine(parts: Mapping[str, Array], weights: EnsembleWeights) -> Array:
+    """Return the weighted mean (Q, N) of the parts' normal quantiles. parts: (Q, N) scores of each of PARTS."""
+    scaled = [
+        weight * mean_normal_scores(parts[name][None]) for name, weight in zip(PARTS, weights.values, strict=True)
+    ]
+    return np.asarray(np.sum(scaled, 0))
+
+
+def fit_weights(parts: Mapping[str, Array], true_rows: Sequence[int], *, origin: str) -> EnsembleWeights:
+    """Return the weights whose combination ranks planted rows best, by mean reciprocal rank.
+
+    parts: (Q, N) scores of each of PARTS for replies of known cause. true_rows: (Q,) index of each reply's planted
+    row. origin: which plants these are. Of equally good weights the most even ones are taken.
+    Raises ConfigError for no planted row.
+    """
+    if not true_rows:
+        raise ConfigError("no planted row is given", "plants of benchmarks/trace_plants.py")
+    best: tuple[float, float, EnsembleWeights] | None = None
+    for steps in itertools.product(range(_STEPS + 1), repeat=len(PARTS)):
+        if sum(steps) != _STEPS:
+            continue
+        gradient, hidden, retrieval = shares = [step / _STEPS for step in steps]
+        weights = EnsembleWeights(gradient, hidden, retrieval, origin, len(true_rows))
+        ranks = ranks_of(combine(parts, weights), true_rows)
+        quality = float(np.mean(1 / ranks))
+        evenness = -max(shares)
+        if best is None or (quality, evenness) > best[:2]:
+            best = quality, evenness, weights
+    assert best is not None
+    return best[2]
+
+
+def ranks_of(scores: Array, true_rows: Sequence[int]) -> Array:
+    """Return the rank (Q,), from 1, of each reply's true row. scores: (Q, N)."""
+    own = scores[np.arange(len(scores)), list(true_rows)]
+    return np.asarray(1 + (scores > own[:, None]).sum(1))
+
+
+def keep_weights(traced: TracedAdapter, weights: EnsembleWeights) -> None:
+    """Write weights that were fitted for this adapter to its folder of the trace store."""
+    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    trace_store.write_trace_file(folder / FILE, json.dumps(asdict(weights)).encode())
+
+
+def weights_of(traced: TracedAdapter) -> EnsembleWeights:
+    """Return the weights for an adapter. Raises ArtifactError for a damaged file of weights."""
+    file = trace_store.trace_folder(trace_store.adapter_id(traced.artifact)) / FILE
+    fields = trace_store.read_trace_json(file)
+    if fields is None:
+        return PACKAGED
+    try:
+        return EnsembleWeights(**fields)
+    except TypeError as error:
+        raise ArtifactError(f"{file} holds no weights: {error}", f"rm {file}; it is fitted again") from None

@@ -1,0 +1,137 @@
+"""Scores of rows by the likeness of their gradient to that of a reply.
+
+At each set of weights and in each layer, a row's score is the cosine of its sketch and the reply's, in the metric of
+AdamW's second moment (tune/gradient_features.py). Of a cosine, long rows and rows of high loss have no more than
+others. The scores of layers and weights are ranked and averaged (arXiv:2511.04715), since a few layers of large
+gradients would otherwise decide alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import special
+from scipy.stats import rankdata
+
+from sartor.core import trace_store
+from sartor.core.errors import ConfigError
+from sartor.core.sketch_matrix import SketchMatrix
+from sartor.trace import prepare as preparation
+from sartor.trace.attribution import Attribution, Method
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.traced_model import TracedModel
+from sartor.tune.gradient_features import RECORDED, read_moments
+
+Notice = Callable[[str], object]
+Array = np.ndarray[Any, np.dtype[Any]]
+# rows whose sketches are made unasked where none are there
+MAX_UNPREPARED_ROWS = 2_000
+# queries whose cosines are in memory at once
+_QUERIES_AT_ONCE = 16
+
+
+def gradient_scores(
+    traced: TracedAdapter,
+    queries: Sequence[TraceQuery],
+    *,
+    model: TracedModel | None = None,
+    notice: Notice = lambda line: None,
+) -> Attribution:
+    """Return the scores (Q, N) of rows, as mean normal scores of their ranks.
+
+    Sketches that were prepared or recorded are read. Without any, those at the adapter's weights are made and kept.
+    model: of `traced`, if the caller has opened it.
+    Raises ConfigError if there are none and the rows are more than MAX_UNPREPARED_ROWS, or if a reply is longer than
+    the base's context; SourceError for a reply that the template refuses; and what `TracedModel.open` raises.
+    """
+    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    labels = sketched_labels(traced, folder)
+    if not labels and len(traced.rows) > MAX_UNPREPARED_ROWS:
+        raise ConfigError(
+            f"{len(traced.rows):,} rows of {traced.artifact.path} have no sketches; up to {MAX_UNPREPARED_ROWS:,} are "
+            "made at once",
+            f"sartor trace {traced.artifact.path} --prepare",
+        )
+    model = model or TracedModel.open(traced, notice)
+    if not labels or not has_layout(folder / labels[0], model):
+        preparation.prepare(traced, model=model, labels=[preparation.FINAL], notice=notice)
+        labels = [preparation.FINAL]
+    labels = [label for label in labels if has_layout(folder / label, model)]
+    sketches = {label: _query_sketches(model, folder / label, queries) for label in labels}
+    scores = np.zeros((len(queries), len(traced.rows)))
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        some = slice(start, start + _QUERIES_AT_ONCE)
+        parts = [layer_cosines(traced, folder / label, values[some], model) for label, values in sketches.items()]
+        scores[some] = mean_normal_scores(np.concatenate(parts))
+    facts = {"sketches": labels, "row_bytes": preparation_bytes(folder, labels)}
+    return Attribution(Method.GRADIENT, scores, facts=facts)
+
+
+def sketched_labels(traced: TracedAdapter, folder: Path) -> list[str]:
+    """Return the sets of weights with a sketch of every row: the prepared ones, or else what the run recorded."""
+    labels = preparation.prepared_labels(traced, folder)
+    if not labels and preparation.is_complete(traced, SketchMatrix.open(folder / RECORDED)):
+        return [RECORDED]
+    return labels
+
+
+def has_layout(folder: Path, model: TracedModel) -> bool:
+    """Return whether the sketches in a folder are those that this version makes of the model's factors."""
+    matrix = SketchMatrix.open(folder)
+    layout = model.layout.as_json()
+    return matrix is not None and matrix.header.get("layout") == {
+        "seed": layout["seed"],
+        "factors": [[name, list(shape), list(size)] for name, shape, size in layout["factors"]],
+    }
+
+
+def preparation_bytes(folder: Path, labels: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of a row on disk for each set of weights."""
+    matrices = {label: SketchMatrix.open(folder / label) for label in labels}
+    return {label: matrix.row_bytes for label, matrix in matrices.items() if matrix is not None}
+
+
+def _query_sketches(model: TracedModel, folder: Path, queries: Sequence[TraceQuery]) -> Array:
+    """Return the sketches (Q, K) of the replies' gradients at the weights of a folder."""
+    preparation.put_weights(model, folder)
+    sketcher = model.sketcher(read_moments(folder))
+    sketches = model.sketches([model.query(query) for query in queries], sketcher)
+    model.put(model.final)
+    return sketches
+
+
+def layer_cosines(traced: TracedAdapter, folder: Path, sketches: Array, model: TracedModel) -> Array:
+    """Return the cosines (L, Q, N) of replies and rows in each layer.
+
+    sketches: (Q, K) of the replies. A row or reply without a gradient in a layer has the cosine 0 there.
+    """
+    matrix = SketchMatrix.open(folder)
+    assert matrix is not None
+    layers = list(model.layout.layers.values())
+    # the matrix may have other rows beside those of `traced`, in another order
+    places = {id: place for place, id in enumerate(matrix.ids)}
+    wanted = np.array([places[row.example.id] for row in traced.rows])
+    cosines = np.zeros((len(layers), len(sketches), len(matrix.ids)), np.float32)
+    for piece, rows in matrix.pieces():
+        for index, layer in enumerate(layers):
+            cosines[index, :, piece] = normalized(sketches[:, layer]) @ normalized(rows[:, layer]).T
+    return cosines[:, :, wanted]
+
+
+def normalized(vectors: Array) -> Array:
+    """Return (n, K) vectors of length 1; zeros stay zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny))
+
+
+def mean_normal_scores(parts: Array) -> Array:
+    """Return the scores (Q, N): mean over parts of the normal quantile of each row's rank.
+
+    parts: (P, Q, N), larger for more alike. Ranks of equal values are their mean. Quantiles keep the distance between
+    the few rows at the top that plain ranks would lose: (r - 0.5) / N (Blom's form; van der Waerden 1952).
+    """
+    ranks = rankdata(parts, axis=2)
+    return np.asarray(special.ndtri((ranks - 0.5) / parts.shape[2]).mean(0))

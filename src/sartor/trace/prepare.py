@@ -1,0 +1,185 @@
+"""Preparation of a traced adapter: sketches of all of its rows, at up to three sets of weights.
+
+    SARTOR_HOME/trace/ADAPTER_ID/
+      final/        sketches of the rows at the adapter's weights, and the second moments that preconditioned them
+      state-1/      at a third of the tuning, if the run kept its factors (`trace: {features: true}`)
+      state-2/      at two thirds
+      hidden/       what tuning changed in the hidden states of replies
+      recorded/     what the run recorded while it tuned (tune/gradient_features.py)
+
+A pass over the rows is a forward pass, and a backward pass down to the lowest sketched layer, so it takes less than an
+epoch of the tuning. A killed preparation goes on with the rows that are not written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from sartor.core import trace_store
+from sartor.core.filesystem import writer_lock
+from sartor.core.sketch_matrix import SketchMatrix
+from sartor.trace import hidden_states
+from sartor.trace.traced_adapter import TracedAdapter
+from sartor.trace.traced_model import TracedModel
+from sartor.tune.gradient_features import (
+    KEPT_AT,
+    MOMENTS,
+    WEIGHTS,
+    Moments,
+    read_moments,
+    write_moments,
+)
+
+Notice = Callable[[str], object]
+FINAL, HIDDEN = "final", "hidden"
+STATES = tuple(f"state-{index + 1}" for index in range(len(KEPT_AT)))
+# rows that are written at once
+CHUNK_ROWS = 64
+# a pass over the rows of sketches, and one of hidden states, in epochs of the tuning: measured on the starter
+_SKETCH_EPOCHS, _HIDDEN_EPOCHS = 0.85, 0.7
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Result of a preparation.
+
+    labels: sets of weights with sketches of all rows. row_bytes: bytes of a row on disk, by folder.
+    """
+
+    folder: Path
+    labels: tuple[str, ...]
+    rows: int
+    row_bytes: dict[str, int]
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the command's JSON."""
+        return {
+            "folder": str(self.folder),
+            "prepared": list(self.labels),
+            "rows": self.rows,
+            "row_bytes": self.row_bytes,
+            "wall_s": round(self.wall_s, 3),
+        }
+
+
+def prepare(
+    traced: TracedAdapter,
+    *,
+    model: TracedModel | None = None,
+    labels: Sequence[str] | None = None,
+    notice: Notice = lambda line: None,
+) -> Preparation:
+    """Write the sketches of all rows; rows that an earlier call wrote are kept.
+
+    model: of `traced`, if the caller has opened it.
+    labels: sets of weights, by default those that are known, and the hidden states.
+    Raises ConfigError if another process prepares the same adapter, and what `TracedModel.open` raises.
+    """
+    started_s = time.monotonic()
+    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    if labels is None:
+        labels = [FINAL, *(label for label in STATES if (folder / label / WEIGHTS).is_file()), HIDDEN]
+    notice(_estimate(traced, folder, labels))
+    row_bytes = {}
+    with writer_lock(folder / "prepare"):
+        model = model or TracedModel.open(traced, notice)
+        for label in labels:
+            if label == HIDDEN:
+                matrix = _write_rows(
+                    open_hidden(traced, folder, model), lambda indices: hidden_rows(model, indices), label, notice
+                )
+            else:
+                matrix = _sketch(model, folder / label, label, notice)
+            row_bytes[label] = matrix.row_bytes
+        model.put(model.final)
+    return Preparation(folder, tuple(labels), len(traced.rows), row_bytes, time.monotonic() - started_s)
+
+
+def prepared_labels(traced: TracedAdapter, folder: Path) -> list[str]:
+    """Return the sets of weights in `folder` with a sketch of every row of `traced`."""
+    return [label for label in (FINAL, *STATES) if is_complete(traced, SketchMatrix.open(folder / label))]
+
+
+def is_complete(traced: TracedAdapter, matrix: SketchMatrix | None) -> bool:
+    """Return whether a matrix holds every row of `traced`."""
+    if matrix is None:
+        return False
+    written = {id for id, is_written in zip(matrix.ids, matrix.written(), strict=True) if is_written}
+    return all(row.example.id in written for row in traced.rows)
+
+
+def moments_at(model: TracedModel, folder: Path) -> Moments:
+    """Return the second moments that precondition the sketches in a folder, estimated and kept if there are none.
+
+    The model has the folder's weights. Those that the run kept at its end are taken for the final weights.
+    """
+    if not (folder / MOMENTS).is_file():
+        moments = read_moments(folder.parent / "recorded") if folder.name == FINAL else {}
+        write_moments(folder, moments or model.estimate_moments())
+    return read_moments(folder)
+
+
+def put_weights(model: TracedModel, folder: Path) -> None:
+    """Give the model the weights of a folder; those of the adapter if it has none."""
+    model.put(load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else model.final)
+
+
+def open_hidden(traced: TracedAdapter, folder: Path, model: TracedModel) -> SketchMatrix:
+    """Return the matrix of hidden states, created if absent."""
+    layers = hidden_states.chosen_layers(model)
+    size = len(layers) * model.model.config.get_text_config().hidden_size
+    ids = [row.example.id for row in traced.rows]
+    return SketchMatrix.create(folder / HIDDEN, ids, size, {"layers": layers})
+
+
+def hidden_rows(model: TracedModel, indices: Sequence[int]) -> Any:
+    """Return the (n, K) changes of hidden states of some rows."""
+    return hidden_states.changes(model, [model.row(index) for index in indices])
+
+
+def _sketch(model: TracedModel, folder: Path, label: str, notice: Notice) -> SketchMatrix:
+    put_weights(model, folder)
+    sketcher = model.sketcher(moments_at(model, folder))
+    fields = {"layout": model.layout.as_json(), "label": label}
+    matrix = SketchMatrix.create(folder, [row.example.id for row in model.traced.rows], model.layout.size, fields)
+    return _write_rows(
+        matrix, lambda indices: model.sketches([model.row(index) for index in indices], sketcher), label, notice
+    )
+
+
+def _write_rows(
+    matrix: SketchMatrix, compute: Callable[[Sequence[int]], Any], label: str, notice: Notice
+) -> SketchMatrix:
+    """Compute and write the rows of a matrix that are not written yet."""
+    missing = np.flatnonzero(~matrix.written()).tolist()
+    if len(missing) < len(matrix.ids) and missing:
+        notice(f"{label}: going on with the last {len(missing):,} of {len(matrix.ids):,} rows")
+    started_s = time.monotonic()
+    for start in range(0, len(missing), CHUNK_ROWS):
+        chunk = missing[start : start + CHUNK_ROWS]
+        matrix.write(chunk, compute(chunk))
+        matrix.flush()
+        done = start + len(chunk)
+        left_s = (time.monotonic() - started_s) / done * (len(missing) - done)
+        notice(f"{label}: {done:,} of {len(missing):,} rows, about {left_s:,.0f} s left")
+    return matrix
+
+
+def _estimate(traced: TracedAdapter, folder: Path, labels: Sequence[str]) -> str:
+    """Return a line about the time that a preparation takes, by the speed of the tuning."""
+    epochs = sum(_HIDDEN_EPOCHS if label == HIDDEN else _SKETCH_EPOCHS for label in labels)
+    line = f"sketches of {len(traced.rows):,} rows in {folder}: {', '.join(labels)}; about {epochs:.1f} epochs' time"
+    run = traced.manifest.get("run", {})
+    recipe = traced.manifest.get("recipe", {})
+    total_epochs = recipe.get("budget", {}).get("epochs")
+    if not run.get("wall_s") or not total_epochs:
+        return line
+    return f"{line}, about {epochs * run['wall_s'] / total_epochs:,.0f} s on the machine of the tuning"
