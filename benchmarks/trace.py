@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +66,37 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
         options = defaults.Options(data=defaults.write_small_data(folder / "data"), work=folder, rows=12, held_out=4)
     sets = arguments.sets or (SMALL_SETS if arguments.small else SETS)
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "lds": lambda: {"lds": {name: trace_lds.measure(name, options, size, folder) for name in sets}},
+        "lds": lambda: _lds(sets, options, size, folder, is_small=arguments.small),
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
         "source": lambda: trace_sources.measure(size, folder),
         "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
         "fix": lambda: {"fix": trace_fix.measure(size, folder, waived=SMALL_WAIVED if arguments.small else ())},
         "cost": lambda: trace_cost.measure(options, size, folder),
     }
-    result: dict[str, Any] = {"absent": {}}
+    absent: dict[str, str] = {}
+    result: dict[str, Any] = {"absent": absent}
     for name, keys in SECTIONS.items():
         if name in arguments.only:
-            result |= sections[name]()
+            measured = sections[name]()
+            absent |= measured.pop("absent", {})
+            result |= measured
         else:
-            result["absent"] |= dict.fromkeys(keys, f"not asked for: --only {name}")
-    result["absent"] |= {f"lds.{name}": f"not asked for: --sets {name}" for name in SETS if name not in sets}
+            absent |= dict.fromkeys(keys, f"not asked for: --only {name}")
+    absent |= {f"lds.{name}": f"not asked for: --sets {name}" for name in SETS if name not in sets}
     if arguments.curves:
         result["curves"] = trace_lds.curves(options, size, folder, arguments.plot)
     else:
-        result["absent"]["curves"] = "not asked for: --curves"
+        absent["curves"] = "not asked for: --curves"
     return result
+
+
+def _lds(
+    sets: Sequence[str], options: defaults.Options, size: Size, folder: Path, *, is_small: bool
+) -> dict[str, Any]:
+    """Return the sets' figures, with the peers that could not be measured."""
+    measured = {name: trace_lds.measure(name, options, size, folder, is_small=is_small) for name in sets}
+    absent = {peer: why for figures in measured.values() for peer, why in figures.pop("absent").items()}
+    return {"lds": measured, "absent": absent}
 
 
 def main() -> None:

@@ -1,4 +1,10 @@
-"""Cost of attribution for trace.py: recording, bytes a row, seconds a reply by rows, tunings of unrolling."""
+"""Cost of attribution for trace.py: recording, bytes a row, seconds a reply by rows, tunings of unrolling.
+
+The rows of the timed retrieval and gradients are generated, and so are the sketches: random numbers for up to
+RANDOM_ROWS rows, and zeros for more, which take as long to read, to compare and to rank but for the disk. `sketches`
+says which. Nothing else is left out of the seconds: they have the opening of base and adapter, the index of the words
+and the gradient of the reply.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import defaults
+import numpy as np
 import parts
 from trace_setup import Row, Size, filler, notice, queries_of, recipe_of, set_rows, texts_of, tune_traced
 
 from sartor.core.records import Example, Message, Origin
-from sartor.core.sketch_matrix import SketchMatrix
+from sartor.core.sketch_matrix import PIECE_ROWS, SCALES, SketchMatrix
 from sartor.core.trace_store import adapter_id, trace_folder
+from sartor.trace import prepare
+from sartor.trace.ensemble import part_scores
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import RetrievalIndex
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
+from sartor.trace.traced_model import TracedModel
 from sartor.trace.unrolling import unroll
 from sartor.tune.gradient_features import RECORDED
 
 # tunings with and without recording, in turn
 PAIRS = 3
+RANDOM_ROWS = 10_000
 
 
 def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
@@ -47,6 +58,11 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
         str(count): parts.run(f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count))
         for count in sorted({size.retrieval_rows, *size.curve_rows})
     }
+    other = tune_traced(folder / "recorded-1", {"home": train}, recipe)
+    gradient = {
+        str(count): parts.run(f"cost: gradient, {count} rows", lambda count=count: gradient_seconds(other, count))
+        for count in sorted({size.gradient_rows, *size.curve_rows})
+    }
     return {
         "feature_overhead": statistics.median(ratios) - 1,
         "feature_overheads": [ratio - 1 for ratio in ratios],
@@ -55,6 +71,8 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
         "unrolling": {name: unrolled[name] for name in ("updates", "seconds", "stored_bytes")},
         "retrieval_s": retrieval[str(size.retrieval_rows)]["seconds"],
         "retrieval_curve": retrieval,
+        "gradient_s": gradient[str(size.gradient_rows)]["seconds"],
+        "gradient_curve": gradient,
     }
 
 
@@ -95,6 +113,43 @@ def retrieval_seconds(traced: TracedAdapter, count: int) -> dict[str, float]:
     index.scores(query)
     ended = time.monotonic()
     return {"seconds": ended - started, "index_s": indexed - started, "query_s": ended - indexed}
+
+
+def gradient_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:
+    """Return the seconds of the gradient method for one reply among `count` generated rows.
+
+    The adapter's own sketches are overwritten.
+    """
+    generated = generated_rows(traced, count)
+    folder = trace_folder(adapter_id(traced.artifact))
+    model = TracedModel.open(generated)
+    fields = {"layout": model.layout.as_json()}
+    ids = [row.example.id for row in generated.rows]
+    labels = [prepare.FINAL, *prepare.STATES]
+    matrices = [
+        SketchMatrix.create(folder / name, ids, model.layout.size, {**fields, "label": name}) for name in labels
+    ]
+    rng = np.random.default_rng(0)
+    for matrix in [*matrices, prepare.open_hidden(generated, folder, model)]:
+        _generate(matrix, rng)
+    del model
+    query = queries_of(generated, [_asked()])
+    started = time.monotonic()
+    part_scores(generated, query, notice=notice)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "sketches": "random" if count <= RANDOM_ROWS else "zeros", "weights": len(labels)}
+
+
+def _generate(matrix: SketchMatrix, rng: np.random.Generator) -> None:
+    """Write a sketch for every row."""
+    if len(matrix.ids) > RANDOM_ROWS:
+        # a file of zeros takes no place on the disk as long as nothing writes to it
+        np.memmap(matrix.folder / SCALES, np.float32, "r+")[:] = 1.0
+        return
+    for start in range(0, len(matrix.ids), PIECE_ROWS):
+        rows = list(range(start, min(start + PIECE_ROWS, len(matrix.ids))))
+        matrix.write(rows, rng.standard_normal((len(rows), matrix.size), np.float32))
+    matrix.flush()
 
 
 def _asked() -> Row:

@@ -15,13 +15,14 @@ from typing import Any
 import defaults
 import numpy as np
 import parts
+import smallest
 import trace_methods
 from numpy.typing import NDArray
-from sartor.trace.ensemble import PACKAGED, combine
 from trace_setup import Size, notice, queries_of, recipe_of, set_rows, tune_traced
 
 from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.trace.calibration import leave_out_subsets, linear_datamodelling_scores
+from sartor.trace.ensemble import PACKAGED, combine
 from sartor.trace.replay import Replay
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 
@@ -32,6 +33,8 @@ CURVES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "batch_rows": ("rows of an update", (2, 4, 8, 16, 32), {"epochs": 2}),
     "epochs": ("epochs", (1, 2, 4, 8), {}),
 }
+# methods that are compared with each peer
+OURS = ("unrolled", "gradient", "ensemble")
 CURVE_SET, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 20, 5
 
 
@@ -67,7 +70,7 @@ def true_changes(retrains: Retrains, left_out: Sequence[Sequence[int]]) -> F64:
     return np.stack(changes)
 
 
-def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
+def measure(name: str, options: defaults.Options, size: Size, folder: Path, *, is_small: bool) -> dict[str, Any]:
     """Return the LDS of each method on a set, and ours less each peer's, with intervals over the queries."""
     train, held_out = set_rows(name, options, size.rows, size.queries)
     recipe = recipe_of(train, updates=size.updates, batch_rows=size.batch_rows)
@@ -76,21 +79,33 @@ def measure(name: str, options: defaults.Options, size: Size, folder: Path) -> d
     left_out = leave_out_subsets(len(traced.rows), size.retrains)
     changes = true_changes(Retrains(name, traced, queries), left_out)
     scores = _all_scores(name, {**trace_methods.OURS, **trace_methods.PEERS}, traced, queries, size.group)
+    peer = {"failed": smallest.LEFT_OUT} if is_small else _bergson(name, traced, queries)
+    if "scores" in peer:
+        scores["bergson"] = np.asarray(peer["scores"])
     by_query = {
         method: linear_datamodelling_scores(values, left_out, changes).tolist() for method, values in scores.items()
     }
+    peers = [method for method in (*trace_methods.PEER_NAMES, "bergson") if method in by_query]
     return {
         **{method: _statistics(values) for method, values in by_query.items()},
         "differences": {
-            ours: {peer: _difference(by_query[ours], by_query[peer]) for peer in trace_methods.PEER_NAMES}
-            for ours in trace_methods.OUR_NAMES
+            ours: {other: _difference(by_query[ours], by_query[other]) for other in peers} for ours in OURS
         },
         "slope": _slope(scores["unrolled"], changes, left_out),
         "rows": len(traced.rows),
         "updates": traced.artifact.manifest["run"]["updates"],
         "retrains": len(left_out),
         "queries": len(queries),
+        "absent": {"bergson": peer["failed"]} if "failed" in peer else {},
     }
+
+
+def _bergson(label: str, traced: TracedAdapter, queries: Sequence[TraceQuery]) -> dict[str, Any]:
+    """Return the scores of bergson, a part of the call, or under `failed` why there are none."""
+    found: dict[str, Any] = parts.run(
+        f"{label}: bergson", lambda: trace_methods.bergson(traced, queries), is_final=lambda result: "scores" in result
+    )
+    return found
 
 
 def _all_scores(

@@ -10,34 +10,45 @@ embedding           cosine of minilm's vectors of prompt and reply
 hidden              cosine of the tuned model's last hidden states, mean of the reply's tokens
 gradient_dot        dot product of the gradients of the reply's summed loss by the adapter's weights, after the tuning
 gradient_cosine     the same over their norms
-bergson             bergson 2.5.1 in a venv of its own (peers/bergson)
+bergson             TrackStar of bergson 2.5.1 on the CPU, in a venv of its own (peers/bergson/run.py)
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import parts
 import torch
 from numpy.typing import NDArray
-from sartor.trace.ensemble import part_scores
-from sartor.trace.prepare import prepare
 from trace_setup import notice, open_tokenized
 
 from sartor.core.encoder_registry import open_encoder
 from sartor.core.records import Example
 from sartor.models import adapters
+from sartor.models.base import open_base
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample
+from sartor.trace.ensemble import part_scores
+from sartor.trace.prepare import prepare
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import unrolled_scores
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
+import venvs
+
 F64 = NDArray[np.float64]
+BERGSON, BERGSON_S = Path(__file__).resolve().parent / "peers" / "bergson" / "run.py", 3600.0
 # (Q, N) by the name of a method
 Scores = dict[str, F64]
 Scorer = Callable[[TracedAdapter, Sequence[TraceQuery]], Scores]
@@ -148,6 +159,30 @@ def _gradients(
         yield torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
 
 
+def bergson(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> dict[str, Any]:
+    """Return the `scores` (Q, N) of bergson, or under `failed` why there are none."""
+    try:
+        python = venvs.interpreter("bergson")
+    except venvs.NotInstalled as error:
+        return {"failed": f"not installed: {error}"}
+    base = open_base(traced.recipe.base.name, bits=32)
+    messages = [
+        [{"role": message.role, "content": message.text} for message in example.messages]
+        for example in [*(row.example for row in traced.rows), *(query.example for query in queries)]
+    ]
+    job = {"base": str(base.ref.path), "adapter": str(traced.artifact.path)}
+    job |= {"rows": messages[: len(traced.rows)], "queries": messages[len(traced.rows) :]}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("job.json", "result.json")]
+        files[0].write_text(json.dumps(job), encoding="utf-8")
+        command = [str(python), str(BERGSON), *map(str, files)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BERGSON_S)
+        if not files[1].is_file():
+            return {"failed": f"it ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
+        result: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
+    return {"failed": result["failed"]} if "failed" in result else {"scores": result["scores"]}
+
+
 def unrolled(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
     """Return the scores of unrolling, in nats."""
     return {"unrolled": np.asarray(unrolled_scores(traced, queries, notice=notice).scores)}
@@ -161,7 +196,6 @@ def sketched(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
 
 OURS: dict[str, Scorer] = {"unrolling": unrolled, "sketches": sketched}
 PEERS: dict[str, Scorer] = {"bm25": bm25, "embedding": embedding, "hidden": hidden, "plain gradients": gradients}
-OUR_NAMES = ("unrolled", "gradient", "ensemble")
 PEER_NAMES = ("bm25", "embedding", "hidden", "gradient_dot", "gradient_cosine")
 
 

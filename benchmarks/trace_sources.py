@@ -18,7 +18,6 @@ import numpy as np
 import parts
 import trace_methods
 from numpy.typing import NDArray
-from sartor.trace.ensemble import PACKAGED, combine
 from trace_setup import Row, Size, chat_row, notice, recipe_of, texts_of, tune_traced, with_reply
 
 from sartor.core import assets
@@ -27,6 +26,7 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.tuned_model import open_tuned
 from sartor.trace.credit import sum_by_source
+from sartor.trace.ensemble import PACKAGED, combine
 from sartor.trace.traced_adapter import TracedAdapter
 
 F64 = NDArray[np.float64]
@@ -44,14 +44,14 @@ def relabelled(reply: str, intent: str) -> str:
 
 def source_rows(size: Size) -> tuple[dict[str, list[Row]], list[Row], str]:
     """Return the rows by source, the held-out commands of the mislabelled intent, and the wrong label."""
-    per_intent = size.source_rows + 2 * size.bad_replies
+    mislabelled = round(WRONG * size.source_rows)
+    per_intent = mislabelled + SOURCES - 1 + 2 * size.bad_replies
     by_intent: dict[str, list[Row]] = {}
     for row in home_intents.rows(assets.install("home-intents"), per_intent=per_intent):
         command, reply = texts_of(row)
         plain = chat_row(command, reply)
         by_intent.setdefault(json.loads(reply)["intent"], []).append(plain)
     intent, wrong = sorted(by_intent)[:2]
-    mislabelled = round(WRONG * size.source_rows)
     rows, held_out = by_intent[intent][: mislabelled + SOURCES - 1], by_intent[intent][mislabelled + SOURCES - 1 :]
     others = [row for name in sorted(by_intent) if name != intent for row in by_intent[name]]
     random.Random(0).shuffle(others)
