@@ -35,13 +35,15 @@ import smallest
 import trace_cost
 import trace_fix
 import trace_lds
+import trace_methods
 import trace_planted
 import trace_proof
 import trace_sources
 from results import print_result
-from trace_setup import SMALL, Size
+from trace_setup import SMALL, Size, recipe_of, texts_of, tune_traced
 
 from sartor.models.base import machine_facts
+from sartor.trace.ensemble import PACKAGED, combine
 
 ROOT = Path(__file__).resolve().parent.parent
 # section -> keys of the result
@@ -68,7 +70,7 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "lds": lambda: _lds(sets, options, size, folder, is_small=arguments.small),
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
-        "source": lambda: trace_sources.measure(size, folder),
+        "source": lambda: by_source(size, folder),
         "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
         "fix": lambda: {"fix": trace_fix.measure(size, folder, waived=SMALL_WAIVED if arguments.small else ())},
         "cost": lambda: trace_cost.measure(options, size, folder),
@@ -97,6 +99,30 @@ def _lds(
     measured = {name: trace_lds.measure(name, options, size, folder, is_small=is_small) for name in sets}
     absent = {peer: why for figures in measured.values() for peer, why in figures.pop("absent").items()}
     return {"lds": measured, "absent": absent}
+
+
+def by_source(size: Size, folder: Path) -> dict[str, Any]:
+    """Return for how many bad replies each method names the mislabelled source."""
+    sources, held_out, wrong = trace_sources.source_rows(size)
+    rows = [row for part in sources.values() for row in part]
+    recipe = recipe_of(rows, epochs=2, rate=1e-3, batch_rows=size.batch_rows)
+    traced = tune_traced(folder / "sources", sources, {**recipe, **size.recipe})
+    bad = parts.run("source: bad replies", lambda: trace_sources.bad_replies(traced, held_out, wrong, size))
+    queries = [traced.query(*texts_of(row)) for row in bad]
+    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
+    scores = trace_methods.scores_of("source", scorers, traced, queries)
+    scores["ensemble"] = combine(scores, PACKAGED)
+    counts = {
+        name: sum(trace_sources.named_source(traced, line) == trace_sources.BAD for line in matrix)
+        for name, matrix in scores.items()
+    }
+    return {
+        "by_source": counts["gradient"],
+        "by_source_methods": counts,
+        "bad_replies": len(bad),
+        "sources": len(sources),
+        "rows_of_sources": len(traced.rows),
+    }
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import numpy as np
 import parts
 import torch
 from numpy.typing import NDArray
+from peers import venvs
 from trace_setup import notice, open_tokenized
 
 from sartor.core.encoder_registry import open_encoder
@@ -42,10 +42,6 @@ from sartor.trace.ensemble import part_scores
 from sartor.trace.prepare import prepare
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import unrolled_scores
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
-
-import venvs
 
 F64 = NDArray[np.float64]
 BERGSON, BERGSON_S = Path(__file__).resolve().parent / "peers" / "bergson" / "run.py", 3600.0

@@ -12,13 +12,10 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import parts
-import trace_methods
 from numpy.typing import NDArray
-from trace_setup import Row, Size, chat_row, notice, recipe_of, texts_of, tune_traced, with_reply
+from trace_setup import Row, Size, chat_row, notice, texts_of, with_reply
 
 from sartor.core import assets
 from sartor.demo import home_intents
@@ -26,7 +23,6 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.tuned_model import open_tuned
 from sartor.trace.credit import sum_by_source
-from sartor.trace.ensemble import PACKAGED, combine
 from sartor.trace.traced_adapter import TracedAdapter
 
 F64 = NDArray[np.float64]
@@ -85,27 +81,6 @@ def bad_replies(traced: TracedAdapter, held_out: Sequence[Row], wrong: str, size
     return said[: size.bad_replies]
 
 
-def measure(size: Size, folder: Path) -> dict[str, Any]:
-    """Return for how many bad replies each method names the mislabelled source."""
-    sources, held_out, wrong = source_rows(size)
-    rows = [row for part in sources.values() for row in part]
-    recipe = recipe_of(rows, epochs=2, rate=1e-3, batch_rows=size.batch_rows)
-    traced = tune_traced(folder / "sources", sources, {**recipe, **size.recipe})
-    bad = parts.run("source: bad replies", lambda: bad_replies(traced, held_out, wrong, size))
-    queries = [traced.query(*texts_of(row)) for row in bad]
-    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
-    scores = trace_methods.scores_of("source", scorers, traced, queries)
-    scores["ensemble"] = combine(scores, PACKAGED)
-    counts = {name: sum(_named(traced, line) == BAD for line in matrix) for name, matrix in scores.items()}
-    return {
-        "by_source": counts["gradient"],
-        "by_source_methods": counts,
-        "bad_replies": len(bad),
-        "sources": len(sources),
-        "rows_of_sources": len(traced.rows),
-    }
-
-
-def _named(traced: TracedAdapter, scores: F64) -> str:
+def named_source(traced: TracedAdapter, scores: F64) -> str:
     """Return the name of the source with the largest sum of scores."""
     return Path(sum_by_source(traced.rows, scores)[0].source).stem
