@@ -42,6 +42,7 @@ import trace_sources
 from results import print_result
 from trace_setup import SMALL, Size, recipe_of, texts_of, tune_traced
 
+from sartor.core.trace_store import find_traces, remove_traces
 from sartor.models.base import machine_facts
 from sartor.trace.ensemble import PACKAGED, combine
 
@@ -140,6 +141,8 @@ def main() -> None:
     with smallest.home(arguments.small, *SMALL_ASSETS), tempfile.TemporaryDirectory() as scratch:
         folder = parts.work_folder(Path(scratch))
         result = measure(arguments, SMALL if arguments.small else Size(), folder)
+        if not arguments.work:  # the adapters are gone after this call, and nothing else would remove their sketches
+            remove_traces(find_traces(below=folder))
     result |= {"machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)}
     print_result(result, indent=None if arguments.json else 1)
 
