@@ -54,6 +54,7 @@ SLOW = {
     "federate-devices.md",
     "personal.md",
     "tools.md",
+    "why-did-it-say-that.md",
 }
 
 

@@ -26,7 +26,7 @@ def trace(
     system: str | None = None,
     media: MEDIA = (),
     method: Literal["retrieval", "gradient", "unrolled"] = "retrieval",
-    by: Literal["", "source"] = "",
+    by: Literal["source"] | None = None,
     top: int = 10,
     receipt: Path | None = None,
     team: Path | None = None,

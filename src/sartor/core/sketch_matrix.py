@@ -13,6 +13,7 @@ is written after its numbers, so a row that has one is whole. Everything is for 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from sartor.core import records
-from sartor.core.errors import ArtifactError
-from sartor.core.filesystem import touch_private
+from sartor.core.errors import ArtifactError, MissingError
+from sartor.core.filesystem import DISK_FULL, touch_private
 from sartor.core.trace_store import read_trace_json, write_trace_file
 
 SCHEMA = 1
@@ -53,6 +54,7 @@ class SketchMatrix:
         """Create an empty matrix, or open the one that is there if it has the same rows and fields.
 
         size: numbers of a row, K, above 0. ids: (N,), at least one. fields: of the header, as JSON.
+        Raises MissingError if the disk cannot hold it.
         """
         header = {"schema": SCHEMA, "size": size, "ids": records.digest(list(ids)), **fields}
         header = json.loads(json.dumps(header))
@@ -61,10 +63,7 @@ class SketchMatrix:
         (folder / HEADER).unlink(missing_ok=True)  # so that no reader takes new numbers for old ones
         write_trace_file(folder / IDS, "".join(f"{id}\n" for id in ids).encode())
         for name, row_bytes in ((SKETCHES, 2 * size), (SCALES, 4)):
-            (folder / name).unlink(missing_ok=True)
-            touch_private(folder / name)
-            with (folder / name).open("r+b") as stream:
-                stream.truncate(len(ids) * row_bytes)
+            _reserve(folder / name, len(ids) * row_bytes)
         write_trace_file(folder / HEADER, json.dumps(header).encode())
         return cls(folder, header, list(ids))
 
@@ -120,8 +119,32 @@ class SketchMatrix:
         """Return rows, (n, K) fp32; zeros for those that are not written."""
         return np.asarray(self._sketches[indices], np.float32) * self._scales[indices][:, None]
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether the folder was removed since it was opened, by an erasure or by hand."""
+        return not (self.folder / HEADER).is_file()
+
     def pieces(self) -> Iterator[tuple[slice, Array]]:
         """Yield consecutive rows as (slice, (n, K) fp32), at most PIECE_ROWS at once."""
         for start in range(0, len(self.ids), PIECE_ROWS):
             piece = slice(start, min(start + PIECE_ROWS, len(self.ids)))
             yield piece, self.read(piece)
+
+
+def _reserve(file: Path, size_bytes: int) -> None:
+    """Create a file of zeros and reserve its blocks: a mapped write to a full disk would end the process."""
+    file.unlink(missing_ok=True)
+    touch_private(file)
+    try:
+        with file.open("r+b") as stream:
+            stream.truncate(size_bytes)
+            if hasattr(os, "posix_fallocate") and size_bytes:
+                os.posix_fallocate(stream.fileno(), 0, size_bytes)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        file.unlink(missing_ok=True)
+        raise MissingError(
+            f"the disk is full: {size_bytes:,} bytes of sketches do not fit into {file.parent}",
+            f"df -h {file.parent} shows the disk: remove something there, or set SARTOR_HOME to another one",
+        ) from error

@@ -60,14 +60,15 @@ def read_trace_json(file: Path) -> dict[str, Any] | None:
 
 
 def record_origin(artifact: Artifact, dataset_ids: Sequence[str]) -> Path:
-    """Write the Datasets from whose rows an adapter's folder is computed, and return the folder.
+    """Add the Datasets from whose rows an adapter's folder is computed, and return the folder.
 
     Call it before anything computed from rows is written: by this file an erasure finds the folder.
     artifact: Adapter, or Release made from it.
     """
     folder = trace_folder(adapter_id(artifact))
-    fields = {"datasets": sorted(set(dataset_ids)), "path": str(artifact.path)}
-    if read_trace_json(folder / ORIGIN) != fields:
+    known = read_trace_json(folder / ORIGIN) or {}
+    fields = {"datasets": sorted({*dataset_ids, *known.get("datasets", [])}), "path": str(artifact.path)}
+    if known != fields:
         write_trace_file(folder / ORIGIN, json.dumps(fields).encode())
     return folder
 

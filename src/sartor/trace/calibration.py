@@ -29,14 +29,13 @@ from sartor.core import parquet_io, records
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, StoppedError
 from sartor.core.home import home
 from sartor.core.lazy_import import import_module
-from sartor.core.splits import TEST
+from sartor.core.splits import TEST, hold_out
 from sartor.core.trace_store import TRACE, adapter_id, read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import unroll
-from sartor.tune.dataset_encoding import hold_out
 
 F64 = NDArray[np.float64]
 Notice = Callable[[str], object]
@@ -170,7 +169,7 @@ def held_out_queries(traced: TracedAdapter, count: int = MAX_QUERIES) -> list[Tr
     recipe = traced.recipe
     usable = [
         TraceQuery(example.prompt, example.reply, example.tools)
-        for example in hold_out(examples, recipe.data, recipe.seed)
+        for example in hold_out(examples, recipe.data.eval_fraction, recipe.seed)
         if example.split != "train"
         and example.rating >= 0
         and example.messages[-1].role == "assistant"

@@ -36,8 +36,8 @@ class RowGroup:
     """Training rows that are duplicates or near-duplicates of each other, and share their credit.
 
     rows: indices, the row of the highest score first.
-    score: sum of their scores, as for leaving all of them out; of retrieval the highest, since shared words do not
-        add up.
+    score: sum of their scores by unrolling, the predicted effect of leaving all of them out; by the other methods the
+        highest, since likenesses do not add up.
     """
 
     rows: tuple[int, ...]
@@ -68,7 +68,7 @@ def rank_groups(index: RetrievalIndex, scores: F64, method: Method, top: int) ->
     are alike by NEAR_PERCENT; the second is looked for among the best groups only.
     scores: (N,).
     """
-    _, owner = np.unique(index.equal_rows(), return_inverse=True)
+    _, owner = np.unique(index.equal_rows, return_inverse=True)
     group_scores = _combine(scores, owner, int(owner.max()) + 1, method)
     best = np.argsort(-group_scores, kind="stable")[: _CANDIDATES * max(top, 1)]
     members: dict[int, list[int]] = {int(group): [] for group in best}
@@ -88,12 +88,12 @@ def rank_groups(index: RetrievalIndex, scores: F64, method: Method, top: int) ->
     for rows in groups:
         rows.sort(key=lambda row: -scores[row])
         values = scores[rows]
-        ranked.append(RowGroup(tuple(rows), float(values.max() if method is Method.RETRIEVAL else values.sum())))
+        ranked.append(RowGroup(tuple(rows), float(values.sum() if method is Method.UNROLLED else values.max())))
     return sorted(ranked, key=lambda group: -group.score)[:top]
 
 
 def _combine(scores: F64, owner: I64, count: int, method: Method) -> F64:
-    if method is not Method.RETRIEVAL:
+    if method is Method.UNROLLED:
         return np.bincount(owner, weights=scores, minlength=count)
     combined = np.full(count, -np.inf)
     np.maximum.at(combined, owner, scores)

@@ -98,7 +98,7 @@ def hidden_scores(
 
     Rows that have no hidden states yet get them.
     """
-    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    folder = preparation.rows_folder(traced)
     matrix = SketchMatrix.open(folder / preparation.HIDDEN)
     if not preparation.is_complete(traced, matrix):
         preparation.prepare(traced, model=model, labels=[preparation.HIDDEN], notice=notice)

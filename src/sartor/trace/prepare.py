@@ -23,7 +23,8 @@ import numpy as np
 from safetensors.torch import load_file
 
 from sartor.core import trace_store
-from sartor.core.filesystem import writer_lock
+from sartor.core.errors import ConfigError
+from sartor.core.filesystem import make_private_folder, writer_lock
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
 from sartor.trace.traced_adapter import TracedAdapter
@@ -84,11 +85,12 @@ def prepare(
     Raises ConfigError if another process prepares the same adapter, and what `TracedModel.open` raises.
     """
     started_s = time.monotonic()
-    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    folder = rows_folder(traced)
     if labels is None:
         labels = [FINAL, *(label for label in STATES if (folder / label / WEIGHTS).is_file()), HIDDEN]
     notice(_estimate(traced, folder, labels))
     row_bytes = {}
+    make_private_folder(folder)
     with writer_lock(folder / "prepare"):
         model = model or TracedModel.open(traced, notice)
         for label in labels:
@@ -101,6 +103,15 @@ def prepare(
             row_bytes[label] = matrix.row_bytes
         model.put(model.final)
     return Preparation(folder, tuple(labels), len(traced.rows), row_bytes, time.monotonic() - started_s)
+
+
+def rows_folder(traced: TracedAdapter) -> Path:
+    """Return the folder for what is computed from the rows of `traced`, its origin recorded.
+
+    Rows of a Dataset that the caller named have a folder of their own, beside those of the tuning.
+    """
+    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    return folder if traced.is_own else folder / f"rows-{traced.dataset.id[:16]}"
 
 
 def prepared_labels(traced: TracedAdapter, folder: Path) -> list[str]:
@@ -165,6 +176,8 @@ def _write_rows(
     started_s = time.monotonic()
     for start in range(0, len(missing), CHUNK_ROWS):
         chunk = missing[start : start + CHUNK_ROWS]
+        if matrix.is_removed:
+            raise ConfigError(f"{matrix.folder} was removed meanwhile, by an erasure or by hand", "the command again")
         matrix.write(chunk, compute(chunk))
         matrix.flush()
         done = start + len(chunk)

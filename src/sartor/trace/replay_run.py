@@ -14,7 +14,7 @@ from sartor.core.processes import DeferredSignals
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
 from sartor.tune.checkpoint import RandomState, Saver
-from sartor.tune.preference_training import PreferenceLosses, PreferenceRun, reached_pairs
+from sartor.tune.preference_training import PreferenceLosses, PreferenceRun
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.run_forecast import RunForecast, unmeasured
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -152,8 +152,8 @@ class ReplayRun(TrainingRun):
             run = cls(recipe, base, model, data=data, journal=journal, saver=saver, resolved=resolved)
             run.course, run.row_weights = course, row_weights
             run.path = WeightedBackend(run.path, row_weights)
-            run.evaluation_points = []  # evaluations choose weights, and change none
             run._prepare()
+            run.evaluation_points = []  # evaluations choose weights, and change none
         return run
 
     def _prepare(self) -> None:
@@ -234,7 +234,7 @@ class PreferenceReplayRun(ReplayRun, PreferenceRun):
     """ReplayRun for DPO and KTO: a row is a preference example, or a plain row beside them."""
 
     def _prepare(self) -> None:
-        self.reference = self._compute_reference(reached_pairs(self.recipe, self.data))
+        self.prepare_reference()
 
     def _judge(self, rows: Sequence[Any], divergence: torch.Tensor) -> PreferenceLosses:
         losses = super()._judge(rows, divergence)

@@ -86,7 +86,8 @@ class WordIndex:
     tokens: (W,) word ids of all texts, laid end to end; starts: (D + 1,) where each text begins.
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], *, with_runs: bool = True) -> None:
+        """Index the texts; without runs of words if only `similarities` is wanted."""
         vocabulary: defaultdict[str, int] = defaultdict()
         vocabulary.default_factory = vocabulary.__len__  # a new word gets the next id
         tokens, starts = array("i"), array("q", [0])
@@ -100,13 +101,14 @@ class WordIndex:
         lengths = np.diff(self.starts)
         self._mean_length = max(float(lengths.mean()) if self.count else 0.0, 1.0)
         self._weights, self._rarity = self._word_weights(lengths)
-        self._run_codes, self._run_texts = self._runs(lengths)
+        self._run_codes, self._run_texts = self._runs(lengths if with_runs else lengths[:0])
 
     def _word_weights(self, lengths: I64) -> tuple[Any, F64]:
         """Return the BM25 weights (D, V) as a sparse matrix by columns, and the rarity (V,) of each word."""
         shape = (self.count, max(len(self._vocabulary), 1))
         ones = np.ones(len(self.tokens), dtype=np.float32)
-        counts = sparse.csr_matrix((ones, self.tokens, self.starts), shape=shape)
+        # a copy: sum_duplicates sorts the words of each text in place
+        counts = sparse.csr_matrix((ones, self.tokens.copy(), self.starts.copy()), shape=shape)
         counts.sum_duplicates()
         # rarity log(1 + (D - n + 1/2) / (n + 1/2)) of a word in n texts: Robertson and Sparck Jones's weight, kept
         # above 0 for words in most texts
@@ -122,8 +124,8 @@ class WordIndex:
 
     def _runs(self, lengths: I64) -> tuple[U64, I32]:
         """Return the codes of all runs, sorted, and the text of each."""
-        owners = np.repeat(np.arange(self.count, dtype=np.int32), lengths)
-        codes = _run_codes(self.tokens)
+        owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        codes = _run_codes(self.tokens[: len(owners)])
         # a run that begins in one text and ends in the next is none
         is_inside = owners[: len(codes)] == owners[len(owners) - len(codes) :]
         codes, owners = codes[is_inside], owners[: len(codes)][is_inside]
@@ -191,11 +193,12 @@ class RetrievalIndex:
     """Index of N rows by the words of their prompts and replies, the runs of their replies, and their media.
 
     examples: (N,) the rows.
+    equal_rows: (N,) the first row with the same words in prompt and replies, and the same media, as each row.
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
-        self._prompts = WordIndex(prompt_text(example.messages) for example in examples)
+        self._prompts = WordIndex((prompt_text(example.messages) for example in examples), with_runs=False)
         rejected = [(index, example) for index, example in enumerate(examples) if example.rejected]
         # replies of the rows first, in their order; then the rejected ones
         self._rejected_rows = np.array([index for index, _ in rejected], dtype=np.int64)
@@ -205,6 +208,7 @@ class RetrievalIndex:
         for index, example in enumerate(examples):
             for digest in {media_digest(part) for part in media_of(example.messages)}:
                 self._media.setdefault(digest, []).append(index)
+        self.equal_rows = self._equal_rows()
 
     def scores(self, queries: Sequence[TraceQuery]) -> F64:
         """Return the scores (Q, N) of all rows, in 0..1."""
@@ -239,8 +243,7 @@ class RetrievalIndex:
                 is_rejected=is_rejected,
             )
 
-    def equal_rows(self) -> I64:
-        """Return the first row (N,) with the same words in prompt and replies, and the same media, as each row."""
+    def _equal_rows(self) -> I64:
         first: dict[tuple[Any, ...], int] = {}
         owners = np.empty(len(self.examples), dtype=np.int64)
         rejected = {int(row): len(self.examples) + index for index, row in enumerate(self._rejected_rows)}

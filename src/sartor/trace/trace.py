@@ -37,7 +37,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow, 
 
 Notice = Callable[[str], object]
 F64 = NDArray[np.float64]
-By = Literal["", "source"]
+By = Literal["source"] | None
 
 LEAST_LDS = 0.2
 TOP = 10
@@ -221,7 +221,7 @@ class TraceResult:
         """How far the ranking can be trusted, in a sentence."""
         if self.lds is None:
             meaning = "rows that share words, which need not be causes" if self.method is Method.RETRIEVAL else ""
-            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it"
+            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it" if self.traced.is_own else ""
             return f"not measured ({'; '.join(part for part in (meaning, measure) if part)})"
         return f"LDS {self.lds:.2f}: correlation of its predictions with the effect of leaving rows out"
 
@@ -271,7 +271,7 @@ def trace(
     reply: str = "",
     *,
     method: Method | str = Method.RETRIEVAL,
-    by: By = "",
+    by: By = None,
     top: int = TOP,
     receipt: Path | str | None = None,
     team: Path | str | None = None,
@@ -316,7 +316,7 @@ def trace(
         raise ConfigError(
             "a matrix of scores needs queries", "--queries FILE.jsonl, a prompt and a reply in each line"
         )
-    if by not in ("", "source"):
+    if by not in (None, "source"):
         raise ConfigError(f"scores cannot be summed by {by!r}", "--by source")
     if top < 1:
         raise ConfigError(f"top is {top}; it must be 1 or more", f"--top {TOP}")
@@ -348,7 +348,7 @@ class TraceOptions:
     """Options of the trace of one reply, as in `trace`."""
 
     method: Method = Method.RETRIEVAL
-    by: By = ""
+    by: By = None
     top: int = TOP
     likelihood: bool = True
 

@@ -63,8 +63,8 @@ def _main_numbers(result: TraceResult) -> list[tuple[str, str]]:
     says = {None: "not measured", True: "yes", False: "no"}[result.base_says_it]
     return [
         (str(result.method), "method that ranks the rows"),
-        ("not measured" if result.lds is None else f"{result.lds:.2f}", "LDS, its trust for this adapter"),
-        (says, "the base says it without the adapter"),
+        ("not measured" if result.lds is None else f"{result.lds:.2f}", "LDS: how far it can be trusted"),
+        (says, "says the base the same?"),
         (f"{len(result.traced.rows):,}", "training rows searched"),
     ]
 
@@ -73,10 +73,10 @@ def _beside(result: TraceResult, row: TracedRow, method: Method, query_picture: 
     query_prompt, prompt = shared_pieces(prompt_text(result.query.prompt), row.prompt)
     query_reply, reply = shared_pieces(result.query.reply, row.reply)
     match = row.match
-    likenesses = [("prompt", match.prompt), ("reply", match.reply), ("spans", match.spans), ("media", match.media)]
+    likenesses = [("prompt", match.prompt), ("reply", match.reply), ("runs", match.spans), ("media", match.media)]
     scores = [(str(method), f"{row.score:.4g}")] if method is not Method.RETRIEVAL else []
     scores += [("retrieval", f"{match.score:.3f}")]
-    scores += [(f"of it {name}", f"{value:.3f}") for name, value in likenesses if value]
+    scores += [(f"alike in {name}", f"{value:.3f}") for name, value in likenesses if value]
     example = row.row.example
     pictures = (query_picture, _picture(example.messages, row.row.dataset.path))
     return RowBeside(
@@ -99,7 +99,7 @@ def _facts(row: TracedRow) -> list[tuple[str, str]]:
         facts.append(("source", f"{origin.source}, {origin.locator}, licence {origin.licence}, step {origin.step}"))
         if origin.parents:
             facts.append(("made from", ", ".join(origin.parents)))
-    shared = f"{span.words} words of the reply" if span.words else ""
+    shared = f"{span.words} words of the reply" if span.words > 1 else ""
     if span.rows:
         shared += f", a run that stands in {span.rows:,} {'row' if span.rows == 1 else 'rows'}"
     copies = f"{len(row.copies)} rows alike share its credit: {', '.join(row.copies[:5])}" if row.copies else ""

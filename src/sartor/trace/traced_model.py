@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class SignedSequence:
 class TracedModel:
     """Base and adapter of a traced adapter in memory, with gradients of the factors that are sketched.
 
-    factors: LoRA factors by name. final: their values in the adapter. backends: loss backends that were opened.
+    factors: LoRA factors by name. final: their values in the adapter.
     """
 
     def __init__(self, traced: TracedAdapter, base: Base, model: Any) -> None:
@@ -55,7 +56,6 @@ class TracedModel:
                 f"{traced.artifact.path} has no LoRA factors, whose gradients are compared",
                 f"sartor trace {traced.artifact.path} --method retrieval",
             )
-        self.backends: dict[str, LossBackend] = {}
         self.final = {name: factor.detach().clone() for name, factor in self.factors.items()}
         layers = model.config.get_text_config().num_hidden_layers
         shapes = {name: tuple(factor.shape) for name, factor in self.factors.items()}
@@ -83,20 +83,14 @@ class TracedModel:
         """Objective of the tuning; sft if it is not known."""
         return self.traced.recipe.objective if "recipe" in self.traced.manifest else Sft()
 
-    @property
+    @cached_property
     def backend(self) -> LossBackend:
-        """Loss backend of gradients, the fastest that is right."""
-        return self.open_backend("fast", LossOptions(identity=self.base.ref.digest))
-
-    def open_backend(self, name: str, options: LossOptions) -> LossBackend:
-        """Return the loss backend under a name, opened at its first use and checked by some of the rows."""
-        if name not in self.backends:
-            checked = []
-            for index in range(min(_CHECKED_ROWS, len(self.traced.rows))):
-                checked += [sequence.tokens for sequence in self.row(index)]
-            self.model.eval()
-            self.backends[name] = self.base.path(self.model, checked, options)
-        return self.backends[name]
+        """Fastest loss backend that is right, checked by some of the rows."""
+        checked = []
+        for index in range(min(_CHECKED_ROWS, len(self.traced.rows))):
+            checked += [sequence.tokens for sequence in self.row(index)]
+        self.model.eval()
+        return self.base.path(self.model, checked, LossOptions(identity=self.base.ref.digest))
 
     def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the factors these values, (...) by name."""

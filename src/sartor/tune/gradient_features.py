@@ -103,6 +103,7 @@ class SketchLayout:
         shapes: of all factors by parameter name. layers: number of layers of the base. row_bytes: at most for a row.
         """
         chosen = {name: shape for name, shape in shapes.items() if layer_of(name) < 0 or layer_of(name) >= layers // 3}
+        chosen = chosen or dict(shapes)  # an adapter of the lowest layers alone
         numbers = max(4, row_bytes // 2 // max(len(chosen), 1))
         factors, start = [], 0
         for name, shape in chosen.items():
@@ -291,13 +292,19 @@ class FeatureRecorder:
             self._visits[new] = update
         for index, share in enumerate(KEPT_AT):
             folder = self.folder / f"state-{index + 1}"
-            if fraction >= share and not (folder / WEIGHTS).is_file():
+            if fraction >= share and not (folder / WEIGHTS).is_file() and not self.matrix.is_removed:
                 write_state(folder, self._factors, moments_of(optimizer, self._factors))
         if update <= _MOMENT_UPDATES or update % _MOMENT_UPDATES == 0:
             self._sketcher.precondition(moments_of(optimizer, self._factors))
 
-    def finish(self, adapter: Artifact, dataset_ids: Sequence[str], optimizer: Any) -> Path:
-        """Move the recording to the Adapter's folder, and return the folder of the sketches."""
+    def finish(self, adapter: Artifact, dataset_ids: Sequence[str], optimizer: Any) -> Path | None:
+        """Move the recording to the Adapter's folder, and return the folder of the sketches.
+
+        None if an erasure removed the recording while the run went on.
+        """
+        if self.matrix.is_removed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
         self.matrix.flush()
         write_moments(self.folder / RECORDED, moments_of(optimizer, self._factors))
         folder = trace_store.record_origin(adapter, dataset_ids)

@@ -54,13 +54,17 @@ class PreferenceRun(TrainingRun):
 
     def train(self, signals: DeferredSignals) -> None:
         """Compute the reference log-probabilities unless a checkpoint held them, then train."""
+        self.prepare_reference()
+        super().train(signals)
+
+    def prepare_reference(self) -> None:
+        """Compute the reference log-probabilities of the rows that the run will read, unless they are there."""
         if self.reference is None:
             rows = [
                 *reached_pairs(self.recipe, self.data),
                 *(lessons(self.data.held_out) if self.evaluation_points else []),
             ]
             self.reference = self._compute_reference(rows)
-        super().train(signals)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the state of the TrainingRun with the (N, 2) reference log-probabilities."""

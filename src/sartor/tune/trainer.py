@@ -219,7 +219,7 @@ def _begin_recording(context: TuningContext, run: TrainingRun, out: Path) -> Non
 def _keep_recording(context: TuningContext, run: TrainingRun, adapter: Artifact, notice: Notice) -> None:
     if run.features is not None:
         folder = run.features.finish(adapter, context.dataset_ids, run.optimizer)
-        notice(f"sketches of the rows' gradients are in {folder}")
+        notice(f"sketches of the rows' gradients are in {folder}" if folder else "the rows' sketches were erased")
 
 
 def _record_looks(adapter: Artifact, data: TokenizedDataset) -> None:

@@ -1,0 +1,211 @@
+"""Scores by gradients: preparation that can be killed, refusals, aggregation, and the ensemble's weights."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sartor
+from sample_data import ROWS, write_jsonl
+from sartor.core import trace_store
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.sketch_matrix import SketchMatrix
+from sartor.trace import ensemble, gradient
+from sartor.trace import prepare as preparation
+from sartor.trace.ensemble import EnsembleWeights
+from sartor.trace.gradient import gradient_scores, mean_normal_scores
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
+from sartor.trace.traced_model import TracedModel
+
+pytestmark = pytest.mark.usefixtures("fp32")
+
+
+@pytest.fixture
+def traced(adapter: Path) -> TracedAdapter:
+    return open_traced(adapter)
+
+
+def own_query(traced: TracedAdapter, index: int) -> TraceQuery:
+    """A training row's own prompt and reply."""
+    *prompt, reply = traced.rows[index].example.messages
+    return TraceQuery(tuple(prompt), reply.text)
+
+
+def folder_of(traced: TracedAdapter) -> Path:
+    return trace_store.trace_folder(trace_store.adapter_id(traced.artifact))
+
+
+def test_a_row_explains_its_own_reply_best(traced: TracedAdapter) -> None:
+    queries = [own_query(traced, index) for index in (0, 7, 11)]
+    result = gradient_scores(traced, queries)
+    assert result.scores.shape == (3, len(traced.rows)) and np.isfinite(result.scores).all()
+    assert result.scores.argmax(1).tolist() == [0, 7, 11]
+    assert result.facts["sketches"] == ["final"] and result.facts["row_bytes"]["final"] <= 30_000
+
+
+def test_scores_do_not_depend_on_the_rows_length_or_weight(traced: TracedAdapter) -> None:
+    """Cosines: a row that is learnt with twice the weight has the same score."""
+    matrix_rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    query = np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32)
+    scaled = matrix_rows * np.array([[1], [2], [1], [9], [1]], np.float32)
+    products = [gradient.normalized(query) @ gradient.normalized(rows).T for rows in (matrix_rows, scaled)]
+    np.testing.assert_allclose(*products, rtol=1e-5)
+
+
+def test_prepare_goes_on_where_it_was_killed(traced: TracedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "CHUNK_ROWS", 8)
+    real, computed = TracedModel.sketches, []
+
+    def sketches(model: TracedModel, items: Any, sketcher: Any) -> Any:
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(len(items))
+        return real(model, items, sketcher)
+
+    monkeypatch.setattr(TracedModel, "sketches", sketches)
+    with pytest.raises(KeyboardInterrupt):
+        preparation.prepare(traced)
+    monkeypatch.setattr(TracedModel, "sketches", real)
+    lines: list[str] = []
+    made = preparation.prepare(traced, notice=lines.append)
+    assert any(f"going on with the last {len(traced.rows) - 16} of" in line for line in lines)
+    assert "about" in lines[0] and "epochs" in lines[0], "the time is said beforehand"
+    killed = SketchMatrix.open(folder_of(traced) / "final")
+    assert killed is not None and killed.written().all()
+    values = killed.read(slice(None))
+    (folder_of(traced) / "final" / "header.json").unlink()
+    preparation.prepare(traced, labels=["final"])
+    whole = SketchMatrix.open(folder_of(traced) / "final")
+    assert whole is not None
+    np.testing.assert_allclose(values, whole.read(slice(None)), rtol=1e-2, atol=1e-4 * np.abs(values).max())
+    assert made.labels == ("final", "hidden") and all(size <= 30_000 for size in made.row_bytes.values())
+
+
+def test_prepared_files_are_for_their_owner_alone(traced: TracedAdapter) -> None:
+    preparation.prepare(traced)
+    paths = [folder_of(traced), *folder_of(traced).rglob("*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o700, 0o600}
+    origin = json.loads((folder_of(traced) / "origin.json").read_text())
+    assert traced.dataset.id in origin["datasets"]
+
+
+def test_states_of_the_run_are_sketched(tune_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A run that kept its factors at a third and two thirds is sketched at those weights too."""
+    sartor.tune({**tune_recipe, "trace": {"features": True}}, tmp_path / "a", show=False)
+    traced = open_traced(tmp_path / "a")
+    recorded = gradient_scores(traced, [own_query(traced, 3)])
+    assert recorded.facts["sketches"] == ["recorded"], "what the run recorded is enough"
+    assert recorded.scores[0].argmax() == 3
+    assert preparation.prepare(traced).labels == ("final", "state-1", "state-2", "hidden")
+    prepared = gradient_scores(traced, [own_query(traced, 3)])
+    assert prepared.facts["sketches"] == ["final", "state-1", "state-2"] and prepared.scores[0].argmax() == 3
+
+
+def test_many_rows_are_refused_until_prepared(traced: TracedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "MAX_UNPREPARED_ROWS", 10)
+    with pytest.raises(ConfigError) as refusal:
+        gradient_scores(traced, [own_query(traced, 0)])
+    assert refusal.value.remedy == f"sartor trace {traced.artifact.path} --prepare"
+    preparation.prepare(traced, labels=["final"])
+    assert gradient_scores(traced, [own_query(traced, 0)]).scores[0].argmax() == 0
+
+
+def test_reply_longer_than_the_context_is_refused(traced: TracedAdapter) -> None:
+    with pytest.raises(ConfigError, match="the base reads 512"):
+        gradient_scores(traced, [traced.query("switch hall on", "on:hall " * 400)])
+
+
+def test_preference_pairs_are_scored(dataset: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """A pair's gradient is that of its preferred reply minus that of the rejected one."""
+    pairs = [
+        {"prompt": f"switch {place} {word}", "chosen": f"{word}:{place}", "rejected": f"{place}, {word}"}
+        for word in ("on", "off")
+        for place in ("kitchen", "hall", "attic", "garage", "patio")
+    ]
+    source = {"path": str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}, "workers": 1}, tmp_path / "pairs")
+    recipe = {
+        "base": str(tiny_base),
+        "data": {"path": str(tmp_path / "pairs"), "eval_fraction": 0.0},
+        "method": {"rank": 4},
+        "objective": "dpo",
+        "budget": {"updates": 3},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
+        "trace": {"features": True},
+    }
+    sartor.tune(recipe, tmp_path / "a", show=False)
+    traced = open_traced(tmp_path / "a")
+    chosen, rejected = (
+        TraceQuery(traced.rows[0].example.prompt, text)
+        for text in (traced.rows[0].example.messages[-1].text, traced.rows[0].example.rejected[-1].text)
+    )
+    preparation.prepare(traced, labels=["final"])
+    scores = gradient_scores(traced, [chosen, rejected]).scores
+    assert scores[0].argmax() == 0, "the pair made its preferred reply likelier"
+    assert scores[1].argmin() == 0, "and its rejected reply less likely"
+
+
+def test_adapter_without_a_recipe_is_scored_on_a_named_dataset(
+    traced: TracedAdapter, adapter: Path, dataset: Path
+) -> None:
+    """Tuned elsewhere: order and states are unknown, and its final weights have gradients all the same."""
+    manifest = {key: value for key, value in traced.manifest.items() if key not in ("recipe", "run")}
+    traced.manifest.clear()
+    traced.manifest.update(manifest)
+    result = gradient_scores(traced, [own_query(traced, 2)])
+    assert result.scores[0].argmax() == 2
+
+
+def test_mean_normal_scores_rank_within_each_part() -> None:
+    """A part of large numbers decides no more than one of small numbers."""
+    parts = np.array([[[1.0, 2.0, 3.0, 4.0]], [[4e6, 3e6, 2e6, 1e6]], [[0.1, 0.2, 0.3, 0.4]]])
+    scores = mean_normal_scores(parts)
+    assert scores.shape == (1, 4) and np.argsort(scores[0]).tolist() == [0, 1, 2, 3]
+    assert not mean_normal_scores(np.zeros((2, 1, 4))).any(), "equal values have equal ranks"
+
+
+def test_ensemble_weights_are_fitted_on_plants() -> None:
+    """Of three parts one finds the planted rows; it gets the weight. Without plants the parts are equal."""
+    rng = np.random.default_rng(0)
+    true_rows = list(range(12))
+    parts = {name: rng.normal(size=(12, 200)) for name in ensemble.PARTS}
+    parts["hidden_states"][true_rows, true_rows] += 6
+    weights = ensemble.fit_weights(parts, true_rows, origin="planted here")
+    assert weights.hidden_states >= 0.5 and weights.planted == 12 and sum(weights.values) == pytest.approx(1)
+    assert ensemble.ranks_of(ensemble.combine(parts, weights), true_rows).max() <= 3
+    assert ensemble.PACKAGED.planted == 0 or ensemble.PACKAGED.origin
+    with pytest.raises(ConfigError, match="no planted row"):
+        ensemble.fit_weights(parts, [], origin="none")
+
+
+def test_fitted_weights_are_kept_for_the_adapter(traced: TracedAdapter) -> None:
+    assert ensemble.weights_of(traced) == ensemble.PACKAGED
+    weights = EnsembleWeights(0.5, 0.25, 0.25, "planted here", 10)
+    ensemble.keep_weights(traced, weights)
+    assert ensemble.weights_of(traced) == weights
+    (folder_of(traced) / ensemble.FILE).write_text('{"other": 1}')
+    with pytest.raises(ArtifactError, match="holds no weights"):
+        ensemble.weights_of(traced)
+
+
+def test_ensemble_finds_a_rows_own_reply(traced: TracedAdapter) -> None:
+    result = ensemble.ensemble_scores(traced, [own_query(traced, 5)])
+    assert result.scores[0].argmax() == 5 and result.facts["ensemble"]["origin"]
+
+
+def test_damaged_sketches_are_named(traced: TracedAdapter) -> None:
+    preparation.prepare(traced, labels=["final"])
+    (folder_of(traced) / "final" / "ids.txt").write_text("other\n")
+    with pytest.raises(ArtifactError, match="are damaged"):
+        gradient_scores(traced, [own_query(traced, 0)])
+
+
+def test_release_uses_its_adapters_sketches(traced: TracedAdapter) -> None:
+    assert trace_store.adapter_id(open_artifact(traced.artifact.path)) == traced.artifact.id
+    assert len(ROWS) >= len([row for row in traced.rows if not row.is_rehearsal])

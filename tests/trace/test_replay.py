@@ -1,0 +1,218 @@
+"""A tuning is repeated to its bits, rows are left out by weight alone, and what cannot be repeated is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sample_data import ROWS, write_jsonl
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.models import adapters
+from sartor.models.base import open_base
+from sartor.trace.replay import MAX_DIFFERENCE_NATS, Replay, ReplayDifference
+from sartor.trace.traced_adapter import TracedAdapter, open_traced
+from sartor.tune.checkpoint_selection import CheckpointSelection
+from traced import queries_of, tuned, without
+from tune_option_probes import PAIRS, PLAIN, RATED
+
+Parameters = dict[str, torch.Tensor]
+
+
+def is_same(first: Parameters, second: Parameters) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def curated(folder: Path, rows: list[Any], eval_fraction: float = 0.25) -> str:
+    import sartor
+
+    folder.mkdir()
+    source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "split": {"eval_fraction": eval_fraction}}, folder / "data")
+    return str(folder / "data")
+
+
+@pytest.fixture
+def traced(tmp_path: Path, tune_recipe: dict[str, Any], fp32: None) -> TracedAdapter:
+    return tuned(tune_recipe, tmp_path / "traced")
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token a micro-batch": {"compute": {"micro_batch_tokens": 1}},
+    "clipped, with decay": {
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128, "clip_norm": 0.1, "weight_decay": 0.1}
+    },
+    "constant rate, by updates": {
+        "budget": {"updates": 5},
+        "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0.5},
+    },
+    "dropout": {"method": {"rank": 4, "dropout": 0.2}},
+    "by minutes": {"budget": {"minutes": 0.005}},
+}
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize("name", CHANGES)
+def test_replay_ends_at_the_bits_of_the_adapter(tmp_path: Path, tune_recipe: dict[str, Any], name: str) -> None:
+    replay = Replay.open(tuned(tune_recipe, tmp_path / "a", **CHANGES[name]))
+    repeated = replay.retrain()
+    assert is_same(repeated, replay.adapter_parameters())
+    assert is_same(repeated, replay.retrain())
+
+
+@pytest.mark.usefixtures("fp32")
+def test_rehearsal_and_start_are_repeated(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    tuned(tune_recipe, tmp_path / "start")
+    data = {**tune_recipe["data"], "rehearsal": {"path": curated(tmp_path / "talk", PLAIN[:6], 0.0), "fraction": 0.4}}
+    method = {**tune_recipe["method"], "start": str(tmp_path / "start")}
+    traced = tuned(tune_recipe, tmp_path / "a", data=data, method=method)
+    assert sum(row.is_rehearsal for row in traced.rows) == 6
+    replay = Replay.open(traced)
+    repeated = replay.retrain()
+    assert is_same(repeated, replay.adapter_parameters())
+    assert [row.example_id for row in replay.rows] == [row.example.id for row in traced.rows]
+    rehearsal = [index for index, row in enumerate(traced.rows) if row.is_rehearsal]
+    assert not is_same(repeated, replay.retrain(without(replay, *rehearsal)))
+
+
+@pytest.mark.usefixtures("fp32")
+def test_best_weights_are_those_of_their_update(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replies are right at the first of two evaluations only, so the Adapter has the weights of that update."""
+    monkeypatch.setattr(
+        CheckpointSelection,
+        "score_replies",
+        lambda selection, model: [float(not selection.candidates)] * len(selection.rows),
+    )
+    traced = tuned(tune_recipe, tmp_path / "a", weights="best", evaluations=2)
+    run = traced.manifest["run"]
+    assert run["selection"]["update"] < run["updates"]
+    replay = Replay.open(traced)
+    assert is_same(replay.retrain(), replay.adapter_parameters())
+    assert replay.run.counters.updates == run["selection"]["update"]
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize(("kind", "rows"), [("dpo", PAIRS), ("kto", RATED), ("kto", PAIRS)])
+def test_preference_run_is_repeated(tmp_path: Path, tune_recipe: dict[str, Any], kind: str, rows: list[Any]) -> None:
+    changes = {"data": curated(tmp_path / "rows", [*rows, *PLAIN[:4]]), "objective": {"kind": kind}}
+    replay = Replay.open(tuned(tune_recipe, tmp_path / "a", **changes))
+    repeated = replay.retrain()
+    assert is_same(repeated, replay.adapter_parameters())
+    left_out = replay.retrain(without(replay, 0))
+    assert not is_same(repeated, left_out)
+
+
+def test_rows_add_up_to_the_gradient_of_an_update(traced: TracedAdapter) -> None:
+    """With the divisor of the whole update: a row's weight changes its own part alone."""
+    replay = Replay.open(traced)
+    rows = list(replay.data.train[:4])
+    indices = [replay.traced.indices[row.example_id] for row in rows]
+    others = [index for index in range(len(replay.rows)) if index not in indices]
+
+    def gradient(*left_out: int) -> torch.Tensor:
+        run = replay.restart(without(replay, *left_out))
+        run._backward(rows)
+        result = torch.cat([parameter.grad.flatten() for parameter in run.parameters])
+        run.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    whole = gradient()
+    alone = [gradient(*others, *(index for index in indices if index != kept)) for kept in indices]
+    assert all(bool(part.any()) for part in alone)
+    torch.testing.assert_close(torch.stack(alone).sum(0), whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient(indices[1]), whole - alone[1], rtol=1e-4, atol=1e-6)
+
+
+def test_left_out_rows_leave_order_and_updates(traced: TracedAdapter) -> None:
+    replay = Replay.open(traced)
+    whole = replay.retrain()
+    updates, tokens = replay.run.counters.updates, replay.run.counters.tokens
+    left_out = replay.retrain(without(replay, 3, 4))
+    assert (replay.run.counters.updates, replay.run.counters.tokens) == (updates, tokens)
+    assert not is_same(whole, left_out)
+    assert is_same(whole, replay.retrain())
+
+
+def test_another_seed_and_back(traced: TracedAdapter) -> None:
+    replay = Replay.open(traced)
+    whole, other = replay.retrain(), replay.retrain(seed=7)
+    assert not is_same(whole, other)
+    assert is_same(other, replay.retrain(seed=7))
+    assert is_same(whole, replay.retrain())
+
+
+def test_losses_are_those_of_transformers(traced: TracedAdapter, tiny_base: Path) -> None:
+    replay, queries = Replay.open(traced), queries_of(traced)
+    losses = replay.losses(replay.adapter_parameters(), queries)
+    base = open_base(str(tiny_base), bits=32)
+    model = adapters.open_adapter(base.model, traced.artifact.path)
+    for query, loss in zip(queries, losses, strict=True):
+        prompt = base.chat.tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.text} for turn in query.prompt],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        reply = base.chat.tokenizer(query.reply + "<|im_end|>")["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1]
+        assert loss == pytest.approx(float(F.cross_entropy(logits, torch.tensor(reply), reduction="sum")), abs=1e-3)
+
+
+def test_bf16_run_is_repeated_in_fp32_and_compared(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    notices: list[str] = []
+    traced = tuned(tune_recipe, tmp_path / "a", base={"name": tune_recipe["base"], "bits": 16})
+    replay = Replay.open(traced, notice=notices.append)
+    assert any("bfloat16" in line and "fp32" in line for line in notices)
+    assert replay.base.dtype == torch.float32
+    difference = replay.difference(replay.retrain(), queries_of(traced))
+    assert 0 < difference.nats < 1
+    assert difference.as_json()["recorded_dtype"] == "bfloat16"
+
+
+def test_difference_above_the_limit_is_approximate() -> None:
+    near = ReplayDifference((1.0, 2.0), (1.0, 2.0 + MAX_DIFFERENCE_NATS / 2), "bfloat16")
+    far = ReplayDifference((1.0, 2.0), (1.0, 2.0 + 2 * MAX_DIFFERENCE_NATS), "bfloat16")
+    assert near.approximate == ""
+    assert "bfloat16" in far.approximate and "0.040 nats" in far.approximate
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ({"personal": {}}, "personal"),
+        ({"updates": 3}, "no run.micro_batch_tokens"),
+    ],
+)
+def test_tuning_that_cannot_be_repeated_is_named(adapter: Path, run: dict[str, Any], reason: str) -> None:
+    traced = open_traced(adapter)
+    traced.artifact.manifest["run"] = run
+    with pytest.raises(ConfigError, match=reason) as refusal:
+        Replay.open(traced)
+    assert "gradient" in refusal.value.remedy and "retrieval" in refusal.value.remedy
+
+
+def test_other_rows_than_the_recorded_are_refused(adapter: Path) -> None:
+    traced = open_traced(adapter)
+    traced.artifact.manifest["fingerprint"]["rows"] = "0" * 64
+    with pytest.raises(ArtifactError, match="rows: digest 0000"):
+        Replay.open(traced)
+
+
+def test_reply_beyond_the_context_is_refused(traced: TracedAdapter) -> None:
+    replay = Replay.open(traced)
+    with pytest.raises(ConfigError, match="the base reads 512"):
+        replay.encode(traced.query("switch on", "on " * 600))
+
+
+def test_weights_of_another_length_are_refused(traced: TracedAdapter) -> None:
+    replay = Replay.open(traced)
+    with pytest.raises(ConfigError, match="weights has the shape"):
+        replay.retrain(np.ones(len(ROWS) + 1))
