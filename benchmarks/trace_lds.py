@@ -166,7 +166,7 @@ def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | Non
             lines.setdefault(option, []).append({"value": value, **points})
     if plot:
         write_plot(lines, plot)
-    return {"set": CURVE_SET, "retrains": CURVE_RETRAINS, "queries": CURVE_QUERIES, "lines": lines}
+    return {"set": CURVE_SET, "retrains": min(size.retrains, CURVE_RETRAINS), "queries": len(held_out), "lines": lines}
 
 
 def write_plot(lines: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:

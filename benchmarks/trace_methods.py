@@ -172,7 +172,10 @@ def bergson(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> dict[str, A
         files = [Path(folder) / name for name in ("job.json", "result.json")]
         files[0].write_text(json.dumps(job), encoding="utf-8")
         command = [str(python), str(BERGSON), *map(str, files)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BERGSON_S)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BERGSON_S)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"it took more than {BERGSON_S:g} s"}
         if not files[1].is_file():
             return {"failed": f"it ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
         result: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))

@@ -90,16 +90,14 @@ def true_effects(traced: TracedAdapter, cases: Sequence[Suspicion], size: Size) 
     """Return the rise of the reply's loss without the suspects, in nats, by each seed of the truth."""
     plants = list({case.plant.name: case.plant for case in cases}.values())
     retrains = Retrains("proof", traced, queries_of(traced, asked(plants)))
-    effects = []
-    for case in cases:
-        weights = np.ones(len(traced.rows))
-        weights[list(case.rows)] = 0
-        query = plants.index(case.plant)
-        by_seed = []
-        for seed in size.truth_seeds:
-            full = retrains.losses(f"with all rows, seed {seed}", seed=seed)
-            by_seed.append(float((retrains.losses(f"{case.name}, seed {seed}", weights, seed) - full)[query]))
-        effects.append(by_seed)
+    effects: list[list[float]] = [[] for _ in cases]
+    for seed in size.truth_seeds:
+        full = retrains.losses(f"with all rows, seed {seed}", seed=seed)
+        for case, by_seed in zip(cases, effects, strict=True):
+            weights = np.ones(len(traced.rows))
+            weights[list(case.rows)] = 0
+            changes = retrains.losses(f"{case.name}, seed {seed}", weights, seed) - full
+            by_seed.append(float(changes[plants.index(case.plant)]))
     return effects
 
 
