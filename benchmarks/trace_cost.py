@@ -1,0 +1,156 @@
+"""Cost of attribution for trace.py: recording, bytes a row, seconds a reply by rows, tunings of unrolling.
+
+The rows of the timed retrieval and gradients are generated, and so are the sketches: random numbers for up to
+RANDOM_ROWS rows, and zeros for more, which take as long to read, to compare and to rank but for the disk. `sketches`
+says which. Nothing else is left out of the seconds: they have the opening of base and adapter, the index of the words
+and the gradient of the reply.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import defaults
+import numpy as np
+import parts
+from trace_setup import Row, Size, filler, notice, queries_of, recipe_of, set_rows, texts_of, tune_traced
+
+from sartor.core.records import Example, Message, Origin
+from sartor.core.sketch_matrix import PIECE_ROWS, SCALES, SketchMatrix
+from sartor.core.trace_store import adapter_id, trace_folder
+from sartor.trace import prepare
+from sartor.trace.ensemble import part_scores
+from sartor.trace.replay import Replay
+from sartor.trace.retrieval import RetrievalIndex
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
+from sartor.trace.traced_model import TracedModel
+from sartor.trace.unrolling import unroll
+from sartor.tune.gradient_features import RECORDED
+
+# tunings with and without recording, in turn
+PAIRS = 3
+RANDOM_ROWS = 10_000
+
+
+def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
+    """Return the figures of INTERFACES, with the curves."""
+    train, held_out = set_rows("home-intents", options, size.rows, size.queries)
+    recipe = {**recipe_of(train, updates=size.updates, batch_rows=size.batch_rows), **size.recipe}
+    seconds: dict[str, list[float]] = {"plain": [], "recorded": []}
+    for number in range(PAIRS):
+        for kind, values in seconds.items():
+            values.append(
+                parts.run(
+                    f"cost: tuning, {kind}, {number + 1} of {PAIRS}",
+                    lambda kind=kind, number=number: _tuning_seconds(folder / f"{kind}-{number}", train, recipe, kind),
+                )
+            )
+    ratios = [recorded / plain for plain, recorded in zip(seconds["plain"], seconds["recorded"], strict=True)]
+    traced = tune_traced(folder / "recorded-0", {"home": train}, recipe)
+    queries = queries_of(traced, held_out[:1])
+    unrolled = parts.run("cost: unrolling", lambda: unroll(Replay.open(traced), queries, notice=notice).facts)
+    retrieval = {
+        str(count): parts.run(f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count))
+        for count in sorted({size.retrieval_rows, *size.curve_rows})
+    }
+    other = tune_traced(folder / "recorded-1", {"home": train}, recipe)
+    gradient = {
+        str(count): parts.run(f"cost: gradient, {count} rows", lambda count=count: gradient_seconds(other, count))
+        for count in sorted({size.gradient_rows, *size.curve_rows})
+    }
+    return {
+        "feature_overhead": statistics.median(ratios) - 1,
+        "feature_overheads": [ratio - 1 for ratio in ratios],
+        "bytes_per_row": parts.run("cost: bytes", lambda: row_bytes(traced)),
+        "unrolled_tunings": unrolled["tunings"],
+        "unrolling": {name: unrolled[name] for name in ("updates", "seconds", "stored_bytes")},
+        "retrieval_s": retrieval[str(size.retrieval_rows)]["seconds"],
+        "retrieval_curve": retrieval,
+        "gradient_s": gradient[str(size.gradient_rows)]["seconds"],
+        "gradient_curve": gradient,
+    }
+
+
+def _tuning_seconds(folder: Path, rows: Sequence[Row], recipe: dict[str, Any], kind: str) -> float:
+    """Return the seconds of the updates of a tuning."""
+    traced = tune_traced(folder, {"home": rows}, {**recipe, "trace": {"features": kind == "recorded"}})
+    return float(traced.artifact.manifest["run"]["wall_s"])
+
+
+def row_bytes(traced: TracedAdapter) -> int:
+    """Return the bytes of a row's recorded sketch on disk."""
+    matrix = SketchMatrix.open(trace_folder(adapter_id(traced.artifact)) / RECORDED)
+    if matrix is None:
+        raise ValueError(f"the tuning of {traced.artifact.path} recorded no sketches")
+    files = [file for file in matrix.folder.iterdir() if file.suffix in (".f16", ".f32", ".i32")]
+    return round(sum(file.stat().st_size for file in files) / len(matrix.ids))
+
+
+def generated_rows(traced: TracedAdapter, count: int) -> TracedAdapter:
+    """Return the traced adapter with `count` generated rows in the place of its own: filler with a number each."""
+    texts = [texts_of(row) for part in filler(min(count, 2000)).values() for row in part]
+    rows = []
+    for number in range(count):
+        prompt, reply = texts[number % len(texts)]
+        messages = (Message.of("user", f"{prompt} {number}"), Message.of("assistant", f"{number} {reply}"))
+        example = Example(messages, (Origin("generated", str(number)),))
+        rows.append(TrainingRow(example, traced.dataset))
+    return replace(traced, rows=tuple(rows))
+
+
+def retrieval_seconds(traced: TracedAdapter, count: int) -> dict[str, float]:
+    """Return the seconds of retrieval for one reply among `count` generated rows, and of its index and its query."""
+    generated = generated_rows(traced, count)
+    query: list[TraceQuery] = queries_of(generated, [_asked()])
+    started = time.monotonic()
+    index = RetrievalIndex([row.example for row in generated.rows])
+    indexed = time.monotonic()
+    index.scores(query)
+    ended = time.monotonic()
+    return {"seconds": ended - started, "index_s": indexed - started, "query_s": ended - indexed}
+
+
+def gradient_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:
+    """Return the seconds of the gradient method for one reply among `count` generated rows.
+
+    The adapter's own sketches are overwritten.
+    """
+    generated = generated_rows(traced, count)
+    folder = trace_folder(adapter_id(traced.artifact))
+    model = TracedModel.open(generated)
+    fields = {"layout": model.layout.as_json()}
+    ids = [row.example.id for row in generated.rows]
+    labels = [prepare.FINAL, *prepare.STATES]
+    matrices = [
+        SketchMatrix.create(folder / name, ids, model.layout.size, {**fields, "label": name}) for name in labels
+    ]
+    rng = np.random.default_rng(0)
+    for matrix in [*matrices, prepare.open_hidden(generated, folder, model)]:
+        _generate(matrix, rng)
+    del model
+    query = queries_of(generated, [_asked()])
+    started = time.monotonic()
+    part_scores(generated, query, notice=notice)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "sketches": "random" if count <= RANDOM_ROWS else "zeros", "weights": len(labels)}
+
+
+def _generate(matrix: SketchMatrix, rng: np.random.Generator) -> None:
+    """Write a sketch for every row."""
+    if len(matrix.ids) > RANDOM_ROWS:
+        # a file of zeros takes no place on the disk as long as nothing writes to it
+        np.memmap(matrix.folder / SCALES, np.float32, "r+")[:] = 1.0
+        return
+    for start in range(0, len(matrix.ids), PIECE_ROWS):
+        rows = list(range(start, min(start + PIECE_ROWS, len(matrix.ids))))
+        matrix.write(rows, rng.standard_normal((len(rows), matrix.size), np.float32))
+    matrix.flush()
+
+
+def _asked() -> Row:
+    return next(row for part in filler(8).values() for row in part)

@@ -1,0 +1,156 @@
+"""Planted rows of trace.py: how well methods find them, and proof and truth about suspicions.
+
+Every plant that counts (trace_plants.py) is asked once. Its rank among the rows is that of the better of its two rows.
+The halves of the kinds are exchanged too: `swapped` has the other half, by an ensemble calibrated on the first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parts
+import trace_methods
+import trace_plants
+from numpy.typing import NDArray
+from sartor.trace.ensemble import PARTS, combine, fit_weights
+from trace_lds import Retrains
+from trace_plants import Plant
+from trace_setup import Row, Size, chat_row, notice, queries_of, recipe_of, row_indices, tune_traced
+
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+
+F64 = NDArray[np.float64]
+# of the tuning on the rows with plants
+RATE = 1e-3
+# replies by unrolling among all the rows
+FEW_UNROLLED = 2
+
+
+@dataclass(frozen=True)
+class PlantedSet:
+    """An adapter tuned on rows with plants, and the plants that count.
+
+    reasons: why a plant does not count, by name. found: effects of those whose wording is closed.
+    """
+
+    traced: TracedAdapter
+    counted: list[Plant]
+    reasons: dict[str, str]
+    found: dict[str, dict[str, Any]]
+
+    def queries(self, plants: Sequence[Plant]) -> list[TraceQuery]:
+        """Return the replies that are asked."""
+        return queries_of(self.traced, asked(plants))
+
+    def scored(self, size: Size, *, is_swapped: bool = False) -> list[Plant]:
+        """Return the plants of the kinds that are scored, or with `is_swapped` those of the other kinds."""
+        kinds = trace_plants.scored_kinds()
+        if is_swapped:
+            kinds = sorted({plant.kind for plant in self.counted} - set(kinds))
+        return trace_plants.choose_scored(self.counted, kinds, size.plants)
+
+
+def asked(plants: Sequence[Plant]) -> list[Row]:
+    """Return the pairs that are asked as rows."""
+    return [chat_row(plant.prompt, plant.reply) for plant in plants]
+
+
+def make_planted(size: Size, folder: Path) -> PlantedSet:
+    """Return the planted set, checked: the wording by words, the effects by retrains. A part of the call each."""
+    plants = trace_plants.read_plants(size.asked_plants)
+    reasons = parts.run("plants: wording", lambda: trace_plants.split_closed(plants, size)[1])
+    closed = [plant for plant in plants if plant.name not in reasons]
+    sources = trace_plants.planted_rows(size.planted_rows, closed)
+    traced = tune_planted(folder / "planted", sources, size)
+    retrains = Retrains("plants", traced, queries_of(traced, asked(closed)))
+    full = retrains.losses("with all rows")
+    weights = trace_plants.left_out_weights(closed, row_indices(traced), len(traced.rows))
+    rounds = [retrains.losses(f"without a plant of each kind, {index + 1}", row) for index, row in enumerate(weights)]
+    found = trace_plants.effects(closed, full, rounds, size.min_effect)
+    for name, facts in found.items():
+        if not facts["counts"]:
+            reasons[name] = f"without it {facts['effect']:+.2f} nats, without others up to {facts['placebo']:+.2f}"
+    counted = [plant for plant in closed if found[plant.name]["counts"]]
+    notice(f"{len(plants)} plants: {len(closed)} of closed wording, {len(counted)} of them with an effect")
+    return PlantedSet(traced, counted, reasons, found)
+
+
+def tune_planted(folder: Path, sources: dict[str, list[Row]], size: Size) -> TracedAdapter:
+    """Return the adapter tuned on rows with plants, an epoch."""
+    rows = [row for part in sources.values() for row in part]
+    recipe = recipe_of(rows, epochs=1, rate=RATE, batch_rows=2 * size.batch_rows)
+    return tune_traced(folder, sources, {**recipe, **size.recipe})
+
+
+def make_few(planted: PlantedSet, size: Size, folder: Path) -> TracedAdapter:
+    """Return the adapter tuned on few rows with the plants that are scored."""
+    return tune_planted(folder / "few", trace_plants.planted_rows(size.few_rows, planted.scored(size)), size)
+
+
+def measure(size: Size, folder: Path) -> dict[str, Any]:
+    """Return the counts of each method, and of unrolling on few rows and for two replies among all.
+
+    `gradient` is the ensemble with weights fitted on the kinds that are not scored.
+    """
+    planted = make_planted(size, folder)
+    traced, queries = planted.traced, planted.queries(planted.counted)
+    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
+    scores = trace_methods.scores_of("plants", scorers, traced, queries)
+    seconds = parts.run("plants: seconds of a reply", lambda: _seconds(traced, queries[:1]))
+    few = make_few(planted, size, folder)
+    return {
+        **_counts(planted, scores, size),
+        "unrolled": _unrolled(few, planted.scored(size), "few rows"),
+        "unrolled_among_all": _unrolled(traced, planted.scored(size)[:FEW_UNROLLED], "all rows"),
+        "swapped": _counts(planted, scores, size, is_swapped=True),
+        "gradient_seconds": seconds,
+        "rows": len(traced.rows),
+        "kinds": trace_plants.scored_kinds(),
+        "tried": len(planted.found.keys() | planted.reasons.keys()),
+        "closed": len(planted.found),
+        "counted": len(planted.counted),
+        "discarded": planted.reasons,
+        "effects": {name: facts["effect"] for name, facts in planted.found.items()},
+    }
+
+
+def _seconds(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> float:
+    """Return the seconds of the gradient method for these replies; the sketches of the rows are there."""
+    started = time.monotonic()
+    trace_methods.sketched(traced, queries)
+    return time.monotonic() - started
+
+
+def _counts(
+    planted: PlantedSet, scores: trace_methods.Scores, size: Size, *, is_swapped: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return the counts of each method for the scored plants. scores: (Q, N) of all plants that count."""
+    indices = row_indices(planted.traced)
+    scored, fitted = planted.scored(size, is_swapped=is_swapped), planted.scored(size, is_swapped=not is_swapped)
+    places = {plant.name: place for place, plant in enumerate(planted.counted)}
+    # each of a plant's rows is a cause of its reply
+    pairs = [(places[plant.name], indices[pair]) for plant in fitted for pair in plant.rows]
+    ours = {name: scores[name][[place for place, _ in pairs]] for name in PARTS}
+    weights = fit_weights(ours, [row for _, row in pairs], origin="kinds that are not scored")
+    methods = {**scores, "gradient_alone": scores["gradient"], "gradient": combine(scores, weights)}
+    result: dict[str, dict[str, Any]] = {}
+    for name, matrix in methods.items():
+        ranks = trace_plants.plant_ranks(matrix[[places[plant.name] for plant in scored]], scored, indices)
+        result[name] = {**trace_plants.summary(ranks), "by_kind": trace_plants.by_kind(scored, ranks), "ranks": ranks}
+    result["gradient"]["weights"] = asdict(weights)
+    return result
+
+
+def _unrolled(traced: TracedAdapter, plants: Sequence[Plant], label: str) -> dict[str, Any]:
+    """Return the counts of unrolling, a part of the call for each reply."""
+    lines = []
+    for plant, query in zip(plants, queries_of(traced, asked(plants)), strict=True):
+        part = f"plants, {label}, {plant.name}"
+        lines.append(trace_methods.scores_of(part, {"unrolling": trace_methods.unrolled}, traced, [query])["unrolled"])
+    ranks = trace_plants.plant_ranks(np.concatenate(lines), plants, row_indices(traced))
+    return {**trace_plants.summary(ranks), "rows": len(traced.rows), "ranks": ranks}
