@@ -424,7 +424,8 @@ def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
         return {"kind": value}
     first = next((option_key(field.name) for field in dataclasses.fields(cls) if field.name != "kind"), None)
     if first is None:
-        raise ConfigError(f"{kind_of(cls)} has no options, and {value!r:.100} was given", f"write {kind_of(cls)} alone")
+        kind = kind_of(cls)
+        raise ConfigError(f"{kind} has no options, and {value!r:.100} was given", f"write {kind} alone")
     return {first: value}
 
 

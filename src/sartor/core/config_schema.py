@@ -2,9 +2,9 @@
 
     schema_of(Recipe, title="Tuning recipe")
 
-A schema accepts the forms that `config.load` accepts, shorthands included, and holds the help texts and defaults of the
-declarations. Left to `config.load` is what a JSON Schema cannot say: checks in `__post_init__`, such as a fraction that
-must be below 1, and the difference between 3 and 3.0, which JSON does not make.
+A schema accepts the forms that `config.load` accepts, shorthands included, and holds the help texts and defaults of
+the declarations. Left to `config.load` is what a JSON Schema cannot say: checks in `__post_init__`, such as a fraction
+that must be below 1, and the difference between 3 and 3.0, which JSON does not make.
 """
 
 from __future__ import annotations
