@@ -1,7 +1,7 @@
 """Hatchling's hook for the package's metadata: links of the project, and README as an index shows it.
 
 The address of the repository is one variable, `[tool.sartor] repository` in pyproject.toml. While it is empty there
-are no links, and in the long description README's relative links are plain text, since an index has no files beside it.
+are no links, and a relative link of README is plain text in the long description: an index has no files beside it.
 """
 
 from __future__ import annotations

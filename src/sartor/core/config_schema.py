@@ -26,13 +26,16 @@ _NUMBER_TEXT = (
     r"|[iI][nN][fF]([iI][nN][iI][tT][yY])?|[nN][aA][nN])\s*$"
 )
 _NUMBER: Schema = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": _NUMBER_TEXT}]}
+_NULL: Schema = {"type": "null"}
 _SCALARS: dict[Any, Schema] = {
     str: {"type": "string"},
     int: {"type": "integer"},
     bool: {"type": "boolean"},
     float: {"$ref": "#/$defs/number"},
-    type(None): {"type": "null"},
+    type(None): _NULL,
 }
+_NO_MAPPING: Schema = {"type": ["array", "boolean", "null", "number", "string"]}
+_NO_MAPPING_OR_NULL: Schema = {"type": ["array", "boolean", "number", "string"]}
 
 
 def schema_of(cls: type, *, title: str) -> Schema:
@@ -112,8 +115,11 @@ class _SchemaWriter:
     def _named_mapping(self, cls: Any) -> Schema:
         """Return the schema of the shorthand `{length: {min_words: 3}}`, in which the only key is the kind."""
         values = [self._reference(cls), *self._shorthands(cls)]
+        # nothing after the name means the defaults, and never that the first option is null
         if not _has_required(cls):
-            values.append({"type": "null"})
+            values.append(_NULL)
+        else:
+            values = [_NO_MAPPING_OR_NULL if schema == _NO_MAPPING else schema for schema in values if schema != _NULL]
         return {
             "type": "object",
             "properties": {kind_of(cls): {**_any_of(values), "description": first_sentence(cls)}},
@@ -124,7 +130,7 @@ class _SchemaWriter:
     def _others(self, hint: Any) -> Iterator[Schema]:
         """Yield the schemas of the values other than mappings that a type hint accepts."""
         if hint is Any:
-            yield {"type": ["array", "boolean", "null", "number", "string"]}
+            yield _NO_MAPPING
         elif hint in _SCALARS:
             yield _SCALARS[hint]
         elif get_origin(hint) is Literal:
@@ -138,7 +144,7 @@ class _SchemaWriter:
         elif classes := _classes_by_kind(hint):
             yield from (_kind_alone(cls) for cls in classes if not _has_required(cls))
             if type(None) in get_args(hint):
-                yield _SCALARS[type(None)]
+                yield _NULL
         elif get_origin(hint) in (Union, types.UnionType):
             for member in get_args(hint):
                 yield from self._others(member)
