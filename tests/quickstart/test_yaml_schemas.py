@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import types
@@ -137,6 +138,50 @@ def test_schema_accepts_what_config_accepts(name: str, monkeypatch: pytest.Monke
                     differing.append((cls.__name__, key, value, is_loaded))
     assert differing == []
     assert accepted > 0 and compared - accepted > 0
+
+
+PROBES = ("curate", "edge", "federate", "learning", "round", "serving", "synthesize", "team", "tune", "validate")
+
+
+def values_of(option: str, data: Any) -> Iterator[Any]:
+    """Yield the values of an option in nested mappings and lists."""
+    if isinstance(data, dict):
+        if option in data:
+            yield data[option]
+        for value in data.values():
+            yield from values_of(option, value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from values_of(option, value)
+
+
+@pytest.mark.circle
+def test_schema_accepts_the_values_of_the_option_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values by which tests/test_options.py shows that each option has an effect; loads as the schema says."""
+    classes: dict[str, tuple[str, Any]] = {}
+    for name in FILES:
+        definitions = sartor.schema(name).schema["$defs"]
+        for cls in classes_below(options_of(name)):
+            definition = cls.__name__ if cls.__name__ in definitions else ""
+            if definition or cls is options_of(name):
+                classes.setdefault(cls.__name__, (name, cls))
+    unchecked({cls for _, cls in classes.values()}, monkeypatch)
+    compared, differing = 0, []
+    for module in PROBES:
+        for probe in importlib.import_module(f"{module}_option_probes").PROBES:
+            cls_name, _, field = probe.option.partition(".")
+            if cls_name not in classes:
+                continue
+            name, cls = classes[cls_name]
+            known = validator(name, cls_name if cls is not options_of(name) else "")
+            key = config.option_key(field)
+            for value in values_of(key, probe.values):
+                data = {**smallest(cls), key: value}
+                compared += 1
+                if known.is_valid(data) != loads(cls, data):
+                    differing.append((probe.option, value))
+    assert differing == []
+    assert compared > 300
 
 
 @pytest.mark.parametrize("name", FILES)
