@@ -76,7 +76,7 @@ def leading_comment(text: str, mark: str) -> str:
 
 def describe(path: Path) -> str:
     """Return what a file says of itself in one sentence; "" if it says nothing."""
-    if path.suffix == ".py":
+    if path.suffix in (".py", ".pyi"):
         return first_sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     if path.suffix in COMMENTS:
         return first_sentence(leading_comment(path.read_text(encoding="utf-8"), COMMENTS[path.suffix]))

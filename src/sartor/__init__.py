@@ -112,6 +112,8 @@ _NAMES = {
     "revoke_key": "sartor.serving.api_keys:revoke_key",
     "rollback_agent": "sartor.serving.commands.agent_commands:rollback_agent",
     "say_many": "sartor.media.speech.batch_synthesis:say_many",
+    "schema": "sartor.quickstart.yaml_schemas:schema",
+    "schema_names": "sartor.quickstart.yaml_schemas:schema_names",
     "serve": "sartor.serving.http.startup:serve",
     "serve_adapter": "sartor.serving.commands.serve_adapter:serve_adapter",
     "speaking": "sartor.serving.commands.spoken_reply:speaking",

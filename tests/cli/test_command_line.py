@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,12 +177,23 @@ def test_secret_is_read_from_the_environment(
     assert "CHAT_KEY is not set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [("bash", "completions/sartor"), ("zsh", "completions/_*sartor"), ("fish", "completions/sartor.fish")],
+)
 def test_completion_is_installed_for_the_users_shell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shell: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The script completes every command, those below a group and flags; where the shell is here, it reads the script."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SHELL", "/bin/bash")
+    monkeypatch.setenv("SHELL", f"/bin/{shell}")
     assert run("--install-completion") == 0
     capsys.readouterr()
-    [script] = tmp_path.rglob("completions/sartor")
-    assert "tailor" in script.read_text()
+    [script] = tmp_path.rglob(file)
+    text = script.read_text()
+    words = {"sync", "promote", "simulate", *(name for _, commands in GROUPS.values() for name in commands)}
+    assert sorted(word for word in words if not re.search(rf"\b{word}\b", text)) == []
+    assert "schemas" in text  # a flag of `init`
+    if shutil.which(shell):
+        done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")

@@ -57,6 +57,7 @@ def test_flags_override(flags: list[str], value: object) -> None:
         (Recipe, {**TUNE, "seed": "one"}, [], "seed is 'one'; it must be whole number", "seed"),
         (Recipe, {**TUNE, "seed": True}, [], "seed is True", "seed"),
         (Recipe, {**TUNE, "method": {"kind": "lara"}}, [], "'lara'", "lora"),
+        (Recipe, {**TUNE, "objective": {"sft": 5}}, [], "sft has no options, and 5 was given", "write sft alone"),
         (Recipe, {**TUNE, "method": {"rank": 0}}, [], "rank is 0; it must be at least 1", "rank: 1"),
         (Recipe, {**TUNE, "budget": {}}, [], "sets no limit", "epochs"),
         (Recipe, {**TUNE, "base": {"name": "starter", "bits": 5}}, [], "base.bits is 5", "bits"),

@@ -76,7 +76,7 @@ RECIPES = {
 GROUPS = {
     "Start here": (
         "sartor tailor faq.csv --name faq --fields prompt=Frage,completion=Antwort --licence own",
-        ("tailor", "chat", "ask", "show", "init", "doctor", "demo", "assets"),
+        ("tailor", "chat", "ask", "show", "init", "schema", "doctor", "demo", "assets"),
     ),
     "Data": (
         "sartor curate curate.yaml --out data/faq",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, Token
 
 import sartor
-from sartor.cli.app import REPLACE, Flags, app, notice, prompt_of
+from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice, prompt_of
 from sartor.core.errors import ConfigError
 
 
@@ -181,15 +181,34 @@ def show(
 
 
 @app.command
-def init(data: str, *, out: Path = Path(), replace: REPLACE = False) -> Any:
+def init(data: str, *, out: Path = Path(), schemas: REPLACE = False, replace: REPLACE = False) -> Any:
     """Write a commented curate.yaml and tune.yaml for your data, to change and to run.
 
     Args:
         data: file, folder, or source of a curation recipe
         out: directory of the two files
+        schemas: also write their JSON Schemas, by which editors check and complete the recipes
         replace: replace existing files
     """
-    return sartor.init(data, out=out, replace=replace, notice=notice)
+    return sartor.init(data, out=out, schemas=schemas, replace=replace, notice=notice)
+
+
+@app.command
+def schema(name: str = "", *, out: Path | None = None, replace: REPLACE = False) -> Any:
+    """Print the JSON Schema of a recipe or another YAML file, for editors; without a name, list the names.
+
+    Args:
+        name: tune, curate, team or another of the list
+        out: write it to this file instead
+        replace: replace an existing file
+    """
+    if not name:
+        return {"schemas": [{"name": name, "file": title} for name, title in sartor.schema_names().items()]}
+    result = sartor.schema(name, out=out, replace=replace)
+    if out is None and not AS_JSON.get():
+        print(result.text)
+        return None
+    return result
 
 
 @app.command

@@ -163,7 +163,7 @@ def load_any(cls: type[T], recipe: T | Mapping[str, Any] | Path | str, flags: Se
 def dump(value: Any) -> Any:
     """Return the plain mapping that `load` turns back into an equal value, for manifests and YAML."""
     if dataclasses.is_dataclass(value):
-        return {_key(f.name): dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {option_key(f.name): dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [dump(item) for item in value]
     return value
@@ -199,7 +199,7 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
     for field in dataclasses.fields(cls):
         if field.name == "kind":
             continue
-        name, hint = f"{prefix}{_key(field.name)}", hints[field.name]
+        name, hint = f"{prefix}{option_key(field.name)}", hints[field.name]
         members, text = _classes(hint), field.metadata.get("help", "")
         declared = f"{_describe_type(hint)}, {_default_text(field)}"
         if "[]" in prefix and tuple(members) in seen:
@@ -210,8 +210,8 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
         dotted_name = f"{name}[]" if _is_list(hint) else name
         if members and "[]" in prefix:
             seen[tuple(members)] = dotted_name
-        if any(_has_kind(member) for member in members):
-            choices = " | ".join(_kind(member) for member in members)
+        if any(has_kind(member) for member in members):
+            choices = " | ".join(kind_of(member) for member in members)
             yield _Described(
                 f"{dotted_name}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text
             )
@@ -222,11 +222,11 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
 def _describe_member(
     member: type, dotted_name: str, is_one_of_several: bool, seen: dict[tuple[type, ...], str]
 ) -> Iterator[_Described]:
-    if _has_kind(member):
-        yield _Described(f"{dotted_name}.kind {_kind(member)}", "a choice", first_sentence(member), states_kind=True)
+    if has_kind(member):
+        yield _Described(f"{dotted_name}.kind {kind_of(member)}", "a choice", first_sentence(member), states_kind=True)
     for line in _describe(member, f"{dotted_name}.", seen):
         if is_one_of_several and not line.states_kind:
-            line = line._replace(declared=f"{line.declared}, with kind {_kind(member)}", states_kind=True)
+            line = line._replace(declared=f"{line.declared}, with kind {kind_of(member)}", states_kind=True)
         yield line
 
 
@@ -239,17 +239,17 @@ def first_sentence(cls: type) -> str:
 
 def choices_text(classes: Iterable[type]) -> str:
     """Return `kind: first sentence` of each class, for an option that names a kind as text."""
-    return " ".join(f"{_kind(cls)}: {first_sentence(cls)}" for cls in classes)
+    return " ".join(f"{kind_of(cls)}: {first_sentence(cls)}" for cls in classes)
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    if dataclasses.is_dataclass(field.default) and _has_kind(field.default):
-        return f"default {_kind(type(field.default))}"
+    if dataclasses.is_dataclass(field.default) and has_kind(field.default):
+        return f"default {kind_of(type(field.default))}"
     default: Any = field.default
     if isinstance(default, tuple) and default and all(dataclasses.is_dataclass(item) for item in default):
-        return f"default [{', '.join(_kind(type(item)) for item in default)}]"  # as a recipe would write it
+        return f"default [{', '.join(kind_of(type(item)) for item in default)}]"  # as a recipe would write it
     return f"default {dump(default)!r}"
 
 
@@ -290,7 +290,7 @@ def _expanded(cls: Any, data: Any) -> Any:
             if value in _literals(hints[field.name]):
                 continue  # `budget: auto` is a literal, not a shorthand
             if len(members) > 1:
-                value = _with_kind({_kind(member): member for member in members}, value)
+                value = _with_kind({kind_of(member): member for member in members}, value)
                 data[field.name] = dict(value) if isinstance(value, Mapping) else {"kind": value}
                 continue
             value = value if isinstance(value, Mapping) else _from_shorthand(members[0], value)
@@ -335,7 +335,7 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
     classes = [member for member in members if dataclasses.is_dataclass(member)]
     if value is None and type(None) in members:
         return None
-    if len(classes) > 1 or (classes and _has_kind(classes[0])):
+    if len(classes) > 1 or (classes and has_kind(classes[0])):
         return _build_class(*_by_kind(classes, value, where), where)
     failure: ConfigError | None = None
     for member in members:
@@ -353,14 +353,14 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
 
 def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
     """Return the member of a union that `value` selects, and the mapping for it."""
-    kinds = {_kind(cls): cls for cls in classes}
+    kinds = {kind_of(cls): cls for cls in classes}
     value = _with_kind(kinds, value)
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in kinds:
         key_or_kind = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
         having = []  # kinds with an option of that name
         for name, cls in kinds.items():
-            if kind is None and any(_key(field.name) == key_or_kind for field in dataclasses.fields(cls)):
+            if kind is None and any(option_key(field.name) == key_or_kind for field in dataclasses.fields(cls)):
                 having.append(name)
         if having:
             problem = (
@@ -392,7 +392,7 @@ def _with_kind(kinds: Mapping[str, Any], value: Any) -> Any:
 def _build_class(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         value = _from_shorthand(cls, value)
-    fields = {_key(field.name): field for field in dataclasses.fields(cls)}
+    fields = {option_key(field.name): field for field in dataclasses.fields(cls)}
     for key in value:
         if key not in fields:
             path, suggestion = f"{where}.{key}".lstrip("."), _closest_name(key, list(fields))
@@ -420,22 +420,27 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
-    if _has_kind(cls) and value == _kind(cls):
+    if has_kind(cls) and value == kind_of(cls):
         return {"kind": value}
-    first = next((_key(field.name) for field in dataclasses.fields(cls) if field.name != "kind"), None)
-    return {first: value} if first else {}
+    first = next((option_key(field.name) for field in dataclasses.fields(cls) if field.name != "kind"), None)
+    if first is None:
+        kind = kind_of(cls)
+        raise ConfigError(f"{kind} has no options, and {value!r:.100} was given", f"write {kind} alone")
+    return {first: value}
 
 
-def _key(name: str) -> str:
+def option_key(name: str) -> str:
     """Return the option name of a field: `with_` becomes `with`, a keyword in Python."""
     return name.removesuffix("_")
 
 
-def _kind(cls: Any) -> str:
+def kind_of(cls: Any) -> str:
+    """Return the `kind` of a class of options, or of an instance."""
     return next(str(field.default) for field in dataclasses.fields(cls) if field.name == "kind")
 
 
-def _has_kind(cls: Any) -> bool:
+def has_kind(cls: Any) -> bool:
+    """Return whether a class of options, or an instance, has a `kind`."""
     return any(field.name == "kind" for field in dataclasses.fields(cls))
 
 
@@ -475,7 +480,7 @@ def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") 
 
 def _describe_type(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
-        return _kind(hint) if _has_kind(hint) else "a mapping"
+        return kind_of(hint) if has_kind(hint) else "a mapping"
     origin = get_origin(hint)
     if origin is Literal:
         return " | ".join(str(choice) for choice in get_args(hint))

@@ -8,8 +8,10 @@ module's class may be replaced (data model, "Customizing module attribute access
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from sartor.core.errors import missing_package
@@ -51,10 +53,23 @@ def import_module(module: str) -> types.ModuleType:
 
 
 def callable_package(package: str, module: str) -> None:
-    """Make `package` callable: a call runs the function of its last name in `module`, imported at that call."""
+    """Make `package` callable: a call runs the function of its last name in `module`, imported at that call.
+
+    `inspect.signature(sartor.tune)` is the function's own; it imports the module as a call does.
+    """
 
     class Verb(types.ModuleType):
+        verb_module = module
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            return inspect.signature(_verb())
+
         def __call__(self, *args: Any, **options: Any) -> Any:
-            return getattr(import_module(module), package.rpartition(".")[2])(*args, **options)
+            return _verb()(*args, **options)
+
+    def _verb() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(import_module(module), package.rpartition(".")[2])
+        return function
 
     sys.modules[package].__class__ = Verb

@@ -16,6 +16,7 @@ from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources.planner import columns_of, plan_reading
 from sartor.curate.sources.types import SourceOptions
+from sartor.quickstart.yaml_schemas import schema, schema_comment, schema_file
 
 Notice = Callable[[str], object]
 _CURATE = """\
@@ -48,27 +49,36 @@ data: data/{name}
 
 @dataclass(frozen=True)
 class Initialized:
-    """Paths of the two recipes."""
+    """Paths of the two recipes, and of their schemas if they were written."""
 
     curate: Path
     tune: Path
+    schemas: tuple[Path, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON output of the command."""
-        return {"curate": str(self.curate), "tune": str(self.tune)}
+        schemas = {"schemas": [str(path) for path in self.schemas]} if self.schemas else {}
+        return {"curate": str(self.curate), "tune": str(self.tune), **schemas}
 
 
 def init(
-    data: Path | str, *, out: Path | str = ".", replace: bool = False, notice: Notice = lambda line: None
+    data: Path | str,
+    *,
+    out: Path | str = ".",
+    schemas: bool = False,
+    replace: bool = False,
+    notice: Notice = lambda line: None,
 ) -> Initialized:
     """Write `curate.yaml` and `tune.yaml` for `data` into the directory `out`, with comments on options.
 
-    If Sartor does not know the columns of a table, the recipe names them. Raises ConfigError if `data` does not exist,
-    or if one of the files does.
+    If Sartor does not know the columns of a table, the recipe names them.
+    schemas: also write JSON Schemas of both, which the recipes name in their first line for editors.
+    Raises ConfigError if `data` does not exist, or if one of the files does.
     """
     out = Path(out)
     files = out / "curate.yaml", out / "tune.yaml"
-    if (taken := [file for file in files if file.exists()]) and not replace:
+    schema_files = {name: out / schema_file(name) for name in ("curate", "tune")} if schemas else {}
+    if (taken := [file for file in (*files, *schema_files.values()) if file.exists()]) and not replace:
         raise ConfigError(f"{taken[0]} is there already", "--replace, or --out DIR")
     source = SourceOptions(path=str(data))
     form = next(
@@ -78,11 +88,17 @@ def init(
     name = re.sub(r"[^\w.-]+", "-", Path(str(data).partition("#")[0]).stem.lower()).strip("-") or "rows"
     names = {"curate": files[0], "tune": files[1], "name": name}
     make_parent(files[0])
-    text = _CURATE.format(path=_quoted(str(data)), fields=_field_lines(columns), **names)
-    write_file_atomic(files[0], text.encode())
-    write_file_atomic(files[1], _TUNE.format(**names).encode())
+    texts = {
+        "curate": _CURATE.format(path=_quoted(str(data)), fields=_field_lines(columns), **names),
+        "tune": _TUNE.format(**names),
+    }
+    for file, (recipe, text) in zip(files, texts.items(), strict=True):
+        if recipe in schema_files:
+            schema(recipe, out=schema_files[recipe], replace=replace)
+            text = schema_comment(recipe) + text
+        write_file_atomic(file, text.encode())
     notice(f"form     {form or 'not known'}{': name the columns in ' + str(files[0]) if columns else ''}")
-    return Initialized(*files)
+    return Initialized(*files, schemas=tuple(schema_files.values()))
 
 
 def _field_lines(columns: Sequence[str]) -> str:
