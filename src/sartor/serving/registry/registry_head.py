@@ -277,6 +277,8 @@ class RegistryHead:
         self._seen = max(self._seen, number)
         if self._file is None or self._stored_number() >= number:
             return
+        if not self._file.parent.is_dir():  # a state directory that was removed is not created again
+            return
         try:
             # not durable: after a power cut the file may be behind the database, never before it
             write_file_atomic(self._file, records.canonical({"number": number}), mode=PRIVATE, durable=False)
