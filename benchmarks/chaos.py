@@ -29,7 +29,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,6 +161,7 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         "offered_per_s": round(load.rate_per_s * len(ALL), 2),
         "promotions": scene.changed,
         "in_flight_at_a_change": scene.spanning,
+        **hostile_of(faults),
         "p99_s": {name: fault["p99_s"] for name, fault in faults.items() if "p99_s" in fault},
         "slowest_s": {name: fault["slowest_s"] for name, fault in faults.items() if "slowest_s" in fault},
         "recovery_s": {name: fault["recovery_s"] for name, fault in faults.items() if "recovery_s" in fault},
@@ -264,6 +265,18 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], lis
             }
             print(f"{fault.name}: {outcome.note}; {outcome.failed or 'as it must be'}", flush=True)
     return faults, judged
+
+
+def hostile_of(faults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the others' success and p99 of the faults that are an attack, by name; nothing unless each was made.
+
+    Lost keys hurt everybody, by design: that fault has no others, and its p99 is of who was answered.
+    """
+    made = {name: faults.get(name, {}) for name in chaos_faults.HOSTILE}
+    if any("p99_s" not in fault for fault in made.values()):
+        return {}
+    shown = ("others_success", "p99_s")
+    return {"hostile": {name: {key: fault[key] for key in shown if key in fault} for name, fault in made.items()}}
 
 
 def nearest_rank(ordered: Sequence[float], fraction: float) -> float:

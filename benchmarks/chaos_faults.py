@@ -694,3 +694,12 @@ FAULTS = (
     Fault("forged turns", forged_turns),
     Fault("promotions and rollbacks", promotions),
 )
+# Faults that somebody makes on purpose, or that would open the server to one: keys lost, database lost, bombs, forged
+# turns
+HOSTILE = (
+    "all API keys lost",
+    "registry's file removed",
+    "registry's file replaced",
+    "decompression bombs",
+    "forged turns",
+)

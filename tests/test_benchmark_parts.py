@@ -314,6 +314,27 @@ def test_figure_of_a_part_or_other_processor_is_not_compared(tmp_path: Path) -> 
         assert standing.state == ("not compared" if why else "met")
 
 
+@pytest.mark.parametrize(("success", "state"), [(1.0, "met"), (0.999, "**not met**"), (None, "not run here")])
+def test_chaos_of_attackers_reaches_the_scoreboard(success: float | None, state: str, tmp_path: Path) -> None:
+    """The target reads what chaos writes of lost keys, a lost database, bombs and forged turns; of all or of none."""
+    import chaos
+    import chaos_faults
+    import scoreboard
+
+    assert {fault.name for fault in chaos_faults.FAULTS} >= set(chaos_faults.HOSTILE)
+    faults: dict[str, Any] = {name: {"others_success": 1.0, "p99_s": 0.2} for name in chaos_faults.HOSTILE}
+    faults["all API keys lost"] = {"p99_s": 0.1}
+    faults["forged turns"] = {"skipped": "no base"} if success is None else {"others_success": success, "p99_s": 0.3}
+    result = {"faults": faults, **chaos.hostile_of(faults)}
+    (stated,) = (one for one in scoreboard.read_targets() if one.issue == 23 and one.program == "chaos")
+    assert stated.equals == 1.0 and stated.text == (
+        "chaos with keys lost, database lost, bombs, forged turns: others' success 1, p99 stated"
+    )
+    record = {"command": ["benchmarks/chaos.py"], "commit": "abc", "machine": {"processor": "x"}, "result": result}
+    (tmp_path / "chaos.json").write_text(json.dumps(record))
+    assert scoreboard.standing_of(stated, tmp_path).state == state
+
+
 @pytest.mark.parametrize(
     "changes", [{"at_least": None}, {"at_most": 1.0}, {"program": ""}, {"take": "best"}, {"value": ""}]
 )

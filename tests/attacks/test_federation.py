@@ -21,10 +21,23 @@ from sartor.federate.privacy.accountant import Account, PrivacyBudget, Spending,
 from sartor.federate.privacy.client_noise import colluders_of, noise_of, noised, sharers_of, without_collusion
 from sartor.federate.recipe import load
 from sartor.federate.rounds.round_client import EnrolmentPolicy, Participant, RoundClient
-from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, read_manifest, terms_for
+from sartor.federate.rounds.round_manifest import (
+    ClientWork,
+    LocalUpdate,
+    Manifest,
+    UpdateRules,
+    read_manifest,
+    terms_for,
+)
 from sartor.federate.rounds.transport import InProcess, run_round
 from sartor.federate.secure.secagg_terms import default_colluders, least_threshold
+from sartor.federate.tuning import simulated_rounds
+from sartor.federate.tuning.lora_task import LoraTask
+from sartor.federate.tuning.simulated_rounds import SimulationSetup
+from sartor.federate.tuning.simulation import simulate
+from sartor.federate.updates import pack_tensors
 from sartor.models.lora_tensors import Tensors
+from tuning_rounds import recipe
 
 # an honest update of zeros: whatever an attacker is left with is noise
 SILENT = {"rate": 0.0}
@@ -224,3 +237,86 @@ def test_client_without_noise_joins_any_three(tmp_path: Path) -> None:
     assert _enrolled(tmp_path, house, {"base": "tiny"}).policy.least_cohort == 3
     with pytest.raises(ConfigError, match="min_cohort is 2"):
         ClientOptions("key", "roster", "socket", min_cohort=2)
+
+
+# --- who is asked again, after a kill
+
+
+def test_client_that_comes_back_sends_the_same_bytes(tmp_path: Path) -> None:
+    """Asked again after a kill, or in an open round, it answers as before: one draw of its noise leaves it."""
+    house = Conspiracy(4, tmp_path)
+    name, kinds = house.names[0], []
+
+    class Asked:
+        """A client that is asked again by each request: at once, and after a restart."""
+
+        def answer(self, request: bytes) -> bytes:
+            answers = [house.clients[name].answer(request) for _ in range(2)]
+            house.clients[name] = house.client(name)
+            answers.append(house.clients[name].answer(request) if house.coordinator.is_open else answers[0])
+            kinds.append(house.coordinator.stage)
+            assert len(set(answers)) == 1
+            return answers[0]
+
+    transport = InProcess({**house.clients, name: Asked()})
+    ended = run_round(house.coordinator, transport, house.plan(rules=RULES, settings=SILENT))
+    assert ended.state == "done" and name in ended.active and "masked" in kinds
+    assert house.tasks[name].calls == 1
+
+
+def test_inspectable_round_with_noise_is_refused() -> None:
+    """Each invitation would draw a client's share anew, and the mean of the answers is the update."""
+    with pytest.raises(ConfigError, match="each update is seen"):
+        UpdateRules(clip=1.0, noise=3.0, most_examples=1, mode="inspectable")
+
+
+def test_resumed_round_is_paid_once_and_repeats_its_bits(
+    tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simulation that is killed once its clients have tuned asks them again: same noise, one payment a round."""
+    for package in ("opacus", "dp_accounting"):
+        pytest.importorskip(package)
+    updates: dict[tuple[str, str], list[bytes]] = {}
+    spent: dict[Path, list[Spending]] = {}
+    tuned = LoraTask.update
+
+    def recorded(task: LoraTask, manifest: Manifest, shared: Tensors) -> LocalUpdate:
+        update = tuned(task, manifest, shared)
+        assert task.guard
+        updates.setdefault((str(task.guard.account.file), manifest.digest), []).append(pack_tensors(update.tensors))
+        spent[task.guard.account.file] = task.guard.account.spent()
+        return update
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LoraTask, "update", recorded)
+    privacy = {"epsilon": 8.0, "delta": 1e-2, "level": "example", "batch_rows": 8}
+    asked = recipe(tiny_base, dataset, privacy=privacy, local={"updates": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SimulationSetup, "seen_metrics", killed)
+        simulate(asked, tmp_path / "out", shards={"count": 3, "by": "."})
+    simulate(asked, tmp_path / "out", shards={"count": 3, "by": "."}, resume=True)
+    assert any(len(same) > 1 for same in updates.values()), "clients are asked again"
+    assert all(len(set(same)) == 1 for same in updates.values())
+    assert len(spent) == 3 and all(len(entries) == asked["rounds"] for entries in spent.values())
+
+
+def test_start_that_fails_leaves_no_journal_open(
+    tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next try in the same process finds its own journals locked, and the noise of a round is stuck."""
+
+    def failed(*arguments: object, **options: object) -> None:
+        raise ConfigError("the roster is broken", "mend it")
+
+    asked = recipe(tiny_base, dataset, rounds=1, local={"updates": 1})
+    held: list[Any] = []  # an error that is kept, as a debugger or a retry does, keeps its frames
+    with monkeypatch.context() as patch:
+        patch.setattr(simulated_rounds, "RoundDriver", failed)
+        try:
+            simulate(asked, tmp_path / "out", shards={"count": 3, "by": "."})
+        except ConfigError as error:
+            held.append(error)
+    assert held
+    assert simulate(asked, tmp_path / "out", shards={"count": 3, "by": "."}, resume=True).adapter.id

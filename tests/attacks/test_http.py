@@ -456,6 +456,23 @@ def test_a_frozen_trial_is_not_promoted() -> None:
     assert "frozen" in rollouts.status("faq") and rollouts.status("faq")["frozen"]
 
 
+@pytest.mark.parametrize("keys", [["evil"], ["evil", "k1"], ["evil"] * 18 + ["k1", "k2"]])
+def test_one_key_s_replies_do_not_end_a_trial(keys: list[str]) -> None:
+    """A version is not live by itself because one client asked it 1,000 times; two other keys asked it 20 times each."""
+    rollouts = trial(Rollout(least_requests=20, canary_requests=150))
+    replies_of(rollouts, "1", OTHERS, 200)
+    assert not replies_of(rollouts, "2", keys, 1000 if "k2" not in keys else 400)
+    assert rollouts.status("faq")["counted"] <= 3 * 41
+
+
+def test_three_keys_end_a_trial_after_its_replies() -> None:
+    rollouts = trial(Rollout(least_requests=20, canary_requests=150))
+    replies_of(rollouts, "1", OTHERS, 200)
+    assert not replies_of(rollouts, "2", ["k1", "k2", "k3"], 149)
+    (verdict,) = replies_of(rollouts, "2", ["k1", "k2", "k3"], 3)
+    assert verdict.action == "promote" and 150 <= int(verdict.reason.split()[0]) <= 153
+
+
 def test_one_key_s_quarantine_does_not_roll_back() -> None:
     """A prompt that kills workers puts the candidate into quarantine; who else meets that is no voter."""
     rollouts = trial()

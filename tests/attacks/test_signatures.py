@@ -17,9 +17,16 @@ from bad_adapters import Maker
 import sartor
 import updating
 from admission_fakes import Fake, ground, maker  # noqa: F401
-from dispatch_fakes import FakeCrew, asked, dispatching, registry, said, team, version
+from dispatch_fakes import FakeCrew, asked, dispatching, registry, said, team, until, version
 from sartor.core import home, records, revoked_releases, signing
-from sartor.core.errors import AdmissionError, ArtifactError, ConfigError, SignatureError, UnavailableError
+from sartor.core.errors import (
+    AdmissionError,
+    ArtifactError,
+    ConfigError,
+    ModelError,
+    SignatureError,
+    UnavailableError,
+)
 from sartor.core.filesystem import FileSystem
 from sartor.federate.rounds import round_manifest
 from sartor.federate.secure.identities import PinnedKeys
@@ -29,8 +36,9 @@ from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.commands.receipt_verification import verify_receipt
 from sartor.serving.receipts import TeamSigner
 from sartor.serving.registry.registry import Registry
-from sartor.serving.registry.registry_schema import AgentVersion
-from sartor.serving.registry.version_rules import VersionRules, version_key
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
+from sartor.serving.registry.version_rules import VersionRules, check_min_version, version_key
+from sartor.serving.team_config import Rollout
 
 
 def signed_release(folder: Path, key: Path, version: str = "1.0") -> Path:
@@ -394,6 +402,59 @@ def test_no_change_goes_below_the_min_version(tmp_path: Path, change: str) -> No
     assert refused.value.check == "min_version"
     assert (registry.read().agents["faq"].live, registry.read().agents["faq"].candidate) == ("1.1", "")
     registry.close()
+
+
+async def test_a_refused_rollback_asks_an_admin_once(tmp_path: Path) -> None:
+    """The monitors want to go back below `min_version`: an event, a trouble, and no other try until something changes."""
+    made = team(tmp_path, rollout=Rollout(least_requests=20, watch_s=1000.0))
+    of = registry(tmp_path, version("faq", "1.0"), version("faq", "1.1"))
+    of._rules = VersionRules({"faq": "1.1"})
+    crew, tries = FakeCrew(), []
+    roll_back = of.rollback
+
+    def counted(*arguments: Any, **options: Any) -> Agent:
+        tries.append(arguments)
+        return roll_back(*arguments, **options)
+
+    of.rollback = counted  # type: ignore[method-assign]
+    async with dispatching(made, crew, of) as dispatch:
+        for _ in range(40):
+            await said(dispatch, asked("faq"))
+        of.promote("faq", "1.1")
+        await until(lambda: dispatch.served.agents["faq"].live == "1.1")
+        crew.faults["faq-1.1"] = ModelError("a logit is not finite", "tune again")
+        for _ in range(60):
+            await said(dispatch, asked("faq"))
+        await until(lambda: dispatch.served.frozen)
+        for _ in range(60):
+            await said(dispatch, asked("faq"))
+        await dispatch.served.reload()
+        assert len(tries) == 1
+        events = [event for event in of.events("faq") if event.what == "frozen"]
+        assert len(events) == 1 and "below the agent's min_version 1.1" in events[0].why
+        assert "roll back refused" in dispatch.health()["troubles"]["faq@1.1"]
+        of._rules = VersionRules()  # the admin lowers min_version, and says that the watch goes on
+        of.promote("faq", "1.1")
+        await dispatch.served.reload()
+        for _ in range(30):
+            await said(dispatch, asked("faq"))
+        await until(lambda: dispatch.served.agents["faq"].live == "1.0")
+
+
+def test_upgrade_refuses_a_key_that_others_can_read(keys: Path) -> None:
+    """An upgrade wrote it anew for its owner alone, so that nobody saw any more that others had read it."""
+    without_purposes(keys)
+    (keys / "sartor.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        sartor.keygen(keys, upgrade=True)
+    assert (keys / "sartor.key").stat().st_mode & 0o077
+
+
+def test_a_prerelease_in_capitals_is_below_its_version() -> None:
+    """`1.1-RC1` has the hole that 1.1 mends, however it is spelled."""
+    for early in ("1.1-rc1", "1.1-RC1", "1.1.Beta2"):
+        with pytest.raises(AdmissionError, match="is below"):
+            check_min_version("faq", early, "1.1")
 
 
 @pytest.mark.parametrize("change", CHANGES)

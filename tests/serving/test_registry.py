@@ -218,8 +218,8 @@ def test_an_older_form_comes_to_the_newest(tmp_path: Path, monkeypatch: pytest.M
     Registry.open(sqlite_url(tmp_path)).add(FAQ[0])
     newer = tmp_path / "migrations"
     shutil.copytree(registry_schema.MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
-    (newer / "versions" / "r0003_more.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0003', '0002'\n"
+    (newer / "versions" / "r0004_more.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0004', '0003'\n"
         "def upgrade():\n    op.create_table('more', sa.Column('id', sa.Integer, primary_key=True))\n"
     )
     monkeypatch.setattr(registry_schema, "MIGRATIONS", newer)

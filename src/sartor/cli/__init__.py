@@ -34,6 +34,7 @@ from sartor.cli.app import AS_JSON, app, notice
 from sartor.cli.old_spellings import renew
 from sartor.core.errors import ConfigError, SartorError
 from sartor.core.ipc import error_as_json
+from sartor.core.terminal import printable
 
 __all__ = [
     "agents",
@@ -238,7 +239,7 @@ def _show(result: Any, as_json: bool) -> None:
         return
     payload = result if isinstance(result, dict) else result.as_json()
     if as_json:
-        _print([json.dumps(payload, ensure_ascii=False)])
+        _print([printable(json.dumps(payload, ensure_ascii=False))])
         return
     if hasattr(result, "draw") and sys.stdout.isatty():
         from rich.console import Console
@@ -308,12 +309,12 @@ def _lines(value: Any) -> list[str]:
         return [", ".join(_lines(item)) for item in value] or ["none"]
     if isinstance(value, dict):
         return [", ".join(f"{key} {' '.join(_lines(inner))}" for key, inner in value.items()) or "none"]
-    return [f"{value:.4g}" if isinstance(value, float) else str(value)]
+    return [f"{value:.4g}" if isinstance(value, float) else printable(str(value))]
 
 
 def _fail(error: SartorError, as_json: bool) -> NoReturn:
     if as_json:
-        print(json.dumps({"error": error_as_json(error)}, ensure_ascii=False))
+        print(printable(json.dumps({"error": error_as_json(error)}, ensure_ascii=False)))
     else:
-        print(f"{error.kind}: {error.problem}\n  try: {error.remedy}", file=sys.stderr)
+        print(printable(f"{error.kind}: {error.problem}\n  try: {error.remedy}"), file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 import sartor
 from sartor.core.errors import ConfigError
+from sartor.core.terminal import printable
 
 
 def _shown_default(value: object) -> str | None:
@@ -40,7 +41,7 @@ AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 
 def notice(line: str) -> None:
     """Print a notice to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def prompt_of(prompt: str, file: Path | None) -> str:

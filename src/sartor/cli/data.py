@@ -10,6 +10,7 @@ from cyclopts import App
 import sartor
 from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice
 from sartor.core.errors import ConfigError
+from sartor.core.terminal import printable
 
 
 @app.command
@@ -133,7 +134,7 @@ def inspect(path: Path, *, example: str = "", summary: REPLACE = False) -> Any:
         filled = sartor.training_summary(path)
         if AS_JSON.get():
             return filled
-        print(filled.text)
+        print(printable(filled.text))
         notice(f"{filled.open_points} places are marked '{filled.mark}'")
         return None
     return sartor.inspect(path, example=example)

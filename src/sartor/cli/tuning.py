@@ -13,6 +13,7 @@ from cyclopts import Parameter, Token
 import sartor
 from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice, prompt_of
 from sartor.core.errors import ConfigError
+from sartor.core.terminal import printable
 
 
 def _in_order(kind: object, tokens: Sequence[Token]) -> tuple[tuple[str, str], ...]:
@@ -160,7 +161,7 @@ def chat(
 
 
 def _say(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
 @app.command

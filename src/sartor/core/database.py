@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from alembic import command, context
 from alembic.config import Config
@@ -76,16 +76,31 @@ class Form:
     is_private: bool = False
 
 
+class TransactionObserver(Protocol):
+    """What takes part in every transaction of a database, as the registry's head does."""
+
+    def begin(self, connection: Connection) -> None:
+        """Begin, before the transaction reads anything."""
+
+    def before_commit(self, connection: Connection) -> int:
+        """Write what belongs to the change, and return its number."""
+
+    def after_commit(self, number: int) -> None:
+        """Take the number of a change that is committed."""
+
+
 class Database:
     """Connections of one database.
 
     name: its URL without secrets.
     seals: seals of its rows; plain checksums until a key is set.
+    observer: takes part in every transaction; None for nobody.
     """
 
     def __init__(self, url: URL, secrets: dict[str, str], name: str, form: Form) -> None:
         self.name, self.form = name, form
         self.seals = RowSeals()
+        self.observer: TransactionObserver | None = None
         self._secrets = secrets
         self._is_sqlite = url.get_backend_name() == "sqlite"
         # opening SQLite takes a millisecond; a pooled connection would keep a file open that a restored copy replaced
@@ -101,11 +116,17 @@ class Database:
             event.listen(self._engine, "connect", _prepare)
             event.listen(self._engine, "begin", _begin)
         self._changing = self._engine.execution_options(sartor_changes=True)
+        # each transaction of SQLite sees one state
+        self._reading = (
+            self._engine if self._is_sqlite else self._engine.execution_options(isolation_level="REPEATABLE READ")
+        )
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Open a transaction that sees one consistent state. Raises as `change` does."""
-        with self._typed(), self._engine.begin() as connection:
+        with self._typed(), self._reading.begin() as connection:
+            if self.observer is not None:
+                self.observer.begin(connection)
             yield connection
 
     @contextmanager
@@ -115,10 +136,16 @@ class Database:
         Raises BusyError (another process holds the lock), MissingError (disk full, no server), ArtifactError (damaged
         file) or ConfigError (not writable).
         """
-        with self._typed(), self._changing.begin() as connection:
-            # on Postgres this row lock serialises writers, as BEGIN IMMEDIATE does on SQLite
-            connection.execute(select(self.form.counter).with_for_update())
-            yield connection
+        with self._typed():
+            with self._changing.begin() as connection:
+                if self.observer is not None:
+                    self.observer.begin(connection)
+                # on Postgres this row lock serialises writers, as BEGIN IMMEDIATE does on SQLite
+                connection.execute(select(self.form.counter).with_for_update())
+                yield connection
+                number = self.observer.before_commit(connection) if self.observer is not None else 0
+            if self.observer is not None:
+                self.observer.after_commit(number)
 
     def migrate(self) -> None:
         """Upgrade the tables to the newest revision, in one transaction.
@@ -365,8 +392,3 @@ def seals_of(connection: Connection) -> RowSeals:
 def sealed(connection: Connection, row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row with its seal, to be written through `connection`."""
     return seals_of(connection).sealed(row)
-
-
-def is_whole(connection: Connection, row: Mapping[str, Any]) -> bool:
-    """Return whether a row that was read through `connection` matches its seal."""
-    return seals_of(connection).is_whole(row)

@@ -2,7 +2,7 @@
 
 A seal covers every column of its row. Under a key it reads `hmac:ID:HEX`, where ID names the key; who can write to the
 database, but cannot read the key, can then make no row that counts. Without a key it is a sha256 and detects damage
-only. A row that is put back as it was at an earlier time keeps its seal in both cases.
+only. A row that is put back as it was at an earlier time keeps its seal in both cases: the registry's head tells.
 """
 
 from __future__ import annotations

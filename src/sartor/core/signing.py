@@ -139,6 +139,7 @@ def _upgrade(path: Path, purposes: Sequence[Purpose], *, trust: bool) -> dict[st
     identity = key_id(public)
     pem = public_file.read_bytes()
     if private_file.is_file():
+        _check_mode(private_file)
         secret = private_file.read_bytes()
         if _purposes_in(secret, private_file):
             secret = secret[secret.index(_BEGIN) :]  # an upgrade that was cut short
@@ -194,8 +195,7 @@ def open_private(path: Path, purpose: Purpose | None = None) -> Ed25519PrivateKe
     file = path / "sartor.key" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"there is no private key at {file}", "sartor keygen DIR makes one")
-    if os.name == "posix" and file.stat().st_mode & 0o077:
-        raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
+    _check_mode(file)
     pem = file.read_bytes()
     purposes = _purposes_in(pem, file)
     if purpose and purposes and purpose not in purposes:
@@ -217,6 +217,12 @@ def open_private(path: Path, purpose: Purpose | None = None) -> Ed25519PrivateKe
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{file} is not an Ed25519 key", "sartor keygen DIR makes one")
     return key
+
+
+def _check_mode(file: Path) -> None:
+    """Raise ConfigError for a private key that others can read."""
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
 
 
 def open_public(path: Path) -> PublicKey:

@@ -106,7 +106,7 @@ def forget_personal(
         done.receipts, _ = erase_receipts(state / "receipts", person)
         done.runs = erase_runs(state / "plans", person)
         done.caches += _empty_caches(intent)
-        scrubbed = {registry.database.name: registry.database.scrub("people", "speakers")}
+        scrubbed = {registry.database.name: registry.database.scrub("people", "speakers", "heads")}
         for database_file in (state / "receipts" / INDEX, home.home() / "catalogue.sqlite"):
             if database_file.is_file():
                 scrubbed[str(database_file)] = scrub_file(database_file)

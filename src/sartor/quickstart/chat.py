@@ -31,6 +31,8 @@ from sartor.serving.commands.ask_types import nearest_examples, read_media
 
 Notice = Callable[[str], object]
 Write = Callable[[str], object]
+# bytes of a line of a server's answer
+_LONGEST = 1 << 22
 _HELP = "/compare  /why  /save FILE  /image FILE  /audio FILE  /new  /quit"
 _CALL = "c"
 _NEAREST = 3
@@ -128,15 +130,18 @@ class ServerPartner:
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
-                    raise _error_in(answer.read(), f"the server answers {answer.status_code}")
-                for line in answer.iter_lines():
-                    yield from _text_of_event(line)
+                    # one line is enough of an error
+                    content = next(_lines_of(answer.iter_bytes(), is_whole=True), b"")
+                    raise _error_in(content, f"the server answers {answer.status_code}")
+                for line in _lines_of(answer.iter_bytes()):
+                    yield from _text_of_event(line.decode("utf-8", "replace"))
         except (
             self._httpx.HTTPError,
             ValueError,
             AttributeError,
             TypeError,
-        ) as error:  # the last two: an answer of another form
+            RecursionError,
+        ) as error:  # the last three: an answer of another form
             raise UnavailableError(
                 f"the server cannot be reached: {error}",
                 "sartor chat http://HOST:PORT, of a server that runs; curl -i shows what answers there",
@@ -145,6 +150,22 @@ class ServerPartner:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+
+def _lines_of(chunks: Iterable[bytes], *, is_whole: bool = False) -> Iterator[bytes]:
+    """Yield the lines of an answer, which end at newlines alone: a reply may hold Unicode's line separators.
+
+    is_whole: yield the answer as one line. Raises ValueError for a line above _LONGEST bytes.
+    """
+    buffer = b""
+    for chunk in chunks:
+        buffer += chunk
+        if not is_whole:
+            *lines, buffer = buffer.split(b"\n")
+            yield from lines
+        if len(buffer) > _LONGEST:
+            raise ValueError(f"it sent a line of more than {_LONGEST:,} bytes")
+    yield buffer
 
 
 def _text_of_event(line: str) -> Iterator[str]:
@@ -156,14 +177,17 @@ def _text_of_event(line: str) -> Iterator[str]:
     if event.get("error"):
         raise _error_in(content.encode(), "the reply ended in an error")
     for choice in event.get("choices") or []:
-        yield (choice.get("delta") or {}).get("content") or ""
+        text = (choice.get("delta") or {}).get("content") or ""
+        if not isinstance(text, str):
+            raise ValueError("a piece of the reply is no text")
+        yield text
 
 
 def _error_in(content: bytes, problem: str) -> UnavailableError:
     """Return the error in a server's answer, in OpenAI's form or as plain text; else one that says `problem`."""
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     said = body.get("error") if isinstance(body, dict) else None
     facts = said if isinstance(said, dict) else {"message": said}

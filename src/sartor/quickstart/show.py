@@ -20,6 +20,7 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Message
 from sartor.core.row_warnings import dataset_warnings
+from sartor.core.terminal import printable
 from sartor.curate.sources.row_readers import read_rows
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 
@@ -48,9 +49,9 @@ class ArtifactPreview:
 
     def draw(self, console: Console) -> None:
         """Print the content to a terminal: supervised turns are green, other turns dim."""
-        console.print(Text(f"{self.artifact.kind} {self.artifact.path}", style="bold"))
+        console.print(_shown(f"{self.artifact.kind} {self.artifact.path}", style="bold"))
         for key, value in self.facts.items():
-            console.print(Text(f"{key.replace('_', ' ')}: ", style="cyan"), Text(_plain(value)), sep="")
+            console.print(_shown(f"{key.replace('_', ' ')}: ", style="cyan"), _shown(_plain(value)), sep="")
         for row in self.rows:
             console.print(_panel(row))
 
@@ -200,17 +201,23 @@ def _panel(row: Mapping[str, Any]) -> RenderableType:
     """Return a row as a panel."""
     if "turns" in row:
         body = [
-            Text(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ)
+            _shown(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ)
             for turn in row["turns"]
         ]
-        return Panel(Group(*body), title=", ".join(row["locators"]), title_align="left")
+        return Panel(Group(*body), title=_shown(", ".join(row["locators"])), title_align="left")
     if "detail" in row:
-        return Panel(Text(str(row["detail"])), title=f"{row['locator']}: {row['reason']}", title_align="left")
+        title = _shown(f"{row['locator']}: {row['reason']}")
+        return Panel(_shown(str(row["detail"])), title=title, title_align="left")
     table = Table(show_header=False, box=None)
     for key, value in row.items():
         style = "green" if key == "tuned_reply" and value == row.get("reference") else ""
-        table.add_row(key.replace("_", " "), Text(str(value)[:_LONGEST], style=style))
+        table.add_row(key.replace("_", " "), _shown(str(value)[:_LONGEST], style=style))
     return Panel(table)
+
+
+def _shown(text: str, style: str = "") -> Text:
+    """Return a text as it stands: neither rich's markup nor control characters in it have an effect."""
+    return Text(printable(text), style=style)
 
 
 def _plain(value: Any) -> str:

@@ -33,15 +33,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, select
 
 from sartor.core import records
-from sartor.core.database import Database, is_whole, sealed
+from sartor.core.database import Database
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
 from sartor.core.filesystem import fsync_descriptor, fsync_directory, touch_private
 from sartor.core.remedies import REPORT
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry import ChangeCause
+from sartor.serving.registry.registry_head import KEYED, UNKEYED, is_current, put_row, remove_rows, transaction_of
 from sartor.serving.registry.user_versions import ANYBODY, note, speakers
 from sartor.serving.team_config import Team, load
 
@@ -165,7 +166,6 @@ class KeyCache:
         refresh.done.set()
 
 
-KEYED, UNKEYED = "keys asked for", "keys removed"
 FILE = "keyed"
 _TEXT = (
     "This team has had API keys: its server answers nobody without one. sartor agents key --remove-all takes that "
@@ -174,20 +174,11 @@ _TEXT = (
 
 
 def read_mark(connection: Connection) -> str:
-    """Return KEYED or UNKEYED, whichever is newest in the registry's log, or "" if there is neither."""
-    column = registry_schema.events.c
-    query = (
-        select(registry_schema.events)
-        .where(column.agent == "", column.what.in_((KEYED, UNKEYED)))
-        .order_by(column.id.desc())
-    )
-    row = connection.execute(query.limit(1)).mappings().first()
-    if row is None:
-        return ""
-    is_unkeyed = row["what"] == UNKEYED and is_whole(
-        connection, {name: value for name, value in row.items() if name != "id"}
-    )
-    return UNKEYED if is_unkeyed else KEYED
+    """Return KEYED or UNKEYED, whichever the registry's head has for the newest, or "" if there is neither.
+
+    Events that were inserted, put back or removed from outside change nothing of it.
+    """
+    return transaction_of(connection).log.mark
 
 
 def write_mark(connection: Connection, mark: str, reason: str) -> None:
@@ -423,7 +414,7 @@ class ApiKeyStore:
         with self._database.change() as connection:
             if read_mark(connection) != KEYED:
                 write_mark(connection, KEYED, "sartor agents key")
-            connection.execute(insert(registry_schema.keys).values(sealed(connection, row)))
+            put_row(connection, registry_schema.keys, row)
         self._changed()
         return secret, _key(row)
 
@@ -439,8 +430,8 @@ class ApiKeyStore:
                 raise ConfigError(
                     f"there is no key {identity[:40]!a}; there are: {key_ids}", "sartor agents key --list"
                 )
-            row = sealed(connection, {**row, "revoked": row["revoked"] or _now()})
-            connection.execute(update(registry_schema.keys).where(registry_schema.keys.c.id == identity).values(row))
+            row = {**row, "revoked": row["revoked"] or _now()}
+            put_row(connection, registry_schema.keys, row)
         self._changed()
         return _key(row)
 
@@ -451,8 +442,8 @@ class ApiKeyStore:
         Raises ConfigError if the mark in the state directory cannot be removed.
         """
         with self._database.change() as connection:
-            count = connection.execute(delete(registry_schema.keys)).rowcount
-            connection.execute(delete(registry_schema.speakers))
+            count = remove_rows(connection, registry_schema.keys)
+            remove_rows(connection, registry_schema.speakers)
             write_mark(connection, UNKEYED, "sartor agents key --remove-all")
         try:
             remove_file(self._state)
@@ -516,7 +507,9 @@ class ApiKeyStore:
         with self._database.read() as connection:
             rows = [dict(row) for row in connection.execute(select(registry_schema.keys)).mappings()]
             mark, allowed = read_mark(connection), speakers(connection)
-            table_rows = {str(row["id"]): row if is_whole(connection, row) else None for row in rows}
+            table_rows = {
+                str(row["id"]): row if is_current(connection, registry_schema.keys, row) else None for row in rows
+            }
         for row in table_rows.values():
             if row is not None:
                 self._is_valid(_key(row))
@@ -605,7 +598,7 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     )
     if stored_row is None:
         return None
-    if not is_whole(connection, row := dict(stored_row)):
+    if not is_current(connection, registry_schema.keys, row := dict(stored_row)):
         raise ArtifactError(
             f"the row of the key {identity} was changed from outside",
             f"sartor agents key --revoke {identity}, then sartor agents key NAME for a new one",

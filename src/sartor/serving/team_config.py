@@ -368,7 +368,8 @@ class Rollout:
     )
     feedback_margin: float = option(0.1, "as error_margin, for bad ratings")
     canary_requests: int = option(
-        0, "replies of a canary without alarm, after which it is live; 0 leaves that to a person"
+        0,
+        "replies of a canary without alarm, no key above a third, after which it is live; 0 leaves that to a person",
     )
     watch_s: float = option(3600.0, "how long after a promotion the monitors may still roll it back")
 

@@ -24,6 +24,7 @@ MOST_RATIO = 200  # unpacked bytes per byte of the file; sheets of repeated text
 MOST_ROWS = 1_048_576  # of a sheet, Excel's own limit
 _HEAD_BYTES = 64 << 10
 _ASIDE = re.compile(rb"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)", re.DOTALL)
+_BEGINS_AS_MARKUP = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<")
 _BEGINS_WITH_AN_ELEMENT = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<[A-Za-z_:\x80-\xff]")
 
 
@@ -46,7 +47,7 @@ def check_package(raw: bytes, kind: str) -> None:
             if part not in package.namelist():
                 raise MalformedRow(f"bad_{kind}", f"the archive has no {part}: it is no .{kind} file")
             for member in members:
-                if member.filename.endswith((".xml", ".rels")) and _declares_a_type(package, member):
+                if _declares_a_type(package, member):
                     detail = (
                         f"{member.filename} declares a document type, or begins with no element; Office writes neither"
                     )
@@ -56,13 +57,19 @@ def check_package(raw: bytes, kind: str) -> None:
 
 
 def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    """Return whether an XML file of the archive could define entities, which may expand without end.
+    """Return whether a file of the archive could define entities, which may expand without end.
 
     A document type precedes the first element. The first element must therefore begin within the head, preceded only
-    by comments and processing instructions.
+    by comments and processing instructions. A relationship may name a part as it likes, so each file that begins as
+    markup is one of XML; of a picture in SVG, which nothing here reads, a document type without entities is left.
     """
     with package.open(member) as stream:
         head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # makes ASCII of UTF-16 markup
+    name = member.filename.lower()
+    if not name.endswith((".xml", ".rels")) and not _BEGINS_AS_MARKUP.match(head):
+        return False
+    if name.endswith(".svg") and b"<!ENTITY" not in head and b"[" not in head.partition(b"<svg")[0]:
+        return False
     return bool(head) and not _BEGINS_WITH_AN_ELEMENT.match(_ASIDE.sub(b"", head))
 
 

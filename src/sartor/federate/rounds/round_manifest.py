@@ -87,6 +87,12 @@ class UpdateRules:
             raise ConfigError(f"assumed_colluders is {self.assumed_colluders}", "assumed_colluders: 0 or more")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"the mode of the round is {self.mode!r:.40}", " or ".join(get_args(Mode)))
+        if self.noise and self.mode == "inspectable":
+            raise ConfigError(
+                "a client's share of the noise hides nothing where each update is seen, and each invitation would "
+                "draw it anew",
+                "noise: 0, or mode: private",
+            )
         if self.noise and (self.most_examples > 1 or self.stale_rounds):
             raise ConfigError(
                 "noise is fitted to what one client can change, so each counts the same, and none twice",

@@ -220,7 +220,15 @@ class SecureRounds:
     """
 
     def __init__(self, setup: SimulationSetup, budget: PrivacyBudget | None) -> None:
-        self._setup, self._stack = setup, ExitStack()
+        self._setup = setup
+        with ExitStack() as stack:
+            self._stack = stack
+            self._open_parties(budget)
+            # nothing was raised: the journals stay open until `close`
+            self._stack = stack.pop_all()
+
+    def _open_parties(self, budget: PrivacyBudget | None) -> None:
+        setup = self._setup
         recipe, folder, names = setup.recipe, setup.folder, tuple(sorted(setup.tasks))
         roster = _enrol(folder, (*names, COORDINATOR))
         tasks = {name: _ObservedTask(setup.tasks[name]) for name in names}
@@ -290,12 +298,19 @@ class InspectedRounds:
         self._journal = RoundJournal(setup.folder / f"{COORDINATOR}.sqlite")
         self._lines: list[dict[str, Any]]
         self._shared: Tensors
-        content = self._journal.load(RUN)
-        if content is None:
-            self._lines, self._shared = [], setup.start
-        else:
-            lines, _, packed = content.partition(b"\n")
-            self._lines, self._shared = json.loads(lines), arrays.unpack_tensors(packed)
+        with ExitStack() as stack:
+            stack.enter_context(self._journal)
+            content = self._journal.load(RUN)
+            if content is None:
+                self._lines, self._shared = [], setup.start
+            else:
+                lines, _, packed = content.partition(b"\n")
+                self._lines, self._shared = json.loads(lines), arrays.unpack_tensors(packed)
+            self._prepare()
+            stack.pop_all()
+
+    def _prepare(self) -> None:
+        """Prepare the tasks for the current shared adapter."""
 
     @property
     def shared(self) -> Tensors:
@@ -395,8 +410,7 @@ class ResidualRounds(InspectedRounds):
     `shared` has the R shared ranks first, then the residual's. The base of the tasks has room for all of them.
     """
 
-    def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
-        super().__init__(setup, rule)
+    def _prepare(self) -> None:
         self._fit(self._shared)
 
     def _local_updates(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:

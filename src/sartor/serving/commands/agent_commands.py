@@ -130,7 +130,9 @@ def reseal_registry(team: Team | Path | str) -> dict[str, Any]:
     """
     loaded_team = team if isinstance(team, Team) else load(Path(team))
     with closing(registry_schema.open_unsealed(loaded_team.registry_url)) as database:
-        counts = registry_seals.reseal(database, Path(loaded_team.state), registry_schema.SEALED)
+        state = Path(loaded_team.state)
+        head = registry_schema.head_of(database, state)
+        counts = registry_seals.reseal(database, head, state, registry_schema.SEALED)
         keys = [key.as_json() for key in ApiKeyStore(database).listed()]
     return {"resealed": counts, "keys": keys, "note": "look through the keys: sartor agents key --revoke ID"}
 

@@ -16,6 +16,7 @@ from sartor.core.errors import (
     ConflictError,
     DeadlineError,
     ModelError,
+    RefusedError,
     RequestError,
     SartorError,
     UnavailableError,
@@ -49,7 +50,7 @@ from sartor.serving.dispatch.rollout import (
 from sartor.serving.dispatch.served_agents import ServedAgents
 from sartor.serving.receipts import Digest, team_digest
 from sartor.serving.registry.registry import ChangeCause, Registry
-from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
 from sartor.serving.registry.user_versions import SUFFIX, UserVersionStore
 from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.team_config import Team
@@ -481,17 +482,40 @@ class Dispatcher:
                     registry.promote, agent.name, verdict.version, expected=agent.live, heeds_freeze=True, cause=cause
                 )
             elif verdict.action == "freeze":
-                trial = verdict.version if agent.candidate == verdict.version else ""
-                await asyncio.to_thread(
-                    registry.freeze, agent.name, verdict.version, expected=agent.live, trial=trial, cause=cause
-                )
+                await self._freeze(agent, verdict)
             else:
                 trial = verdict.version if agent.candidate == verdict.version else ""
                 await asyncio.to_thread(registry.rollback, agent.name, expected=agent.live, trial=trial, cause=cause)
         except (ConflictError, UnknownAgentError):
             return
+        except RefusedError as error:  # the version to go to is below `min_version`, or its Release was revoked
+            await self._ask_admin(agent, verdict, error)
         except SartorError:  # a full disk, a locked file
             self.rollouts.undecided(agent.name)
+
+    async def _freeze(self, agent: Agent, verdict: RolloutVerdict, *, renews: bool = False) -> None:
+        """Record a freeze. Raises as `Registry.freeze`."""
+        await asyncio.to_thread(
+            self.served.registry.freeze,
+            agent.name,
+            verdict.version,
+            expected=agent.live,
+            trial=verdict.version if agent.candidate == verdict.version else "",
+            renews=renews,
+            cause=ChangeCause("monitors", verdict.reason, verdict.numbers),
+        )
+
+    async def _ask_admin(self, agent: Agent, verdict: RolloutVerdict, error: SartorError) -> None:
+        """Record once that a verdict cannot be carried out under the team's rules; it is not tried until that ends."""
+        reason = f"{verdict.action} refused: {error.problem}; the alarm was: {verdict.reason}"
+        try:
+            await self._freeze(agent, replace(verdict, reason=reason), renews=True)
+        except (ConflictError, UnknownAgentError):
+            return
+        except SartorError:
+            self.rollouts.undecided(agent.name)
+            return
+        self.rollouts.refuse(agent.name)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -28,8 +28,13 @@ class KeyShares(Generic[T]):
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._total = 0
+        self._owned = 0
         self._waiting: dict[str, deque[T]] = {}
-        self._has_owner = False
+
+    @property
+    def counted(self) -> int:
+        """Number of observations that are counted; with one or two keys as many as there are keys."""
+        return self._total + self._owned
 
     @property
     def keys(self) -> int:
@@ -40,7 +45,7 @@ class KeyShares(Generic[T]):
     def is_fair(self) -> bool:
         """Whether LEAST_KEYS keys are counted and none has more than a third; always, if all are the owner's."""
         if not self._total:
-            return self._has_owner
+            return self._owned > 0
         return self.keys >= LEAST_KEYS and LEAST_KEYS * max(self._counts.values()) <= self._total
 
     def add(self, key: str, observation: T) -> None:
@@ -52,7 +57,7 @@ class KeyShares(Generic[T]):
     def next(self) -> tuple[str, T] | None:
         """Return the next observation that has room, with its key, the one with the fewest; None if there is none."""
         if owner := self._waiting.get(""):
-            self._has_owner = True
+            self._owned += 1
             return "", owner.popleft()
         key = min((key for key, waiting in self._waiting.items() if waiting), key=self._counts.__getitem__, default="")
         if not key or LEAST_KEYS * self._counts[key] > self._total:

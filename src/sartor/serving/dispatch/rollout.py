@@ -163,6 +163,7 @@ class _Comparison:
     window, weighed_window: numbers of the current windows of all observations and of the weighed ones, from 1.
     failed_keys: keys that the candidate failed.
     frozen: reason why an admin is asked; empty if nobody is.
+    is_refused: whether the registry's rules refuse the rollback; it is not tried again until the freeze ends.
     """
 
     name: str
@@ -179,6 +180,7 @@ class _Comparison:
     frozen: str = ""
     differing: FailureRate = field(default_factory=FailureRate)
     is_over: bool = False
+    is_refused: bool = False
 
 
 def _count(tally: VersionTally, reply: ObservedReply) -> None:
@@ -313,10 +315,16 @@ class Rollouts:
             self._comparisons[name].is_over = False
             self._comparisons[name].frozen = self._frozen.get(name, "")
 
+    def refuse(self, name: str) -> None:
+        """Return no verdict until the freeze ends: the last one was refused by the rules of the registry."""
+        if name in self._comparisons:
+            self._comparisons[name].is_refused = True
+
     def status(self, name: str) -> dict[str, Any]:
         """Return the trial or watch of an agent, for /health; empty if there is none.
 
-        `frozen`: why an admin is asked; empty if nobody is. `keys`: whose replies are weighed.
+        `frozen`: why an admin is asked; empty if nobody is. `keys`: whose replies are weighed. `counted`: replies that
+        count for `canary_requests`, of which no key has more than a third.
         """
         comparison = self._comparisons.get(name)
         if comparison is None:
@@ -329,6 +337,7 @@ class Rollouts:
             "against": comparison.live,
             "replies": comparison.replies,
             "keys": record.weighed.replies.keys,
+            "counted": record.weighed.replies.counted,
             "frozen": comparison.frozen,
         }
         return {**fields, "differing": vars(comparison.differing), "candidate": record.all.as_json()}
@@ -359,11 +368,16 @@ class Rollouts:
         if alarm is not None and not comparison.frozen:
             numbers = {"monitor": alarm.monitor, "window": comparison.window, **alarm.numbers}
             return self._freeze(comparison, alarm.reason, numbers)
-        required_replies = self._rules.canary_requests
+        required_replies, counted = self._rules.canary_requests, mine.weighed.replies.counted
         is_promotable = not comparison.is_watch and not comparison.frozen
-        if required_replies and is_promotable and comparison.replies >= required_replies:
-            numbers = {"candidate": mine.all.as_json(), "live": theirs.all.as_json()}
-            return self._over(comparison, "promote", f"{comparison.replies} replies without alarm", numbers)
+        if required_replies and is_promotable and counted >= required_replies:
+            numbers = {
+                "candidate": mine.all.as_json(),
+                "live": theirs.all.as_json(),
+                "keys": mine.weighed.replies.keys,
+                "replies": comparison.replies,
+            }
+            return self._over(comparison, "promote", f"{counted} replies without alarm", numbers)
         if mine.all.failures.seen >= WINDOW_REPLIES:
             mine.all, comparison.window = VersionTally(), comparison.window + 1
             theirs.all = theirs.all if comparison.is_watch else VersionTally()
@@ -392,8 +406,12 @@ class Rollouts:
         return first_alarm(tally, comparison.live_record.weighed.tally, self._rules, comparison.weighed_window)
 
     def _apply_freeze(self, name: str) -> None:
-        if name in self._comparisons:
-            self._comparisons[name].frozen = self._frozen.get(name, "")
+        comparison = self._comparisons.get(name)
+        if comparison is None:
+            return
+        comparison.frozen = self._frozen.get(name, "")
+        if comparison.is_refused and not comparison.frozen:  # an admin has changed something
+            comparison.is_refused = comparison.is_over = False
 
     def _freeze(self, comparison: _Comparison, reason: str, numbers: Mapping[str, Any]) -> RolloutVerdict | None:
         if comparison.frozen:

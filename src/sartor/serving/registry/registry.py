@@ -5,7 +5,8 @@
 
 A change names the state that it expects, and raises ConflictError with the actual state if it differs. Every change
 raises the number `generation`, which a running server polls; `subscribed` reports changes of this object at once. A
-row with a wrong seal is named in `Snapshot.damaged`; the others are read as usual.
+row with a wrong seal, one that was put back and one that is missing are named in `Snapshot.damaged`; the others are
+read as usual.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, func, insert, select
+from sqlalchemy import Connection, Select, Table, select
 
 from sartor.core import records
-from sartor.core.database import Database, is_whole, sealed
+from sartor.core.database import Database, seals_of
 from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
 from sartor.serving.registry import registry_schema
+from sartor.serving.registry.registry_head import FROZEN, is_current, put_row, transaction_of
 from sartor.serving.registry.registry_schema import Agent, AgentVersion, Event
 from sartor.serving.registry.version_rules import VersionRules
 from sartor.serving.team_config import Team
@@ -43,11 +45,6 @@ class ChangeCause:
 
 
 NOBODY = ChangeCause()
-
-
-# Changes that begin or end a trial or a watch; the newest of them says whether it is frozen
-FROZEN = "frozen"
-_ROLLOUT_CHANGES = (FROZEN, "promoted", "rolled back", "canary", "shadow", "removed")
 
 
 @dataclass(frozen=True)
@@ -128,16 +125,21 @@ class Registry:
             frozen = self._freezes(connection)
             agents, versions = {}, {}
             for row in agent_rows:
-                if is_whole(connection, row):
+                if is_current(connection, registry_schema.agents, row):
                     agents[str(row["name"])] = Agent.from_row(row)
                 else:
                     damaged[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
             for row in version_rows:
                 name = f"{row['agent']}@{row['version']}"
-                if is_whole(connection, row):
+                if is_current(connection, registry_schema.versions, row):
                     versions[name] = AgentVersion.from_row(row)
                 else:
                     damaged[name] = f"its row was changed from outside; sartor agents add {row['release']}"
+            head = transaction_of(connection)
+            if head.count(registry_schema.agents) > len(agents):
+                for name in head.log.newest.keys() - agents.keys() - damaged.keys():
+                    if head.has_row(registry_schema.agents, name=name):
+                        damaged[name] = f"its row was removed from outside; sartor agents repair {name}"
         known = {name: freeze for name, freeze in frozen.items() if name in agents}
         return Snapshot(generation, agents, versions, damaged, known)
 
@@ -160,15 +162,12 @@ class Registry:
         version = replace(version, added=_now())
 
         def write(connection: Connection) -> Agent:
-            current = self._row(connection, registry_schema.agents, name=version.agent)
-            is_new = current is None or (
-                is_whole(connection, current) and (current["state"] == "removed" or not current["live"])
-            )
-            before = None if current is None else self._agent(connection, version.agent, removed=True)
+            before = self._known_agent(connection, version.agent, removed=True)
+            is_new = before is None or before.state == "removed" or not before.live
             new_agent = Agent(version.agent, version.version, fallback=tuple(fallback))
             agent = before if before is not None and not is_new else new_agent
-            if current is None:
-                connection.execute(insert(registry_schema.agents).values(sealed(connection, agent.as_row())))
+            if before is None:
+                put_row(connection, registry_schema.agents, agent.as_row())
             action = self._put_version(connection, version)
             if not is_new and not action:
                 return agent
@@ -187,8 +186,7 @@ class Registry:
         """
 
         def write(connection: Connection) -> Agent:
-            current = self._row(connection, registry_schema.agents, name=name)
-            before = None if current is None else self._agent(connection, name)
+            before = self._known_agent(connection, name)
             if before is not None and not before.is_blank:
                 raise ConflictError(f"{before.name}@{before.live} has been added meanwhile", "sartor agents list")
             if before is not None and before.note == reason:
@@ -232,17 +230,20 @@ class Registry:
         *,
         expected: str | None = None,
         trial: str | None = None,
+        renews: bool = False,
         cause: ChangeCause = NOBODY,
     ) -> Agent:
         """Record that the trial or watch of a version waits for an admin; nothing else changes.
 
         It lasts until the agent is promoted, rolled back or removed, or its fractions are set anew. Nothing changes if
         it is frozen already. Raises as `rollback`.
+        renews: whether another reason than that of a freeze that holds is recorded, too.
         """
 
         def write(connection: Connection) -> Agent:
             agent = self._agent(connection, name).expecting(expected, trial)
-            if name in self._freezes(connection):
+            freeze = self._freezes(connection).get(name)
+            if freeze is not None and (not renews or freeze.reason == cause.reason):
                 return agent
             return self._record(connection, FROZEN, before=agent, after=agent, version=version, cause=cause)
 
@@ -340,7 +341,7 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             row = self._row(connection, registry_schema.agents, name=name)
-            if row is not None and is_whole(connection, row):
+            if row is not None and is_current(connection, registry_schema.agents, row):
                 raise ConflictError(f"the row of {name} is as it was written", f"sartor agents events {name}")
             return self._record(
                 connection, "repaired", before=None, after=self._recall(connection, name), version="", cause=cause
@@ -401,7 +402,11 @@ class Registry:
 
     def _agent(self, connection: Connection, name: str, *, heals: bool = False, removed: bool = False) -> Agent:
         row = self._row(connection, registry_schema.agents, name=name)
-        if row is not None and not is_whole(connection, row):
+        if row is None:
+            is_intact = not transaction_of(connection).has_row(registry_schema.agents, name=name)
+        else:
+            is_intact = is_current(connection, registry_schema.agents, row)
+        if not is_intact:
             if heals:
                 return self._recall(connection, name)
             raise ArtifactError(f"the row of {name} was changed from outside", f"sartor agents repair {name}")
@@ -415,14 +420,29 @@ class Registry:
             )
         return Agent.from_row(row)
 
+    def _known_agent(self, connection: Connection, name: str, *, removed: bool = False) -> Agent | None:
+        """Return an agent; None for a new name. Raises as `_agent`."""
+        row = self._row(connection, registry_schema.agents, name=name)
+        if row is None and not transaction_of(connection).has_row(registry_schema.agents, name=name):
+            return None
+        return self._agent(connection, name, removed=removed)
+
     def _recall(self, connection: Connection, name: str) -> Agent:
-        """Return the agent as its newest intact event left it."""
-        recorded = [event for event in self._events(connection, name, 100) if event.became]
-        if not recorded:
+        """Return the agent as its newest event left it. Raises ArtifactError if the log lacks that event."""
+        newest = transaction_of(connection).log.newest.get(name, "")
+        if not newest:
             raise ArtifactError(
                 f"the row of {name} is damaged and the log does not know it", "sartor agents add RELEASE"
             )
-        return Agent.from_json(recorded[-1].became)
+        column = registry_schema.events.c
+        query = select(registry_schema.events).where(column.agent == name, column.checksum.contains(newest))
+        for row in _rows(connection, query):
+            if seals_of(connection).is_whole(_sealed_fields(row)):
+                return Agent.from_json(Event.from_row(row).became)
+        raise ArtifactError(
+            f"the row of {name} is damaged, and its newest event was removed from the log from outside",
+            "cp BACKUP the newest copy of the registry; or sartor agents reseal, which trusts every row as it is",
+        )
 
     def _check_version(self, connection: Connection, name: str, version: str) -> None:
         row = self._row(connection, registry_schema.versions, agent=name, version=version)
@@ -435,7 +455,7 @@ class Registry:
                 f"{name} has no version {version!r}; it has: {', '.join(versions) or 'none'}",
                 f"sartor agents add {name}-{version}",
             )
-        if not is_whole(connection, row):
+        if not is_current(connection, registry_schema.versions, row):
             raise ArtifactError(
                 f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}"
             )
@@ -448,11 +468,13 @@ class Registry:
     def _put_version(self, connection: Connection, version: AgentVersion) -> str:
         """Write a version that is new, has moved, or has a damaged row; return the action, "" for none."""
         row = self._row(connection, registry_schema.versions, agent=version.agent, version=version.version)
-        if row is None:
-            connection.execute(insert(registry_schema.versions).values(sealed(connection, version.as_row())))
+        if row is None and not transaction_of(connection).has_row(
+            registry_schema.versions, agent=version.agent, version=version.version
+        ):
+            put_row(connection, registry_schema.versions, version.as_row())
             return "added"
-        is_intact = is_whole(connection, row)
-        known_id = str(row["release_id"])
+        is_intact = row is not None and is_current(connection, registry_schema.versions, row)
+        known_id = str(row["release_id"]) if row is not None else ""
         if not is_intact:  # the id that the log has for this version, "" if it has none
             known_id = ""
             for event in self._events(connection, version.agent, 1000):
@@ -465,19 +487,19 @@ class Registry:
                 "another one",
                 f"release it under a new version: sartor release ... --name {version.agent} --version NEW",
             )
-        current = AgentVersion.from_row(row) if is_intact else version
+        current = AgentVersion.from_row(row) if row is not None and is_intact else version
         if is_intact and current.release == version.release and current.facts == version.facts:
             return ""
         moved = replace(current, release=version.release, facts=version.facts, adapter=version.adapter)
-        self._put(connection, registry_schema.versions, moved.as_row(), agent=version.agent, version=version.version)
+        put_row(connection, registry_schema.versions, moved.as_row())
         return "moved" if is_intact else "repaired"
 
     def _mark(self, connection: Connection, name: str, status: Any) -> None:
         agent, _, version = name.rpartition("@")
         row = self._row(connection, registry_schema.versions, agent=agent, version=version)
-        if row is not None and is_whole(connection, row) and row["status"] != status:
-            marked = replace(AgentVersion.from_row(row), status=status)
-            self._put(connection, registry_schema.versions, marked.as_row(), agent=agent, version=version)
+        if row is None or not is_current(connection, registry_schema.versions, row) or row["status"] == status:
+            return
+        put_row(connection, registry_schema.versions, replace(AgentVersion.from_row(row), status=status).as_row())
 
     def _record(
         self, connection: Connection, action: str, before: Agent | None, after: Agent, version: str, cause: ChangeCause
@@ -492,7 +514,7 @@ class Registry:
             if after.candidate and (before is None or after.candidate != before.candidate):
                 self._check_rules(connection, after.name, after.candidate)
         after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())
-        self._put(connection, registry_schema.agents, after.as_row(), name=after.name)
+        put_row(connection, registry_schema.agents, after.as_row())
         numbers = dict(cause.numbers)
         if action in ("added", "moved", "repaired") and version:
             row = self._row(connection, registry_schema.versions, agent=after.name, version=version)
@@ -509,41 +531,39 @@ class Registry:
             "became": records.canonical(after.as_json()).decode(),
             "numbers": records.canonical(numbers).decode(),
         }
-        connection.execute(insert(registry_schema.events).values(sealed(connection, event)))
+        transaction_of(connection).write_event(event)
         return after
 
     def _events(self, connection: Connection, agent: str, limit: int) -> list[Event]:
+        """Return intact events, oldest first; one that was put back under another number counts once."""
         column = registry_schema.events.c
-        query = select(registry_schema.events).order_by(column.id.desc()).limit(limit)
+        query = select(registry_schema.events).order_by(column.generation.desc(), column.id)
         if agent:
             query = query.where(column.agent == agent)
-        events = []
-        for row in _rows(connection, query):
-            sealed_fields = {name: value for name, value in row.items() if name != "id"}
-            if is_whole(connection, sealed_fields):
-                events.append(Event.from_row(row))
-        return events[::-1]
+        events: dict[str, Event] = {}
+        for row in connection.execute(query, execution_options={"yield_per": 500}).mappings():
+            if len(events) == limit:
+                break
+            if row["checksum"] not in events and seals_of(connection).is_whole(_sealed_fields(row)):
+                events[str(row["checksum"])] = Event.from_row(row)
+        return list(events.values())[::-1]
 
     def _freezes(self, connection: Connection) -> dict[str, Freeze]:
-        """Return the freezes that hold, by agent."""
-        column = registry_schema.events.c
-        newest = select(func.max(column.id)).where(column.what.in_(_ROLLOUT_CHANGES)).group_by(column.agent)
-        query = select(registry_schema.events).where(column.id.in_(newest), column.what == FROZEN)
-        return {str(row["agent"]): Freeze(row["version"], row["why"]) for row in _rows(connection, query)}
+        """Return the freezes that hold, by agent, as the head has them: no event of the log undoes one."""
+        return {name: Freeze(*freeze) for name, freeze in transaction_of(connection).log.frozen.items()}
 
     def _row(self, connection: Connection, table: Table, **key: str) -> Mapping[str, Any] | None:
         row = connection.execute(select(table).filter_by(**key)).mappings().first()
         return None if row is None else dict(row)
 
-    def _put(self, connection: Connection, table: Table, row: Mapping[str, Any], **key: str) -> None:
-        """Write a row, replacing the one with this key."""
-        values = sealed(connection, row)
-        if not connection.execute(table.update().filter_by(**key).values(values)).rowcount:
-            connection.execute(insert(table).values(values))
-
 
 def _rows(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _sealed_fields(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of an event that its seal covers: its number is assigned after it is sealed."""
+    return {name: value for name, value in event.items() if name != "id"}
 
 
 def _now() -> str:

@@ -8,6 +8,7 @@ A change is a function from one Agent to the next and knows nothing of a databas
     keys        API keys, hashed
     people      personal versions: the user (an HMAC, never a name), the agent, the version that it was tuned on
     speakers    users for whom each key may speak
+    heads       which rows are the newest (`registry_head`)
     generation  one row: a number that rises with every change, and the lock that serialises changes
 
 Lists and mappings are canonical JSON in text columns, times are UTC text, flags are 0 or 1. So every value is read as
@@ -32,16 +33,15 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    func,
     insert,
-    select,
     update,
 )
 
 from sartor.core import database, records
 from sartor.core.database import Database, Form
 from sartor.core.errors import ConfigError, ConflictError
-from sartor.serving.registry.registry_seals import check_unkeyed, use_key
+from sartor.serving.registry.registry_head import RegistryHead, transaction_of
+from sartor.serving.registry.registry_seals import use_key, use_no_key
 
 # formerly live versions that are recorded, which is how often a rollback can be repeated
 MOST_EARLIER = 8
@@ -336,6 +336,15 @@ people = Table(
 
 speakers = Table("speakers", metadata, _text("key", key=True), _text("person", key=True), _text("checksum"))
 
+heads = Table(
+    "heads",
+    metadata,
+    _text("name", key=True),
+    Column("number", BigInteger, nullable=False),
+    _text("entries"),
+    _text("checksum"),
+)
+
 generation = Table(
     "generation",
     metadata,
@@ -346,8 +355,10 @@ generation = Table(
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+# tables whose newest rows alone count
+CURRENT = (agents, versions, keys, people, speakers)
 # tables whose rows are sealed
-SEALED = (agents, versions, events, keys, people, speakers)
+SEALED = (*CURRENT, events)
 
 
 def open_database(url: str, state: Path | None = None) -> Database:
@@ -361,9 +372,9 @@ def open_database(url: str, state: Path | None = None) -> Database:
     directory = state or opened.directory
     try:
         if directory is None:
-            check_unkeyed(opened, SEALED)
+            use_no_key(opened, head_of(opened), SEALED)
         else:
-            use_key(opened, directory, SEALED)
+            use_key(opened, head_of(opened, directory), directory, SEALED)
     except BaseException:
         opened.close()
         raise
@@ -372,18 +383,26 @@ def open_database(url: str, state: Path | None = None) -> Database:
 
 def open_unsealed(url: str) -> Database:
     """Open the database without the key of its seals, whose rows then count as changed from outside."""
-    return database.open_database(url, Form("registry", "registry: ", MIGRATIONS, generation.c.value, is_private=True))
+    form = Form("registry", "registry: ", MIGRATIONS, generation.c.value, is_private=True)
+    opened = database.open_database(url, form)
+    opened.observer = head_of(opened)
+    return opened
+
+
+def head_of(opened: Database, state: Path | None = None) -> RegistryHead:
+    """Return the head of a registry, with the file that a state directory has for it."""
+    return RegistryHead(heads, CURRENT, events, opened.name, state)
 
 
 def generation_of(connection: Connection) -> int:
-    """Return the number of the newest change; if the counter is lost, the highest in the log."""
-    value = connection.execute(select(generation.c.value)).scalar_one_or_none()
-    return int(value if value is not None else connection.execute(select(func.max(events.c.generation))).scalar() or 0)
+    """Return the number of the newest change, as the head has it; the counter of the table can be set from outside."""
+    return transaction_of(connection).generation
 
 
 def next_generation(connection: Connection) -> int:
     """Increment the change counter and return it."""
     number = generation_of(connection) + 1
+    transaction_of(connection).generation = number
     if not connection.execute(update(generation).values(value=number)).rowcount:
         connection.execute(insert(generation).values(id=1, value=number))
     return number

@@ -21,6 +21,7 @@ from sartor.core.database import Database
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import FileSystem
 from sartor.core.row_seals import COLUMN, PREFIX, RowSeals, create_key, read_key
+from sartor.serving.registry.registry_head import RegistryHead, transaction_of
 
 FILE = "registry.key"
 
@@ -33,10 +34,12 @@ _KEEP_SQLITE = (
 )
 
 
-def use_key(database: Database, state: Path, tables: Sequence[Table]) -> None:
+def use_key(database: Database, head: RegistryHead, state: Path, tables: Sequence[Table]) -> None:
     """Seal the rows of a registry by the key of a state directory from now on; create it at the first start.
 
-    Raises ConfigError if the key is lost, is another one, or can be read by others.
+    head: its numbers are kept in the state directory.
+    Raises ConfigError if the key is lost, is another one, or can be read by others; ArtifactError if the head was
+    changed, or put back to an earlier state.
     """
     file = state / FILE
     if not file.exists():
@@ -46,11 +49,15 @@ def use_key(database: Database, state: Path, tables: Sequence[Table]) -> None:
         used = _seal_ids(connection, tables)
     if used and seals.id not in used:
         raise _other_key(database, f"another key than {file}", file)
-    database.seals = seals
+    database.seals, database.observer = seals, head
+    _bind_rows(database)
 
 
-def check_unkeyed(database: Database, tables: Sequence[Table]) -> None:
-    """Raise ConfigError if rows are sealed by a key, for a database that is opened without one."""
+def use_no_key(database: Database, head: RegistryHead, tables: Sequence[Table]) -> None:
+    """Keep plain checksums, for a database that is opened without a state directory.
+
+    Raises ConfigError if rows are sealed by a key.
+    """
     with database.read() as connection:
         used = _seal_ids(connection, tables)
     if used:
@@ -58,18 +65,34 @@ def check_unkeyed(database: Database, tables: Sequence[Table]) -> None:
             f"the rows of the registry {database.name} are sealed by a key, and no state directory was given",
             "Registry.of(team), or Registry.open(url, state)",
         )
+    database.observer = head
+    _bind_rows(database)
 
 
-def reseal(database: Database, state: Path, tables: Sequence[Table]) -> dict[str, int]:
+def _bind_rows(database: Database) -> None:
+    """Make the head of a registry of an older version, whose intact rows are trusted that once."""
+    with database.read() as connection:
+        if not transaction_of(connection).is_missing():
+            return
+    with database.change() as connection:
+        if transaction_of(connection).is_missing():
+            transaction_of(connection).rebuild(_counter(database, connection))
+
+
+def _counter(database: Database, connection: Connection) -> int:
+    return int(connection.execute(select(database.form.counter)).scalar_one_or_none() or 0)
+
+
+def reseal(database: Database, head: RegistryHead, state: Path, tables: Sequence[Table]) -> dict[str, int]:
     """Seal every row as it is now, whoever wrote it, and return the number of rows by table.
 
     For a lost key and for a restored copy. The caller has made sure that nobody changed the rows.
     """
-    file = state / FILE
+    database.observer = head
     with database.change() as connection:
-        seals = RowSeals(create_key(file))
-        counts = _write_seals(connection, seals, tables, every=True)
-    database.seals = seals
+        database.seals = RowSeals(create_key(state / FILE))
+        counts = _write_seals(connection, database.seals, tables, every=True)
+        transaction_of(connection).rebuild(_counter(database, connection))
     return counts
 
 
@@ -95,11 +118,12 @@ def _seal_first(database: Database, pending: Path, file: Path, tables: Sequence[
         used = _seal_ids(connection, tables)
         if used and not pending.exists():
             raise _other_key(database, f"a key that {file.parent} lacks", file)
-        seals = RowSeals(create_key(pending))
+        database.seals = seals = RowSeals(create_key(pending))
         if used - {seals.id}:
             raise _other_key(database, f"another key than {pending}", file)
         if not used:
             _write_seals(connection, seals, tables, every=False)
+            transaction_of(connection).rebuild(_counter(database, connection))
 
 
 def _other_key(database: Database, key: str, file: Path) -> ConfigError:

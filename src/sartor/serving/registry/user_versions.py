@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, insert, select
+from sqlalchemy import Connection, Table, select
 
 from sartor.core import records
-from sartor.core.database import Database, is_whole, sealed
+from sartor.core.database import Database
 from sartor.core.errors import ConfigError, RequestError
 from sartor.serving.receipts import Digest
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry import NOBODY, ChangeCause
+from sartor.serving.registry.registry_head import FORGOTTEN, is_current, put_row, remove_rows, transaction_of
 from sartor.serving.registry.registry_schema import AgentVersion
 
 SUFFIX = "+personal"
@@ -64,7 +65,7 @@ def is_personal(path: Path, state: Path) -> bool:
     return path.absolute().is_relative_to((state / FOLDER).absolute())
 
 
-TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "person forgotten", "key speaks"
+TUNED, REFUSED, ALLOWED = "personal tuned", "personal refused", "key speaks"
 WITHDRAWN = "key speaks no more"
 
 
@@ -138,7 +139,7 @@ class UserVersionStore:
         with self.database.read() as connection:
             generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
-            intact = [UserVersion.from_row(row) for row in rows if is_whole(connection, row)]
+            intact = [UserVersion.from_row(row) for row in rows if is_current(connection, registry_schema.people, row)]
         return People(
             generation, {(version.person, version.agent): version for version in intact}, len(rows) - len(intact)
         )
@@ -151,7 +152,7 @@ class UserVersionStore:
         """
         with self.database.change() as connection:
             _check_not_forgotten(connection, personal.person, since)
-            _replace(connection, replace(personal, added=_now()))
+            put_row(connection, registry_schema.people, replace(personal, added=_now()).as_row())
             note(
                 connection,
                 TUNED,
@@ -172,10 +173,11 @@ class UserVersionStore:
             _check_not_forgotten(connection, personal.person, since)
             key = {"person": personal.person, "agent": personal.agent}
             row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
-            current = (
-                UserVersion.from_row(dict(row)) if row is not None and is_whole(connection, dict(row)) else personal
-            )
-            _replace(connection, replace(current, note=reason, added=current.added or _now()))
+            current = personal
+            if row is not None and is_current(connection, registry_schema.people, row):
+                current = UserVersion.from_row(dict(row))
+            refused = replace(current, note=reason, added=current.added or _now())
+            put_row(connection, registry_schema.people, refused.as_row())
             note(
                 connection,
                 REFUSED,
@@ -192,7 +194,7 @@ class UserVersionStore:
         """
         with self.database.change() as connection:
             removed = {
-                table.name: connection.execute(delete(table).where(table.c.person == person)).rowcount
+                table.name: remove_rows(connection, table, person=person)
                 for table in (registry_schema.people, registry_schema.speakers)
             }
             return note(connection, FORGOTTEN, agent="", version="", cause=cause, numbers={"person": person}), removed
@@ -210,16 +212,13 @@ class UserVersionStore:
     def allow(self, key: str, person: str, cause: ChangeCause = NOBODY) -> None:
         """Let a key speak for a person, or for anybody (`ANYBODY`)."""
         with self.database.change() as connection:
-            connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
-            connection.execute(
-                insert(registry_schema.speakers).values(sealed(connection, {"key": key, "person": person}))
-            )
+            put_row(connection, registry_schema.speakers, {"key": key, "person": person})
             note(connection, ALLOWED, agent="", version="", cause=cause, numbers={"key": key})
 
     def withdraw(self, key: str, person: str, cause: ChangeCause = NOBODY) -> bool:
         """Let a key speak for a person, or for anybody, no more. Returns whether it could."""
         with self.database.change() as connection:
-            rows = connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person)).rowcount
+            rows = remove_rows(connection, registry_schema.speakers, key=key, person=person)
             if rows:
                 note(connection, WITHDRAWN, agent="", version="", cause=cause, numbers={"key": key})
             return bool(rows)
@@ -240,15 +239,14 @@ def speakers(connection: Connection) -> dict[str, frozenset[str]]:
     """Return the persons for whom each key may speak; rows that were changed from outside do not count."""
     result: dict[str, frozenset[str]] = {}
     for row in connection.execute(select(registry_schema.speakers)).mappings():
-        if is_whole(connection, dict(row)):
+        if is_current(connection, registry_schema.speakers, row):
             result[row["key"]] = result.get(row["key"], frozenset()) | {row["person"]}
     return result
 
 
 def _forgotten_since(connection: Connection, generation: int) -> list[str]:
-    column = registry_schema.events.c
-    query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
-    return [str(json.loads(numbers)["person"]) for numbers in connection.execute(query).scalars()]
+    forgotten = transaction_of(connection).log.forgotten
+    return [forgotten[number] for number in sorted(forgotten, key=int) if int(number) > generation]
 
 
 def _check_not_forgotten(connection: Connection, person: str, since: int | None) -> None:
@@ -257,11 +255,6 @@ def _check_not_forgotten(connection: Connection, person: str, since: int | None)
             "that user was forgotten while this ran; nothing of them is stored",
             "sartor personal tune again, if there is new feedback of that user",
         )
-
-
-def _replace(connection: Connection, personal: UserVersion) -> None:
-    connection.execute(delete(registry_schema.people).filter_by(person=personal.person, agent=personal.agent))
-    connection.execute(insert(registry_schema.people).values(sealed(connection, personal.as_row())))
 
 
 def note(
@@ -281,7 +274,7 @@ def note(
         "became": "{}",
         "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
     }
-    connection.execute(insert(registry_schema.events).values(sealed(connection, event)))
+    transaction_of(connection).write_event(event)
     return generation
 
 

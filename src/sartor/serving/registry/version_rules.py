@@ -23,9 +23,9 @@ def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
     """Return the key by which versions are ordered.
 
     Numbers and words are compared one by one, numbers by value: 1.9 < 1.10, faq-2 < faq-10. A word comes before the
-    end and the end before a number, as for prereleases: 1.0-rc1 < 1.0 < 1.0.1.
+    end and the end before a number, as for prereleases: 1.0-rc1 < 1.0 < 1.0.1. Capitals are as small letters.
     """
-    tokens = [(2, int(token), "") if token.isdigit() else (0, 0, token) for token in _TOKEN.findall(version)]
+    tokens = [(2, int(token), "") if token.isdigit() else (0, 0, token) for token in _TOKEN.findall(version.lower())]
     return (*tokens, (1, 0, ""))
 
 

@@ -1,0 +1,16 @@
+"""Text for a terminal, which obeys control characters: rows, replies and file names of strangers hold none there."""
+
+from __future__ import annotations
+
+import re
+
+# C0 except tab and newline, DEL, and C1, whose U+009B begins a command on some terminals, as ESC [ does on all
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return a text with each control character spelled out as JSON does, which leaves JSON the same value.
+
+    It works on each piece of a stream alone.
+    """
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
