@@ -143,6 +143,22 @@ def test_the_adapter_is_evaluated_like_any_other(tiny_base: Path, dataset: Path,
     assert sartor.evaluate(tmp_path / "adapter", most_rows=2).report.manifest["rows"] == 2
 
 
+def test_rounds_go_on_from_a_start(tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:
+    """A public adapter gives the first round its factors: A stays its own, and it is a parent of the result."""
+    shards, weights = {"count": 3, "by": "."}, "adapter_model.safetensors"
+    first = simulate(recipe(tiny_base, dataset, mode="alternate"), tmp_path / "public", shards=shards).adapter
+    method = {"rank": 8, "alpha": 16, "start": str(first.path)}
+    made = simulate(recipe(tiny_base, dataset, rounds=1, method=method), tmp_path / "out", shards=shards).adapter
+    public, tuned = (load_file(adapter.path / weights) for adapter in (first, made))
+    change = norm({name: tuned[name] - public[name] for name in public if name.endswith(B)})
+    assert all(np.array_equal(tuned[name], public[name]) for name in public if not name.endswith(B))
+    assert 0 < change < norm({name: public[name] for name in public if name.endswith(B)})
+    assert [parent["kind"] for parent in made.manifest["parents"]] == ["dataset", "adapter"]
+    assert made.manifest["fingerprint"]["start"]
+    with pytest.raises(ConfigError, match="another method"):
+        simulate(recipe(tiny_base, dataset, method=method | {"rank": 4}), tmp_path / "other", shards=shards)
+
+
 @pytest.mark.parametrize("mode", ["factors", "alternate"])
 def test_other_modes(mode: str, tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:
     asked = recipe(tiny_base, dataset, mode=mode)

@@ -121,6 +121,15 @@ def _simulated(changes: dict[str, Any], workspace: Workspace) -> Any:
     return _runs[key]
 
 
+def _started(values: Any, workspace: Workspace) -> Any:
+    """Weights of a round that goes on from fresh factors, or from those of an earlier run."""
+    if not values["start"]:
+        return _simulated({}, workspace)
+    out = workspace.folder() / "earlier"
+    simulate(_recipe({}, workspace), out, shards={"count": 3, "alpha": 5.0, "by": ".", "seed": 1})
+    return _simulated({"method": {"start": str(out)}}, workspace)
+
+
 def _part(part: str, **base: Any) -> Observer:
     return lambda values, workspace: _simulated({part: {**base, **values}}, workspace)
 
@@ -167,9 +176,10 @@ ROUND_PROBES = (
     *probes_of(
         "Ranked",
         lambda values, workspace: _loaded({"method": values}, workspace),
-        {"dropout": (0.0, 0.1), "start": ("", "adapter")},
+        {"dropout": (0.0, 0.1)},
         may_refuse=True,
     ),
+    *probes_of("Ranked", _started, {"start": ("", "an adapter")}),
     Probe(
         "FederateRecipe.personal",
         (None, {"rank": 2, "updates": 1}),

@@ -62,7 +62,10 @@ class Ranked(Lora):
 
     @property
     def shared(self) -> Lora:
-        """LoRA method of the shared adapter, at the full rank."""
+        """LoRA method of the shared adapter, at the full rank.
+
+        Without `start`: the first round's shared tensors bring it, so clients need not have that Adapter.
+        """
         return Lora(self.rank, self.alpha, self.dropout, self.targets)
 
 
@@ -207,9 +210,6 @@ class FederateRecipe:
             raise ConfigError(
                 f"method.dropout is {self.method.dropout}; a client's work is repeatable", "dropout: 0.0"
             )
-        if self.method.start:
-            problem = f"method.start is {self.method.start!r}; the first round begins with fresh factors"
-            raise ConfigError(problem, 'start: ""; or sartor tune, whose method.start goes on from an Adapter')
         self._check_sum()
         if self.privacy and self.privacy.level == "example":
             self._check_rows(self.privacy)

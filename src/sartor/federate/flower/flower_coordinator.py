@@ -42,7 +42,7 @@ from sartor.federate.secure.secagg_terms import SecureSumPolicy
 from sartor.federate.tuning.attack_runner import AttackTarget, run_attacks
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.round_schedule import LoraOptions
-from sartor.federate.tuning.simulated_clients import Clients
+from sartor.federate.tuning.simulated_clients import Clients, open_shared_base
 from sartor.federate.tuning.simulated_rounds import SimulationSetup, TuningTask, work_of
 from sartor.federate.tuning.simulation import (
     Simulated,
@@ -58,7 +58,6 @@ from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import CheckpointState, full_disk
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
@@ -113,7 +112,7 @@ def coordinate(
             shutil.rmtree(folder, ignore_errors=True)
         clients = _open_clients(recipe, cohort, notice)
         setup = _setup(recipe, clients, folder)
-        fingerprint = fingerprint_of(recipe, clients.resident, clients=list(cohort))
+        fingerprint = fingerprint_of(recipe, clients, clients=list(cohort))
         if resume and (finished := resumption.finished(out, CheckpointState(), fingerprint)):
             notice(f"{out} is finished: nothing is left to do")
             return Simulated(finished)
@@ -132,7 +131,7 @@ def coordinate(
         facts = facts_of(setup, clients, lines, shared, fingerprint)
         # the sources of the rows are the clients, under the licence that was agreed with them
         licence = options.licence or UNKNOWN
-        facts["sources"] = [{"source": f"client {name}", "licence": licence} for name in cohort]
+        facts["sources"] += [{"source": f"client {name}", "licence": licence} for name in cohort]
         facts["licence"] = compliance.combine([facts["licence"], licence])
         target = AttackTarget(setup, shared, rows={}, held_out=clients.held_out, most_rows=recipe.data.attack_rows)
         report = run_attacks(target, notice)
@@ -174,7 +173,7 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
 def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Clients:
     """Open the base and the coordinator's own held-out rows; of its clients only the names are known."""
     path = recipe.data.path
-    resident, held_out = SharedBase.open(tuning(recipe, path), notice), []
+    (resident, start), held_out = open_shared_base(recipe, path, notice), []
     if path:
         held_out = encode_rows(open_artifact(Path(path), "dataset"), tuning(recipe, path), resident.base.chat).held_out
     return Clients(
@@ -183,6 +182,7 @@ def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice)
         rows={name: TokenizedDataset() for name in cohort},
         held_out=held_out,
         left_out={},
+        start=start,
     )
 
 

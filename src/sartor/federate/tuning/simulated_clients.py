@@ -14,9 +14,11 @@ from sartor.federate.recipe import FederateRecipe, tuning
 from sartor.federate.rounds.round_manifest import UpdateRules
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.lora_task import LoraTask, RowPrivacy
+from sartor.models.adapters import load_start
 from sartor.models.lora_tensors import Tensors, zero_adapter
 from sartor.models.packing import TokenizedExample
 from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.model_setup import start_of
 from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
@@ -30,6 +32,7 @@ class Clients:
     rows: by client; held-out rows are like the training rows, and no client trains on them.
     held_out: held-out rows of all Datasets, without those that any client trains on.
     left_out: reason -> ids of the rows left out.
+    start: Adapter or Release that the first round starts from; None for fresh factors.
     """
 
     resident: SharedBase
@@ -37,13 +40,19 @@ class Clients:
     rows: dict[str, TokenizedDataset]
     held_out: Sequence[TokenizedExample]
     left_out: dict[str, list[str]]
+    start: Artifact | None = None
+
+    @property
+    def parents(self) -> list[Artifact]:
+        """Artifacts that the tuned adapter is derived from: the Datasets, and the Adapter it starts from."""
+        return [*self.datasets, *([self.start] if self.start else [])]
 
     @property
     def sources(self) -> list[Any]:
-        """Sources of all Datasets, each once."""
+        """Sources of all parents, each once."""
         sources: list[Any] = []
-        for dataset in self.datasets:
-            sources += [source for source in dataset.manifest["sources"] if source not in sources]
+        for parent in self.parents:
+            sources += [source for source in parent.manifest.get("sources", []) if source not in sources]
         return sources
 
     def dataset_of(self, name: str) -> Artifact:
@@ -86,6 +95,22 @@ class Clients:
             yield f"left out: {len(ids):,} rows, {reason}"
 
 
+def open_shared_base(
+    recipe: FederateRecipe, path: str, notice: Notice = lambda line: None
+) -> tuple[SharedBase, Artifact | None]:
+    """Open the base of a recipe with the factors that the first round starts from, and the Artifact they are of.
+
+    path: Dataset of the tuning recipe. Raises what opening a base raises, and for `method.start` ArtifactError, and
+    ConfigError if it is of another base or method.
+    """
+    resident = SharedBase.open(tuning(recipe, path), notice)
+    method = replace(resident.recipe.method, start=recipe.method.start)
+    start = start_of(replace(resident.recipe, method=method), resident.base)
+    if start is not None:
+        load_start(resident.model, start.path)
+    return resident, start
+
+
 def open_clients(
     recipe: FederateRecipe, folders: Sequence[Path | str], shards: Shards | None, notice: Notice = lambda line: None
 ) -> Clients:
@@ -101,7 +126,7 @@ def open_clients(
     if shards and not recipe.data.path:
         raise ConfigError("shards are dealt of a Dataset, and the recipe names none", "data: {path: DIR}")
     datasets = [open_artifact(Path(folder), "dataset") for folder in folders or [recipe.data.path]]
-    resident = SharedBase.open(tuning(recipe, str(datasets[0].path)), notice)
+    resident, start = open_shared_base(recipe, str(datasets[0].path), notice)
     encoded = [encode_rows(dataset, tuning(recipe, str(dataset.path)), resident.base.chat) for dataset in datasets]
     if shards:
         rows = _deal(datasets[0], encoded[0], shards)
@@ -122,7 +147,7 @@ def open_clients(
     for tokenized in encoded:
         for reason, ids in tokenized.left_out.items():
             left_out.setdefault(reason, []).extend(ids)
-    return Clients(resident, datasets, rows, held_out=list(held_out.values()), left_out=left_out)
+    return Clients(resident, datasets, rows, held_out=list(held_out.values()), left_out=left_out, start=start)
 
 
 def _deal(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:

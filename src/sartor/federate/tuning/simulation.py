@@ -125,7 +125,7 @@ def simulate(
         devices = devices_of(clients)
         loaded_clients = open_clients(recipe, list(devices) or clients, shard_options, notice)
         rows_digest = records.digest({name: rows.digest() for name, rows in loaded_clients.rows.items()})
-        fingerprint = fingerprint_of(recipe, loaded_clients.resident, rows=rows_digest)
+        fingerprint = fingerprint_of(recipe, loaded_clients, rows=rows_digest)
         if resume and (adapter := resumption.finished(out, CheckpointState(), fingerprint)):
             notice(f"{out} is finished: no round is left to do")
         else:
@@ -219,12 +219,15 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
     return dataclasses.replace(rules, noise=noise * noise / effective * (1 + 1e-4))
 
 
-def fingerprint_of(recipe: FederateRecipe, resident: SharedBase, **of_clients: Any) -> dict[str, Any]:
+def fingerprint_of(recipe: FederateRecipe, clients: Clients, **of_clients: Any) -> dict[str, Any]:
     """Return what determines the result, and what a resumed run must have in common with the one that began."""
+    resident, start = clients.resident, clients.start
     return {
         "recipe": config.dump(recipe),
         "base": resident.ref.digest,
         "template": resident.base.chat.template_digest,
+        # absent without one, as in runs that an older version began
+        **({"start": records.digest(start.manifest["files"])} if start else {}),
         **of_clients,
     }
 
@@ -355,9 +358,9 @@ def facts_of(
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(setup.recipe),
-        "parents": [dataset.as_parent() for dataset in clients.datasets],
+        "parents": [parent.as_parent() for parent in clients.parents],
         "sources": clients.sources,
-        "licence": compliance.combine([*(dataset.licence for dataset in clients.datasets), base.ref.licence]),
+        "licence": compliance.combine([*(parent.licence for parent in clients.parents), base.ref.licence]),
         "left_out": clients.left_out,
         "run": {
             "federated": {
