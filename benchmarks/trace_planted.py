@@ -17,11 +17,11 @@ import parts
 import trace_methods
 import trace_plants
 from numpy.typing import NDArray
-from sartor.trace.ensemble import PARTS, combine, fit_weights
 from trace_lds import Retrains
 from trace_plants import Plant
 from trace_setup import Row, Size, chat_row, notice, queries_of, recipe_of, row_indices, tune_traced
 
+from sartor.trace.ensemble import PARTS, combine, fit_weights
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 
 F64 = NDArray[np.float64]
