@@ -78,6 +78,8 @@ from sartor.federate.tuning.client_shards import Shards as FederateShards
 from sartor.federate.tuning.simulation import simulate as federate_simulate
 from sartor.inference.engine import Sampling as Sampling
 from sartor.learn.deletion_proof import check_proof as check_personal_proof
+from sartor.learn.fix import FixOptions as FixOptions
+from sartor.learn.fix import fix as fix
 from sartor.learn.personal_options import PersonalOptions as PersonalOptions
 from sartor.learn.personal_tuning import tune_personal as tune_personal
 from sartor.learn.retrain import retrain as retrain
@@ -137,6 +139,9 @@ from sartor.synthesize.synthetic_lift import prove as prove
 from sartor.synthesize.validate.types import ValidateOptions as ValidateOptions
 from sartor.synthesize.validate.validation import load_options as load_validate_options
 from sartor.synthesize.validate.validation import validate as validate
+from sartor.trace.ablation import ablate as ablate
+from sartor.trace.ablation_proof import check_ablation as check_ablation
+from sartor.trace.trace import trace as trace
 from sartor.tune.plan import plan as plan
 from sartor.tune.recipe import Recipe as Recipe
 from sartor.tune.recipe import load as load_recipe
@@ -159,6 +164,7 @@ __all__ = [
     "ExportOptions",
     "FederateRecipe",
     "FederateShards",
+    "FixOptions",
     "FleetPolicy",
     "GateFile",
     "Message",
@@ -177,6 +183,7 @@ __all__ = [
     "ValidateOptions",
     "Waiver",
     "Wishes",
+    "ablate",
     "add_agent",
     "agent_events",
     "allow_personal",
@@ -185,6 +192,7 @@ __all__ = [
     "assets",
     "bias",
     "chat",
+    "check_ablation",
     "check_personal_proof",
     "curate",
     "dedup",
@@ -217,6 +225,7 @@ __all__ = [
     "federate_coordinator",
     "federate_keygen",
     "federate_simulate",
+    "fix",
     "forget_personal",
     "index",
     "init",
@@ -279,6 +288,7 @@ __all__ = [
     "spoken",
     "synthesize",
     "tailor",
+    "trace",
     "training_summary",
     "tune",
     "tune_personal",

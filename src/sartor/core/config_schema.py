@@ -1,4 +1,4 @@
-"""JSON Schemas (draft 2020-12) of files that `core/config.py` reads, for editors that check and complete YAML.
+"""JSON Schemas (draft 2020-12) of files that `core/config.py` reads, for editors.
 
     schema_of(Recipe, title="Tuning recipe")
 

@@ -1,4 +1,4 @@
-"""Sketches of rows on disk: a matrix in 16 bits, written row by row, that a killed writer leaves usable.
+"""Sketches of rows on disk: a 16-bit matrix, written row by row and usable after a kill.
 
     FOLDER/
       header.json      schema, ids' digest, numbers of a row, what the caller adds (seed, names of factors)

@@ -1,4 +1,4 @@
-"""Text for a terminal, which obeys control characters: rows, replies and file names of strangers hold none there."""
+"""Text for a terminal, without the control characters that it would obey."""
 
 from __future__ import annotations
 

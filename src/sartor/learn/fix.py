@@ -1,4 +1,4 @@
-"""Verb fix: rows behind a bad reply dropped or corrected, tuned again, and released with a regression case.
+"""Verb fix: rows behind a bad reply mended, tuned again, released with a regression case.
 
     OUT/fix.json     what was asked for, and by whom; a second call has to ask for the same and goes on
     OUT/dataset/     the rows after `review apply`: who decided, when and why is in its review.jsonl

@@ -34,10 +34,11 @@ from sartor.personalization.stacked_adapter import StackedAdapter
 from sartor.personalization.user_rows import canary_examples
 from sartor.personalization.user_tokens import encode_probe, recipe_of
 from sartor.serving.admission import release_copies
-from sartor.serving.api_keys import KEYED, read_mark
+from sartor.serving.api_keys import read_mark
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
 from sartor.serving.registry.registry import ChangeCause, Registry
+from sartor.serving.registry.registry_head import KEYED
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import (
     ADAPTER,

@@ -1,4 +1,4 @@
-"""Verb schema: JSON Schemas of the YAML files that users write, for editors that check and complete them."""
+"""Verb schema: JSON Schemas of the YAML files that users write, for editors."""
 
 from __future__ import annotations
 

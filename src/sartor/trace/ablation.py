@@ -33,7 +33,7 @@ from sartor.core.home import home
 from sartor.core.progress import Progress
 from sartor.core.records import Example
 from sartor.core.signed_document import sign_document
-from sartor.core.splits import TEST, group_of
+from sartor.core.splits import TEST, group_of, hold_out
 from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.trace.ablation_proof import (
     DECIMALS,
@@ -48,7 +48,6 @@ from sartor.trace.ablation_proof import (
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import RetrievalIndex
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
-from sartor.tune.dataset_encoding import hold_out
 
 Notice = Callable[[str], object]
 KEY = "keys/proof"  # below SARTOR_HOME: default signing key, used if it exists
@@ -227,7 +226,7 @@ def plan_ablation(
             "name fewer --examples",
         )
     retrieval = RetrievalIndex([row.example for row in traced.rows])
-    scores, equal_rows = retrieval.scores([query])[0], retrieval.equal_rows()
+    scores, equal_rows = retrieval.scores([query])[0], retrieval.equal_rows
     is_other = ~np.isin(np.arange(len(traced.rows)), suspects)
     repeats = np.isin(equal_rows, equal_rows[suspects])
     is_rehearsal = np.array([row.is_rehearsal for row in traced.rows])
@@ -284,7 +283,7 @@ def _held_out_rows(traced: TracedAdapter) -> list[Example]:
     examples = [row for row in parquet_io.read_examples(traced.dataset) if row.split != TEST]
     left_out = {id for ids in traced.manifest.get("left_out", {}).values() for id in ids}
     rows = []
-    for row in hold_out(examples, traced.recipe.data, traced.recipe.seed):
+    for row in hold_out(examples, traced.recipe.data.eval_fraction, traced.recipe.seed):
         is_text = bool(row.reply) and not (row.messages[-1].tool_calls or row.messages[-1].reasoning_content)
         if row.split == "eval" and row.rating >= 0 and is_text and row.id not in left_out:
             rows.append(row)

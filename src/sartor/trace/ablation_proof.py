@@ -111,8 +111,14 @@ def judge(suspects: float, controls: Sequence[float], gain: float) -> Judgement:
         verdict = Verdict.CANNOT_TELL
     else:
         verdict = Verdict.NOT_PROVEN
-    values = (excess, excess - half_width, excess + half_width, detectable, needed)
-    return Judgement(*(round(value, DECIMALS) for value in values), verdict)
+    return Judgement(
+        estimate=round(excess, DECIMALS),
+        low=round(excess - half_width, DECIMALS),
+        high=round(excess + half_width, DECIMALS),
+        detectable=round(detectable, DECIMALS),
+        needed=round(needed, DECIMALS),
+        verdict=verdict,
+    )
 
 
 def judged_fields(judgement: Judgement) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measured trust of attribution methods: retrains without random rows, and how well scores predict them.
+"""Measured trust of attribution methods: how well scores predict leave-out retrains.
 
 The linear datamodelling score (LDS) of a method is Spearman's correlation, over random subsets of the rows, of the
 change that its scores predict with the change that a retrain shows (Park et al. 2023, arXiv:2303.14186, definition

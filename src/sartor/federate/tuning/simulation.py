@@ -219,7 +219,7 @@ def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest
     return dataclasses.replace(rules, noise=noise * noise / effective * (1 + 1e-4))
 
 
-def fingerprint_of(recipe: FederateRecipe, clients: Clients, **of_clients: Any) -> dict[str, Any]:
+def fingerprint_of(recipe: FederateRecipe, clients: Clients, /, **of_clients: Any) -> dict[str, Any]:
     """Return what determines the result, and what a resumed run must have in common with the one that began."""
     resident, start = clients.resident, clients.start
     return {

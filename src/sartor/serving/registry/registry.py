@@ -437,8 +437,8 @@ class Registry:
         column = registry_schema.events.c
         query = select(registry_schema.events).where(column.agent == name, column.checksum.contains(newest))
         for row in _rows(connection, query):
-            if seals_of(connection).is_whole(_sealed_fields(row)):
-                return Agent.from_json(Event.from_row(row).became)
+            if seals_of(connection).is_whole(_sealed_fields(dict(row))):
+                return Agent.from_json(Event.from_row(dict(row)).became)
         raise ArtifactError(
             f"the row of {name} is damaged, and its newest event was removed from the log from outside",
             "cp BACKUP the newest copy of the registry; or sartor agents reseal, which trusts every row as it is",
@@ -544,8 +544,8 @@ class Registry:
         for row in connection.execute(query, execution_options={"yield_per": 500}).mappings():
             if len(events) == limit:
                 break
-            if row["checksum"] not in events and seals_of(connection).is_whole(_sealed_fields(row)):
-                events[str(row["checksum"])] = Event.from_row(row)
+            if row["checksum"] not in events and seals_of(connection).is_whole(_sealed_fields(dict(row))):
+                events[str(row["checksum"])] = Event.from_row(dict(row))
         return list(events.values())[::-1]
 
     def _freezes(self, connection: Connection) -> dict[str, Freeze]:

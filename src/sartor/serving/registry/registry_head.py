@@ -1,4 +1,4 @@
-"""Head of the registry: which rows are the newest, so that an old sealed row that is put back does not count.
+"""Head of the registry: which rows are newest, so that an old sealed row does not count.
 
 The table `heads` has one row for each sealed table, with the seal of every current row by a digest of its key, and a
 root with the seals of those rows, the newest generation, and a number that rises with every change. Rows of the log
