@@ -49,6 +49,7 @@ FOREIGN = {
     "--extra-index-url": "pip",
     "--force-download": "hf download",
     "--local-dir": "hf download",
+    "--gpus": "docker run",
     "--option": "any option, in a remedy",
 }
 
