@@ -15,14 +15,13 @@ from sartor.core.errors import ArtifactError, ConfigError, StoppedError
 from sartor.core.trace_store import trace_folder
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.calibration import (
-    CALIBRATION,
     RUNS,
     calibrate,
     held_out_queries,
     leave_out_subsets,
     linear_datamodelling_scores,
-    measured_lds,
 )
+from sartor.trace.measured_trust import CALIBRATION, measured_lds
 from sartor.trace.replay import Replay
 from sartor.trace.traced_adapter import TracedAdapter, open_traced
 from traced import tuned

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import sartor
-from sample_data import ROWS, write_jsonl
+from sample_data import write_jsonl
 from sartor.core import trace_store
-from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import ensemble, gradient
@@ -49,7 +48,7 @@ def test_a_row_explains_its_own_reply_best(traced: TracedAdapter) -> None:
     assert result.facts["sketches"] == ["final"] and result.facts["row_bytes"]["final"] <= 30_000
 
 
-def test_scores_do_not_depend_on_the_rows_length_or_weight(traced: TracedAdapter) -> None:
+def test_cosines_do_not_depend_on_a_rows_size() -> None:
     """Cosines: a row that is learnt with twice the weight has the same score."""
     matrix_rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
     query = np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32)
@@ -101,7 +100,7 @@ def test_states_of_the_run_are_sketched(tune_recipe: dict[str, Any], tmp_path: P
     traced = open_traced(tmp_path / "a")
     recorded = gradient_scores(traced, [own_query(traced, 3)])
     assert recorded.facts["sketches"] == ["recorded"], "what the run recorded is enough"
-    assert recorded.scores[0].argmax() == 3
+    assert (recorded.scores[0] > recorded.scores[0, 3]).sum() < 5, "at the last weights, a sum over all weights"
     assert preparation.prepare(traced).labels == ("final", "state-1", "state-2", "hidden")
     prepared = gradient_scores(traced, [own_query(traced, 3)])
     assert prepared.facts["sketches"] == ["final", "state-1", "state-2"] and prepared.scores[0].argmax() == 3
@@ -121,7 +120,7 @@ def test_reply_longer_than_the_context_is_refused(traced: TracedAdapter) -> None
         gradient_scores(traced, [traced.query("switch hall on", "on:hall " * 400)])
 
 
-def test_preference_pairs_are_scored(dataset: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_preference_pairs_are_scored(tiny_base: Path, tmp_path: Path) -> None:
     """A pair's gradient is that of its preferred reply minus that of the rejected one."""
     pairs = [
         {"prompt": f"switch {place} {word}", "chosen": f"{word}:{place}", "rejected": f"{place}, {word}"}
@@ -151,9 +150,7 @@ def test_preference_pairs_are_scored(dataset: Path, tiny_base: Path, tmp_path: P
     assert scores[1].argmin() == 0, "and its rejected reply less likely"
 
 
-def test_adapter_without_a_recipe_is_scored_on_a_named_dataset(
-    traced: TracedAdapter, adapter: Path, dataset: Path
-) -> None:
+def test_adapter_without_a_recipe_is_scored_at_its_weights(traced: TracedAdapter) -> None:
     """Tuned elsewhere: order and states are unknown, and its final weights have gradients all the same."""
     manifest = {key: value for key, value in traced.manifest.items() if key not in ("recipe", "run")}
     traced.manifest.clear()
@@ -204,8 +201,3 @@ def test_damaged_sketches_are_named(traced: TracedAdapter) -> None:
     (folder_of(traced) / "final" / "ids.txt").write_text("other\n")
     with pytest.raises(ArtifactError, match="are damaged"):
         gradient_scores(traced, [own_query(traced, 0)])
-
-
-def test_release_uses_its_adapters_sketches(traced: TracedAdapter) -> None:
-    assert trace_store.adapter_id(open_artifact(traced.artifact.path)) == traced.artifact.id
-    assert len(ROWS) >= len([row for row in traced.rows if not row.is_rehearsal])

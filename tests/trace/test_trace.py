@@ -22,7 +22,7 @@ from sartor.inference.engine import adapter_digest
 from sartor.serving.commands.receipt_verification import _adapter_of
 from sartor.serving.receipts import ReceiptLog
 from sartor.serving.registry.user_versions import folder_of
-from sartor.trace import calibration, unrolling
+from sartor.trace import unrolling
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.base_likelihood import ReplyLikelihood
 from sartor.trace.trace import TraceResult
@@ -122,7 +122,7 @@ def test_method_that_predicts_too_little_is_refused(
     adapter: Path, scored: list[Method], monkeypatch: pytest.MonkeyPatch, lds: float, method: str
 ) -> None:
     measured = {Method.UNROLLED: lds, Method.RETRIEVAL: 0.4}
-    monkeypatch.setattr(calibration, "measured_lds", lambda traced: measured)
+    monkeypatch.setattr("sartor.trace.trace.measured_lds", lambda traced: measured)
     said = words(adapter, method="unrolled").as_json()
     assert said["method"] == method and said["lds"] == measured[Method(method)]
     assert said["refused"] == ({"method": "unrolled", "lds": lds} if method == "retrieval" else None)

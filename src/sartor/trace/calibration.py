@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from sartor.core import parquet_io, records
-from sartor.core.errors import ArtifactError, ConfigError, SartorError, StoppedError
-from sartor.core.home import home
+from sartor.core.errors import ConfigError, SartorError, StoppedError
 from sartor.core.splits import TEST, hold_out
-from sartor.core.trace_store import TRACE, adapter_id, read_trace_json, record_origin, write_trace_file
+from sartor.core.trace_store import read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.gradient import gradient_scores
+from sartor.trace.measured_trust import CALIBRATION
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
@@ -40,7 +40,7 @@ F64 = NDArray[np.float64]
 Notice = Callable[[str], object]
 Scorer = Callable[[Sequence[TraceQuery]], Attribution]
 SCHEMA = 1
-CALIBRATION, RUNS = "calibration.json", "leave-out"
+RUNS = "leave-out"
 # Fraction of the rows that a retrain leaves out, and held-out rows whose replies are measured by default
 LEFT_OUT_FRACTION, MAX_QUERIES = 0.1, 10
 # Fewest retrains that a correlation is computed from
@@ -130,23 +130,6 @@ def calibrate(
     result = CalibrationResult(runs, len(queries), methods, changes)
     write_trace_file(folder / CALIBRATION, json.dumps(result.as_json(), indent=1).encode())
     return result
-
-
-def measured_lds(traced: TracedAdapter) -> dict[Method, float]:
-    """Return the LDS of each method that was measured for this adapter; empty without a calibration.
-
-    Raises ArtifactError for a damaged file.
-    """
-    file = home() / TRACE / adapter_id(traced.artifact) / CALIBRATION
-    fields = read_trace_json(file)
-    if fields is None:
-        return {}
-    try:
-        methods = {Method(name): trust for name, trust in fields["methods"].items()}
-        return {method: float(trust["lds"]) for method, trust in methods.items() if "lds" in trust}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{file} holds no calibration: {error or type(error).__name__}"
-        raise ArtifactError(problem, f"rm {file}, then sartor trace {traced.artifact.path} --calibrate") from None
 
 
 def default_scorers(replay: Replay, notice: Notice) -> dict[Method, Scorer]:

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 
 from sartor.core import records
 from sartor.core.artifacts import read_manifest
-from sartor.core.errors import ConfigError, ExtraError, SartorError
+from sartor.core.errors import ConfigError, SartorError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.html import clipped, escape_control
 from sartor.core.lazy_import import import_module
 from sartor.core.records import Message, Part
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.credit import RowGroup, RowHistory, SourceCredit, rank_groups, read_histories, sum_by_source
+from sartor.trace.measured_trust import measured_lds
 from sartor.trace.retrieval import RetrievalIndex, RowMatch, prompt_text, reply_text
 from sartor.trace.served_replies import ServedReply, check_served
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow, open_traced, read_queries
@@ -483,14 +484,8 @@ def _scores(traced: TracedAdapter, queries: Sequence[TraceQuery], method: Method
 
 
 def _measured_lds(traced: TracedAdapter) -> dict[Method, float]:
-    """Return the LDS of each method that was calibrated for this adapter."""
-    if not traced.is_own:
-        return {}
-    try:
-        measured: dict[Method, float] = import_module("sartor.trace.calibration").measured_lds(traced)
-    except ExtraError:  # without torch nothing can have been measured here
-        return {}
-    return measured
+    """Return the LDS of each method that was calibrated for this adapter on the rows of its tuning."""
+    return measured_lds(traced) if traced.is_own else {}
 
 
 def _measure_likelihood(
