@@ -101,9 +101,11 @@ def test_states_of_the_run_are_sketched(tune_recipe: dict[str, Any], tmp_path: P
     recorded = gradient_scores(traced, [own_query(traced, 3)])
     assert recorded.facts["sketches"] == ["recorded"], "what the run recorded is enough"
     assert (recorded.scores[0] > recorded.scores[0, 3]).sum() < 5, "at the last weights, a sum over all weights"
-    assert preparation.prepare(traced).labels == ("final", "state-1", "state-2", "hidden")
+    assert preparation.prepare(traced, labels=["final", *preparation.STATES]).labels == ("final", "state-1", "state-2")
     prepared = gradient_scores(traced, [own_query(traced, 3)])
-    assert prepared.facts["sketches"] == ["final", "state-1", "state-2"] and prepared.scores[0].argmax() == 3
+    assert (
+        prepared.facts["sketches"] == ["final", "state-1", "state-2", "recorded"] and prepared.scores[0].argmax() == 3
+    )
 
 
 def test_many_rows_are_refused_until_prepared(traced: TracedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:

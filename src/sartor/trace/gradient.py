@@ -55,10 +55,10 @@ def gradient_scores(
             f"sartor trace {traced.artifact.path} --prepare",
         )
     model = model or TracedModel.open(traced, notice)
-    if not labels or not has_layout(folder / labels[0], model):
-        preparation.prepare(traced, model=model, labels=[preparation.FINAL], notice=notice)
-        labels = [preparation.FINAL]
     labels = [label for label in labels if has_layout(folder / label, model)]
+    if not labels:
+        labels = [preparation.FINAL]
+        preparation.prepare(traced, model=model, labels=labels, notice=notice)
     sketches = {label: _query_sketches(model, folder / label, queries) for label in labels}
     scores = np.zeros((len(queries), len(traced.rows)))
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -70,10 +70,10 @@ def gradient_scores(
 
 
 def sketched_labels(traced: TracedAdapter, folder: Path) -> list[str]:
-    """Return the sets of weights with a sketch of every row: the prepared ones, or else what the run recorded."""
+    """Return the sets of weights with a sketch of every row: the prepared ones, and what the run recorded."""
     labels = preparation.prepared_labels(traced, folder)
-    if not labels and preparation.is_complete(traced, SketchMatrix.open(folder / RECORDED)):
-        return [RECORDED]
+    if preparation.is_complete(traced, SketchMatrix.open(folder / RECORDED)):
+        labels.append(RECORDED)
     return labels
 
 

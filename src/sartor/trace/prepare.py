@@ -2,7 +2,7 @@
 
     SARTOR_HOME/trace/ADAPTER_ID/
       final/        sketches of the rows at the adapter's weights, and the second moments that preconditioned them
-      state-1/      at a third of the tuning, if the run kept its factors (`trace: {features: true}`)
+      state-1/      at a third of the tuning, if the run kept its factors (`trace: {features: true}`); on demand
       state-2/      at two thirds
       hidden/       what tuning changed in the hidden states of replies
       recorded/     what the run recorded while it tuned (tune/gradient_features.py)
@@ -81,13 +81,13 @@ def prepare(
     """Write the sketches of all rows; rows that an earlier call wrote are kept.
 
     model: of `traced`, if the caller has opened it.
-    labels: sets of weights, by default those that are known, and the hidden states.
+    labels: by default the adapter's weights and the hidden states. The states that the run kept take as long as the
+        former, each, and what the run recorded stands for the way to the weights.
     Raises ConfigError if another process prepares the same adapter, and what `TracedModel.open` raises.
     """
     started_s = time.monotonic()
     folder = rows_folder(traced)
-    if labels is None:
-        labels = [FINAL, *(label for label in STATES if (folder / label / WEIGHTS).is_file()), HIDDEN]
+    labels = [FINAL, HIDDEN] if labels is None else labels
     notice(_estimate(traced, folder, labels))
     row_bytes = {}
     make_private_folder(folder)
