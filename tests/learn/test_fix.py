@@ -208,7 +208,7 @@ def test_gate_that_refuses_leaves_all_that_was_made(
         main([*said, "--waive", "gain", "--waive", "forgetting"])
     assert ended.value.code == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed["case"] is None and printed["gate"]["gain"] == "waived"
+    assert printed["case"] is None and "waived" in printed["gate"].values()
     assert {"dataset", "adapter", "release", "case"} <= set(printed)
 
 
