@@ -193,8 +193,8 @@ def test_case_longer_than_the_context_fails_as_not_asked(adapter: Path) -> None:
 
 def test_release_keeps_its_cases_and_lists_them(release: Path, adapter: Path, keys: Path) -> None:  # noqa: F811
     """A case that the version fails is a check that can be waived; the case stays."""
-    said = measure_cases(open_artifact(adapter), [case()])[0].reply
-    bad = replace(case(), bad_reply=said or "nothing")
+    first, second = measure_cases(open_artifact(adapter), [case(), case("on:kitchen", "on:hall")])
+    bad = first.case if first.faults else second.case  # of two replies, one is likelier
     with pytest.raises(GateError, match=f"cases: 0 of 1 regression cases pass; case {bad.id}"):
         sartor.release(adapter, name="switch", version="1.1", key=keys, waivers=PASSES, cases=[bad])
     waivers = [*PASSES, sartor.Waiver("cases", "A. Tester", "known")]

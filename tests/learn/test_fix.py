@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,26 +208,29 @@ def test_gate_that_refuses_leaves_all_that_was_made(
         main([*said, "--waive", "gain", "--waive", "forgetting"])
     assert ended.value.code == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed["case"] is None and printed["gate"]["gain"] == "waived"
+    assert printed["case"] is None and "waived" in printed["gate"].values()
     assert {"dataset", "adapter", "release", "case"} <= set(printed)
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, work: Callable[[], object]) -> None:
-    """Run the work in a process that is killed when it comes to a function of the module."""
-    pid = os.fork()
-    if not pid:
-        try:
-            setattr(fixing, name, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
+class Killed(BaseException):
+    """Stands for a kill: nothing in Sartor handles it."""
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, name: str, work: Callable[[], object]) -> None:
+    """Run the work until it comes to a function of the module, and end there."""
+
+    def end(*arguments: Any, **options: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fixing, name, end)
+        with pytest.raises(Killed):
             work()
-        finally:
-            os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-@pytest.mark.parametrize("stage", ["review_apply", "train", "measure", "sign"])
-def test_fix_that_was_killed_goes_on(door: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    killed_at(monkeypatch, stage, lambda: sartor.fix(**door, options=options()))
+@pytest.mark.parametrize("stage", ["review_decide", "review_apply", "train", "measure", "sign"])
+def test_fix_that_was_cut_short_goes_on(door: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    cut_short(monkeypatch, stage, lambda: sartor.fix(**door, options=options()))
     lines: list[str] = []
     fixed = sartor.fix(**door, options=options(), notice=lines.append)
     assert any("going on with" in line for line in lines)
@@ -236,8 +240,32 @@ def test_fix_that_was_killed_goes_on(door: dict[str, Any], monkeypatch: pytest.M
     assert sartor.fix(**door, options=options()).release.id == fixed.release.id
 
 
+KILLED = """
+import os, signal, sys
+import sartor
+from sartor.learn import fix as fixing
+train = fixing.train
+def killed(*arguments, **options):
+    train(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+fixing.train = killed
+release, example, out, key = sys.argv[1:]
+options = sartor.FixOptions(by="Ada", reason="the label is wrong", prompt="switch kitchen on", reply="0", corrected="1")
+sartor.fix(release, [example], options, out=out, key=key)
+"""
+
+
+def test_fix_that_was_killed_after_its_tuning_goes_on(door: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own: the new adapter stands and is not tuned again."""
+    said = [str(door["release"]), door["examples"][0], str(door["out"]), str(door["key"])]
+    done = subprocess.run([sys.executable, "-c", KILLED, *said], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    monkeypatch.setattr(fixing, "train", lambda *arguments, **options: pytest.fail("tuned again"))
+    assert sartor.fix(**door, options=options()).release.manifest["gate"]["cases"]["outcome"] == "pass"
+
+
 def test_other_fix_in_the_same_folder_is_refused(door: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    killed_at(monkeypatch, "train", lambda: sartor.fix(**door, options=options()))
+    cut_short(monkeypatch, "train", lambda: sartor.fix(**door, options=options()))
     with pytest.raises(ConfigError, match="holds another fix: of 1 rows, by Ada"):
         sartor.fix(**door, options=options(reason="another"))
     (door["out"] / "fix.json").write_text("{")
