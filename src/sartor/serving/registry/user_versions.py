@@ -174,7 +174,7 @@ class UserVersionStore:
             key = {"person": personal.person, "agent": personal.agent}
             row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
             current = personal
-            if row is not None and is_current(connection, registry_schema.people, row):
+            if row is not None and is_current(connection, registry_schema.people, dict(row)):
                 current = UserVersion.from_row(dict(row))
             refused = replace(current, note=reason, added=current.added or _now())
             put_row(connection, registry_schema.people, refused.as_row())
@@ -239,7 +239,7 @@ def speakers(connection: Connection) -> dict[str, frozenset[str]]:
     """Return the persons for whom each key may speak; rows that were changed from outside do not count."""
     result: dict[str, frozenset[str]] = {}
     for row in connection.execute(select(registry_schema.speakers)).mappings():
-        if is_current(connection, registry_schema.speakers, row):
+        if is_current(connection, registry_schema.speakers, dict(row)):
             result[row["key"]] = result.get(row["key"], frozenset()) | {row["person"]}
     return result
 
