@@ -213,12 +213,9 @@ def test_rows_that_are_shown_do_not_steer_the_terminal(tmp_path: Path) -> None:
     """Rows, and names of files with control characters or with rich's markup, which ended in a traceback."""
     rows = tmp_path / "source" / "rows[" / "b][link=evil]x.jsonl"  # read as rows[/b][link=evil]x.jsonl
     rows.parent.mkdir(parents=True)
-    lines = [{"question": f"{EVIL} {number}", "answer": f"{EVIL} yes"} for number in range(3)]
+    lines = [{"question": f"{EVIL} {number}", "answer": f"{EVIL} yes"} for number in range(30)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipe = {
-        "sources": [{"path": str(tmp_path / "source"), "licence": "own"}],
-        "split": {"train": 1.0, "eval": 0.0, "test": 0.0},
-    }
+    recipe = {"sources": [{"path": str(tmp_path / "source"), "licence": "own"}]}
     try:
         sartor.curate(recipe, tmp_path / "dataset")
         preview = show(tmp_path / "dataset", rows=3)

@@ -187,6 +187,9 @@ def nearest_examples(
     if dataset is None:
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
     query = TraceQuery((AskPrompt(prompt, tuple(media)).message,), reply)
+    nearest = nearest_rows(dataset, query, top)
+    if not nearest:
+        return [], "no training row shares a word with the question or the reply"
     return [
         {
             "id": example.id,
@@ -197,5 +200,5 @@ def nearest_examples(
             "locator": example.origins[0].locator,
             "licence": example.origins[0].licence,
         }
-        for score, example in nearest_rows(dataset, query, top)
+        for score, example in nearest
     ], ""

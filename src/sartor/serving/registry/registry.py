@@ -541,11 +541,12 @@ class Registry:
         if agent:
             query = query.where(column.agent == agent)
         events: dict[str, Event] = {}
-        for row in connection.execute(query, execution_options={"yield_per": 500}).mappings():
+        for stored_row in connection.execute(query, execution_options={"yield_per": 500}).mappings():
             if len(events) == limit:
                 break
-            if row["checksum"] not in events and seals_of(connection).is_whole(_sealed_fields(dict(row))):
-                events[str(row["checksum"])] = Event.from_row(dict(row))
+            row = dict(stored_row)
+            if row["checksum"] not in events and seals_of(connection).is_whole(_sealed_fields(row)):
+                events[str(row["checksum"])] = Event.from_row(row)
         return list(events.values())[::-1]
 
     def _freezes(self, connection: Connection) -> dict[str, Freeze]:

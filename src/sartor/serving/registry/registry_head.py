@@ -75,7 +75,7 @@ class LogState:
         """Derive the state from the intact events of the whole log."""
         state = cls()
         for row in connection.execute(select(events).order_by(events.c.generation, events.c.id)).mappings():
-            event = {name: value for name, value in row.items() if name != "id"}
+            event = {name: value for name, value in dict(row).items() if name != "id"}
             if seals.is_whole(event):
                 state.add(event, event[COLUMN])
         return state
@@ -235,7 +235,7 @@ class HeadTransaction:
         return str(row[COLUMN])
 
     def _key(self, table: Table, row: Mapping[str, Any]) -> str:
-        key = {column.name: row[column.name] for column in table.primary_key}
+        key = {column.name: row[column.name] for column in table.primary_key.columns}
         return seals_of(self._connection).seal({"table": table.name, **key})[-64:][:_KEY_DIGITS]
 
     def _refused(self, problem: str) -> ArtifactError:
@@ -313,7 +313,7 @@ def is_current(connection: Connection, table: Table, row: Mapping[str, Any]) -> 
 def put_row(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
     """Seal and write a row, replacing the one with its key."""
     values = sealed(connection, row)
-    key = {column.name: row[column.name] for column in table.primary_key}
+    key = {column.name: row[column.name] for column in table.primary_key.columns}
     if not connection.execute(table.update().filter_by(**key).values(values)).rowcount:
         connection.execute(insert(table).values(values))
     transaction_of(connection).put(table, values)
@@ -321,7 +321,7 @@ def put_row(connection: Connection, table: Table, row: Mapping[str, Any]) -> Non
 
 def remove_rows(connection: Connection, table: Table, **where: Any) -> int:
     """Remove the rows with these values, all without any, and return their number."""
-    columns = select(*table.primary_key).filter_by(**where)
+    columns = select(*table.primary_key.columns).filter_by(**where)
     for row in connection.execute(columns).mappings().all():
         transaction_of(connection).drop(table, dict(row))
     return connection.execute(delete(table).filter_by(**where)).rowcount
