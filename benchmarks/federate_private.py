@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import platform
@@ -28,6 +29,8 @@ import random
 import string
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +41,7 @@ import parts
 import smallest
 import torch
 from results import print_result
+from safetensors.numpy import load_file
 
 import sartor
 from sartor.core import config
@@ -54,22 +58,30 @@ from sartor.federate.tuning.simulation import resolve_rules, simulate
 from sartor.models.lora_tensors import Tensors, add_changes, norm
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample, micro_batches, pack
+from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 ROOT = Path(__file__).resolve().parent.parent
+# replies to private intents, and to public ones: no reply is both
+PRIVATE_REPLIES = string.ascii_uppercase[:20]
+PUBLIC_REPLIES = string.ascii_lowercase + string.digits + string.ascii_uppercase[20:]
+SYSTEM = "You sort questions of bank customers by intent."
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the curve. epsilon: infinite without noise."""
+    """A point of the curve. epsilon: infinite without noise. repeat: number of the run, whose noise is drawn anew."""
 
     clients: int
     rows: int
+    rank: int
     epsilon: float
+    repeat: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.clients} clients, {self.rows} rows, epsilon {self.epsilon:g}"
+        text = f"{self.clients} clients, {self.rows} rows, rank {self.rank}, epsilon {self.epsilon:g}"
+        return f"{text}, run {self.repeat + 1}" if self.repeat else text
 
 
 class Study:
@@ -77,8 +89,17 @@ class Study:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options
+        self._opened: tuple[int, Clients, dict[str, Any]] | None = None
 
-    def recipe(self, epsilon: float = math.inf, **changes: Any) -> FederateRecipe:
+    def method(self, rank: int) -> dict[str, Any]:
+        options = self.options
+        return {
+            "rank": rank,
+            "alpha": options.scale * rank,
+            "targets": {"modules": options.targets, "layers": f"top-{options.layers}"},
+        }
+
+    def recipe(self, rank: int, epsilon: float = math.inf) -> FederateRecipe:
         options = self.options
         privacy = {} if math.isinf(epsilon) else {"privacy": {"epsilon": epsilon, "delta": options.delta}}
         fields = {
@@ -89,11 +110,7 @@ class Study:
                 "eval_rows": options.held_out,
                 "reuse_frozen": True,
             },
-            "method": {
-                "rank": options.rank,
-                "alpha": float(options.alpha),
-                "targets": {"modules": options.targets, "layers": f"top-{options.layers}"},
-            },
+            "method": {**self.method(rank), "start": self.public_adapter(rank)},
             "rounds": options.rounds,
             "local": {"updates": options.updates},
             "optimizer": {
@@ -105,65 +122,83 @@ class Study:
             "rules": {"clip": options.clip, "most_examples": 1},
             **privacy,
         }
-        return load({**fields, **changes})
+        return load(fields)
 
-    def write_dataset(self) -> None:
-        """Rows of the most frequent intents as a Dataset."""
+    def write_datasets(self) -> None:
+        """Write the private Dataset, of the most frequent intents, and the public one, of others."""
         if (self.folder / "dataset").is_dir():
             return
         options = self.options
         with (options.data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as stream:
             lines = [(line["text"], line["category"]) for line in csv.DictReader(stream)]
-        counts: dict[str, int] = {}
-        for _, category in lines:
-            counts[category] = counts.get(category, 0) + 1
-        chosen = sorted(counts, key=lambda category: (-counts[category], category))[: options.intents]
-        replies = dict(zip(sorted(chosen), string.ascii_uppercase, strict=False))
-        rows = [
-            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": replies[category]}]}
-            for text, category in lines
-            if category in replies
-        ]
-        random.Random(0).shuffle(rows)
+        counts = Counter(category for _, category in lines)
+        private = sorted(counts, key=lambda category: (-counts[category], category))[: options.intents]
+        random.Random(0).shuffle(lines)
         needed = max(self.trained(point) * point.rows for point in self.points) + options.held_out
+        rows = rows_of(lines, dict(zip(sorted(private), PRIVATE_REPLIES, strict=False)))
         rows = rows[: math.ceil(needed * 1.1) + 20]
-        file = self.folder / "rows.jsonl"
+        if options.public:
+            public = sorted(set(counts) - set(private))
+            replies = dict(zip(public, PUBLIC_REPLIES, strict=False))
+            self.curate("public-dataset", rows_of(lines, replies, options.public), 0.05)
+        self.curate("dataset", rows, min(0.5, 1.1 * options.held_out / len(rows)))
+
+    def curate(self, name: str, rows: list[dict[str, Any]], eval_fraction: float) -> None:
+        file = self.folder / f"{name}.jsonl"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        fraction = min(0.5, 1.1 * options.held_out / len(rows))
         source = {"path": str(file), "licence": "CC-BY-4.0"}
-        recipe = {"sources": [source], "steps": [], "split": {"eval_fraction": fraction}}
-        sartor.curate(recipe, self.folder / "dataset", replace=True)
+        recipe = {"sources": [source], "steps": [], "split": {"eval_fraction": eval_fraction}}
+        sartor.curate(recipe, self.folder / name, replace=True)
+
+    def public_adapter(self, rank: int) -> str:
+        """Return the folder of an Adapter that public rows of other intents tuned; empty for none."""
+        options, out = self.options, self.folder / f"public-rank-{rank}"
+        if not options.public:
+            return ""
+        self.write_datasets()
+        if not out.is_dir():
+            recipe = {
+                "base": {"name": "starter", "bits": 32},
+                "data": {"path": str(self.folder / "public-dataset"), "rehearsal": "none"},
+                "method": self.method(rank),
+                "budget": {"updates": options.public_updates},
+                "optimizer": {"learning_rate": options.public_rate, "batch_tokens": 2048},
+                "evaluations": 0,
+            }
+            sartor.tune(recipe, out, resume=True)
+        return str(out)
 
     @cached_property
     def points(self) -> list[Point]:
         """Points of the curve, first the one without noise of each number of clients and rows."""
         options = self.options
         return [
-            Point(clients, rows, epsilon)
-            for clients in options.clients
-            for rows in options.rows
-            for epsilon in (math.inf, *options.epsilons)
+            Point(clients, rows, rank, epsilon, repeat)
+            for clients, rows, rank, epsilon in itertools.product(
+                options.clients, options.rows, options.ranks, (math.inf, *options.epsilons)
+            )
+            for repeat in range(1 if math.isinf(epsilon) else options.repeats)
         ]
 
     def trained(self, point: Point) -> int:
         return min(point.clients, self.options.train or point.clients)
 
-    @cached_property
-    def clients(self) -> Clients:
-        self.write_dataset()
-        return open_clients(self.recipe(), [], Shards(1))
+    def opened(self, rank: int) -> tuple[Clients, dict[str, Any]]:
+        """Return all rows as those of one client, and the adapter that the first round starts from."""
+        if self._opened is None or self._opened[0] != rank:
+            self.write_datasets()
+            self._opened = None  # the base of another rank makes room
+            clients = open_clients(self.recipe(rank), [], Shards(1))
+            self._opened = rank, clients, clients.resident.current_factors()
+        return self._opened[1:]
 
-    @cached_property
-    def start(self) -> dict[str, Any]:
-        return self.clients.resident.current_factors()
-
-    def exact_match(self, shared: Tensors) -> float:
+    def exact_match(self, clients: Clients, shared: Tensors) -> float:
         """Fraction of held-out rows whose greedy reply is the row's.
 
         It is exactly where each token of the reply is the likeliest after the ones before it, so one pass tells.
         """
-        resident = self.clients.resident
-        rows: list[TokenizedExample] = list(self.clients.held_out)
+        resident = clients.resident
+        rows: list[TokenizedExample] = list(clients.held_out)
         resident.put(shared)
         resident.model.eval()
         backend, right = resident.path(resident.model, rows, LossOptions()), 0
@@ -189,18 +224,18 @@ class Study:
 
     def run(self, point: Point) -> dict[str, Any]:
         """The rounds of a point, without masks."""
-        recipe, resident = self.recipe(point.epsilon), self.clients.resident
-        rows, count = self.clients.rows["client-0"].train, self.trained(point)
+        (clients, start), recipe = self.opened(point.rank), self.recipe(point.rank, point.epsilon)
+        resident, rows, count = clients.resident, clients.rows["client-0"].train, self.trained(point)
         tasks = [
             LoraTask(resident, TokenizedDataset(train=rows[index * point.rows : (index + 1) * point.rows]))
             for index in range(count)
         ]
         if len(rows) < count * point.rows:
             sys.exit(f"{len(rows)} rows are too few for {count} clients with {point.rows}: --train or --rows")
-        shared, rules = dict(self.start), resolve_rules(recipe, self.start, point.clients, point.rows)
+        shared, rules = dict(start), resolve_rules(recipe, start, point.clients, point.rows)
         course, norms, spent, manifests = [], [], [], {}
         for number in range(1, recipe.rounds + 1):
-            manifest = self.manifest(recipe, rules, shared, number, point.clients)
+            manifest = self.manifest(resident, recipe, rules, shared=shared, number=number, clients=point.clients)
             changes = [task.update(manifest, shared).tensors for task in tasks]
             norms += [norm(change) for change in changes]
             mean = self.mean(changes, manifest, point.clients)
@@ -209,15 +244,17 @@ class Study:
                 spent.append(noise_of(manifest).spending(f"round-{number}", values_of(manifest)))
                 manifests[f"round-{number}"] = manifest
             if number in (recipe.rounds // 2, recipe.rounds):
-                course.append(self.exact_match(shared))
-        values = sum(value.size for value in MODES[recipe.mode].sent(self.start, 1).values())
+                course.append(self.exact_match(clients, shared))
+        values = sum(value.size for value in MODES[recipe.mode].sent(start, 1).values())
         result: dict[str, Any] = {
             "clients": point.clients,
             "trained_clients": count,
             "rows": point.rows,
+            "rank": point.rank,
             "d": values,
             "rounds": recipe.rounds,
             "median_update_norm": float(np.median(norms)),
+            "exact_match_of_start": self.exact_match(clients, start),
             "exact_match_half_way": course[0],
             "exact_match": course[-1],
         }
@@ -235,9 +272,16 @@ class Study:
         return result
 
     def manifest(
-        self, recipe: FederateRecipe, rules: UpdateRules, shared: Tensors, number: int, clients: int
+        self,
+        resident: SharedBase,
+        recipe: FederateRecipe,
+        rules: UpdateRules,
+        *,
+        shared: Tensors,
+        number: int,
+        clients: int,
     ) -> Manifest:
-        resident, sent = self.clients.resident, MODES[recipe.mode].sent(shared, number)
+        sent = MODES[recipe.mode].sent(shared, number)
         names = [f"client-{index:06}" for index in range(clients)]
         terms = terms_for(names, sent, rules, seed="0" * 64)
         settings = config.dump(RoundSettings.of(recipe))
@@ -270,16 +314,32 @@ class Study:
             decoded[slot.name] = (value * slot.scale).reshape(slot.shape).astype(np.float32)
         return decoded
 
-    def secure(self) -> dict[str, Any]:
-        """A run of few clients through keys, shares, masks and journals, with noise."""
-        options = self.options
-        self.write_dataset()
-        epsilon = options.epsilons[0] if options.epsilons else 8.0
-        recipe = replace(self.recipe(epsilon), rounds=options.secure_rounds)
-        done = simulate(recipe, self.folder / "secure", shards=Shards(options.secure, 100.0), replace=True)
+    def secure(self, epsilon: float) -> dict[str, Any]:
+        """Run `federate simulate`: keys, shares, masks, journals and, below an infinite epsilon, noise."""
+        options, out = self.options, self.folder / f"secure-{epsilon:g}"
+        clients, _ = self.opened(options.ranks[0])
+        recipe = replace(self.recipe(options.ranks[0], epsilon), rounds=options.secure_rounds or options.rounds)
+        is_begun = out.with_name(f"{out.name}.rounds").is_dir()
+        shards = Shards(options.secure, 100.0)
+        done = simulate(recipe, out, shards=shards, resume=is_begun, replace=not is_begun)
         fields = done.as_json()
-        names = ("rounds", "clients", "epsilon", "epsilon_without_collusion", "uploaded_bytes", "wall_s")
-        return {name: fields[name] for name in names}
+        names = ("rounds", "clients", "uploaded_bytes", "wall_s")
+        if not math.isinf(epsilon):
+            names += ("epsilon", "epsilon_without_collusion")
+        matched = self.exact_match(clients, load_file(out / "adapter_model.safetensors"))
+        return {"exact_match": matched, **{name: fields[name] for name in names}}
+
+
+def rows_of(lines: list[tuple[str, str]], replies: Mapping[str, str], most: int = 0) -> list[dict[str, Any]]:
+    """Return the rows of the intents that have a reply, at most `most` of each; 0: all."""
+    counts: Counter[str] = Counter()
+    rows = []
+    for text, category in lines:
+        counts[category] += 1
+        if category in replies and not (most and counts[category] > most):
+            messages = [("system", SYSTEM), ("user", text), ("assistant", replies[category])]
+            rows.append({"messages": [{"role": role, "content": content} for role, content in messages]})
+    return rows
 
 
 def half(curve: list[dict[str, Any]], intents: int) -> list[dict[str, Any]]:
@@ -288,11 +348,12 @@ def half(curve: list[dict[str, Any]], intents: int) -> list[dict[str, Any]]:
     0 where the point without noise is no better than three times a guess among the intents: nothing was learnt there
     that noise could spoil.
     """
-    plain = {(point["clients"], point["rows"]): point["exact_match"] for point in curve if "epsilon" not in point}
+    keys = ("clients", "rows", "rank")
+    plain = {tuple(point[key] for key in keys): point["exact_match"] for point in curve if "epsilon" not in point}
     compared = []
     for point in curve:
         if "epsilon" in point:
-            without = plain[point["clients"], point["rows"]]
+            without = plain[tuple(point[key] for key in keys)]
             ratio = point["exact_match"] / without if without > 3 / intents else 0.0
             fields = {name: point[name] for name in ("clients", "rows", "d", "epsilon")}
             compared.append({**fields, "over_without_noise": ratio, "is_half": ratio >= 0.5})
@@ -302,7 +363,8 @@ def half(curve: list[dict[str, Any]], intents: int) -> list[dict[str, Any]]:
 def write_small_set(folder: Path) -> Path:
     """Made-up rows in the layout of the set."""
     (folder / "banking77").mkdir(parents=True)
-    lines = [f"please {word} number {number},{word}" for number in range(40) for word in ("open", "close", "lend")]
+    words = {"open": 40, "close": 40, "lend": 40, "pay": 20, "ask": 20}
+    lines = [f"please {word} number {number},{word}" for word, count in words.items() for number in range(count)]
     (folder / "banking77" / "train.csv").write_text("\n".join(["text,category", *lines]), encoding="utf-8")
     return folder
 
@@ -314,23 +376,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of banking77")
     parser.add_argument("--clients", type=int, nargs="+", default=[300])
     parser.add_argument("--rows", type=int, nargs="+", default=[10], help="rows of each client")
-    parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0])
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0])
     parser.add_argument("--train", type=int, default=0, help="clients that are trained and stand for all; 0: all")
-    parser.add_argument("--targets", nargs="+", default=["v_proj"])
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each point with noise, which is drawn anew")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--targets", nargs="+", default=["down_proj"])
+    parser.add_argument("--public", type=int, default=30, help="public rows of each other intent; 0: a random start")
     parser.add_argument("--delta", type=float, default=1e-3)
     for name, value in (
         ("intents", 20),
         ("held-out", 200),
         ("rounds", 10),
-        ("layers", 12),
-        ("rank", 4),
-        ("alpha", 8),
-        ("updates", 4),
+        ("layers", 1),
+        ("updates", 1),
+        ("public-updates", 200),
         ("secure", 4),
-        ("secure-rounds", 1),
+        ("secure-rounds", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, number in (("learning-rate", 3e-2), ("clip", 5.0)):
+    for name, number in (("learning-rate", 3e-2), ("clip", 5.0), ("scale", 2.0), ("public-rate", 3e-3)):
         parser.add_argument(f"--{name}", type=float, default=number)
     smallest.add_argument(parser)
     options = parser.parse_args()
@@ -338,7 +402,8 @@ def main() -> None:
         if options.small:
             options.data = write_small_set(Path(temporary) / "data")
             options.clients, options.rows, options.train, options.held_out = [6, 3_000], [4], 6, 10
-            options.intents, options.rounds, options.layers, options.updates = 3, 2, 1, 1
+            options.intents, options.rounds, options.ranks, options.secure = 3, 2, [2], 4
+            options.public, options.public_updates = 10, 2
         study = Study(parts.work_folder(Path(temporary)), options)
         curve = [parts.run(point.name, lambda point=point: study.run(point)) for point in study.points]
         compared = half(curve, options.intents)
@@ -346,10 +411,13 @@ def main() -> None:
             "benchmark": "federate_private",
             "machine": platform.processor() or platform.machine(),
             "delta": options.delta,
-            **({"over_without_noise": compared[0]["over_without_noise"]} if compared else {}),
+            "over_without_noise": compared[0]["over_without_noise"],
             "curve": curve,
             "half": compared,
-            "secure": parts.run("secure sum", study.secure),
+            "secure": {
+                name: parts.run(f"secure sum, {name}", lambda epsilon=epsilon: study.secure(epsilon))
+                for name, epsilon in (("plain", math.inf), ("private", options.epsilons[0]))
+            },
         }
         print_result(result)
 

@@ -44,7 +44,7 @@ KEYS = {
     "federate": "untuned local_only federated centralised over_local.estimate over_local.low over_local.high "
     "over_centralised.estimate exactness_error upload_bytes_per_parameter epsilon malicious malicious_refused byzantine factors "
     "personal.all",
-    "federate_private": "curve half secure.epsilon secure.epsilon_without_collusion delta",
+    "federate_private": "curve half over_without_noise secure.plain.exact_match secure.private.epsilon secure.private.epsilon_without_collusion delta",
     "federate_robust": "over_clean.mean.none over_clean.krum.scale",
     "fidelity": "sets bf16_gap speed_ratio served_kl",
     "forecast": "runs time_inside memory_inside widest time_runs intervals.time.high intervals.memory.low table",
