@@ -122,8 +122,8 @@ def test_reply_longer_than_the_context_is_refused(traced: TracedAdapter) -> None
         gradient_scores(traced, [traced.query("switch hall on", "on:hall " * 400)])
 
 
-def test_preference_pairs_are_scored(tiny_base: Path, tmp_path: Path) -> None:
-    """A pair's gradient is that of its preferred reply minus that of the rejected one."""
+def test_a_pairs_gradient_is_that_of_both_replies(tiny_base: Path, tmp_path: Path) -> None:
+    """The gradient of the preferred reply, minus that of the rejected one."""
     pairs = [
         {"prompt": f"switch {place} {word}", "chosen": f"{word}:{place}", "rejected": f"{place}, {word}"}
         for word in ("on", "off")
@@ -141,15 +141,14 @@ def test_preference_pairs_are_scored(tiny_base: Path, tmp_path: Path) -> None:
         "trace": {"features": True},
     }
     sartor.tune(recipe, tmp_path / "a", show=False)
-    traced = open_traced(tmp_path / "a")
-    chosen, rejected = (
-        TraceQuery(traced.rows[0].example.prompt, text)
-        for text in (traced.rows[0].example.messages[-1].text, traced.rows[0].example.rejected[-1].text)
-    )
-    preparation.prepare(traced, labels=["final"])
-    scores = gradient_scores(traced, [chosen, rejected]).scores
-    assert scores[0].argmax() == 0, "the pair made its preferred reply likelier"
-    assert scores[1].argmin() == 0, "and its rejected reply less likely"
+    model = TracedModel.open(open_traced(tmp_path / "a"))
+    chosen, rejected = model.row(0)
+    assert (chosen.sign, rejected.sign) == (1.0, -1.0)
+    both, preferred, other = model.sketches([[chosen, rejected], [chosen], [rejected]], model.sketcher({}))
+    np.testing.assert_allclose(both, preferred + other, rtol=1e-3, atol=1e-4 * np.abs(both).max())
+    assert np.abs(other).max() > 0
+    preparation.prepare(model.traced, labels=["final"])
+    assert np.isfinite(gradient_scores(model.traced, [own_query(model.traced, 0)]).scores).all()
 
 
 def test_adapter_without_a_recipe_is_scored_at_its_weights(traced: TracedAdapter) -> None:
