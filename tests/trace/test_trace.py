@@ -17,7 +17,11 @@ from receipt_fakes import replied
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, RequestError, SartorError
+from sartor.core.records import Part
+from sartor.inference.engine import adapter_digest
+from sartor.serving.commands.receipt_verification import _adapter_of
 from sartor.serving.receipts import ReceiptLog
+from sartor.serving.registry.user_versions import folder_of
 from sartor.trace import calibration, unrolling
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.base_likelihood import ReplyLikelihood
@@ -35,7 +39,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 
 def words(adapter: Path, **options: Any) -> TraceResult:
-    return sartor.trace(adapter, "switch attic on", "on:attic", likelihood=False, **options)
+    return sartor.trace(adapter, "switch office on", "on:office", likelihood=False, **options)
 
 
 def trained(adapter: Path) -> TraceQuery:
@@ -60,7 +64,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Method]:
 
 
 def test_json_has_the_declared_keys(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = command(capsys, adapter, "--prompt", "switch attic on", "--reply", "on:attic", "--top", "3")
+    code, said = command(capsys, adapter, "--prompt", "switch office on", "--reply", "on:office", "--top", "3")
     assert code == 0 and set(said) >= KEYS and len(said["examples"]) == 3
     assert set(said["examples"][0]) >= ROW_KEYS and said["examples"][0]["licence"] == "CC-BY-4.0"
     assert said["examples"][0]["locator"].startswith("rows.jsonl:")
@@ -106,7 +110,7 @@ def test_other_method_ranks_beside_retrieval(adapter: Path, scored: list[Method]
     traced = open_traced(adapter)
     assert scored == [Method.UNROLLED] and result.method is Method.UNROLLED
     assert result.examples[0].row.example.id == traced.rows[3].example.id and result.examples[0].score == 99.0
-    assert len(result.retrieval) == 2 and result.retrieval[0].row.example.reply == "on:attic"
+    assert len(result.retrieval) == 2 and result.retrieval[0].row.example.reply == "on:office"
     said = result.as_json()
     assert said["approximate"] == "made in bf16" and said["facts"] == {"replay_nats": 0.1}
     total = sum(range(len(traced.rows))) / 10 - (len(traced.rows) - 4) / 10 + 99.0
@@ -161,7 +165,7 @@ def test_dataset_that_is_gone_or_changed_is_named(tmp_path: Path, adapter: Path,
     error = error_of(lambda: words(adapter))
     assert "not on this machine" in error.problem and "sartor index" in error.remedy and "retrieval" in error.remedy
     result = words(adapter, data=copied)
-    assert result.examples[0].reply == "on:attic" and "need not be those" in result.notes[0]
+    assert result.examples[0].reply == "on:office" and "need not be those" in result.notes[0]
     error = error_of(lambda: words(adapter, data=copied, method="unrolled"))
     assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
     sartor.index(copied)
@@ -177,7 +181,7 @@ def test_adapter_tuned_elsewhere_has_retrieval_alone(tmp_path: Path, adapter: Pa
     other = write_artifact(tmp_path / "other", "adapter", fill).path
     error = error_of(lambda: words(other))
     assert isinstance(error, ArtifactError) and "no recipe" in error.problem and "--data DATASET" in error.remedy
-    assert words(other, data=dataset).examples[0].reply == "on:attic"
+    assert words(other, data=dataset).examples[0].reply == "on:office"
 
 
 def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
@@ -191,17 +195,18 @@ def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
     ("options", "kind", "word"),
     [
         ({"reply": ""}, ConfigError, "empty"),
-        ({"reply": " \n"}, ConfigError, "empty"),
         ({"method": "guess"}, ConfigError, "guess"),
         ({"by": "colour"}, ConfigError, "colour"),
         ({"top": 0}, ConfigError, "top"),
         ({"scores": "x.npy"}, ConfigError, "queries"),
+        ({"queries": "x.jsonl"}, ConfigError, "matrix"),
+        ({"prompt": [], "media": [Part("image", media="data:,")]}, ConfigError, "turns"),
         ({"target": None}, ConfigError, "no Release or Adapter"),
         ({"prompt": [{"role": "user"}]}, ConfigError, "no message"),
     ],
 )
 def test_wrong_options_are_errors(adapter: Path, options: dict[str, Any], kind: type, word: str) -> None:
-    given = {"target": adapter, "prompt": "switch attic on", "reply": "on:attic", "likelihood": False, **options}
+    given = {"target": adapter, "prompt": "switch office on", "reply": "on:office", "likelihood": False, **options}
     error = error_of(lambda: sartor.trace(**given))
     assert isinstance(error, kind) and word in error.problem and error.remedy
 
@@ -214,10 +219,10 @@ def test_ids_that_no_row_has_are_named(adapter: Path) -> None:
 
 
 def test_reply_beyond_the_context_leaves_retrieval(adapter: Path, scored: list[Method]) -> None:
-    reply = "on:attic " * 400
-    result = sartor.trace(adapter, "switch attic on", reply)
+    reply = "on:office " * 400
+    result = sartor.trace(adapter, "switch office on", reply)
     assert result.base_says_it is None and "positions" in result.notes[0] and result.examples
-    error = error_of(lambda: sartor.trace(adapter, "switch attic on", reply, method="unrolled"))
+    error = error_of(lambda: sartor.trace(adapter, "switch office on", reply, method="unrolled"))
     assert isinstance(error, RequestError) and "--method retrieval" in error.remedy and not scored
 
 
@@ -231,7 +236,7 @@ def test_retrieval_works_without_torch(adapter: Path, monkeypatch: pytest.Monkey
 
     assert lazy_import.import_module is verb.import_module
     monkeypatch.setattr(verb, "import_module", absent)
-    result = sartor.trace(adapter, "switch attic on", "on:attic")
+    result = sartor.trace(adapter, "switch office on", "on:office")
     assert result.examples and result.base_says_it is None and "'torch'" in result.notes[0]
 
 
@@ -274,9 +279,21 @@ def test_receipt_needs_its_teams_key_and_version(
     assert isinstance(error, ConfigError) and "--team" in error.remedy
 
 
+def test_receipt_of_a_user_names_their_own_adapter(tmp_path: Path, adapter: Path) -> None:
+    own = folder_of(tmp_path / "state", "p1", "faq") / "ab12" / "adapter"
+    shutil.copytree(adapter, own)
+    digest = adapter_digest(open_artifact(adapter).manifest["files"])
+    receipt = {"id": "r1", "person": "p1", "agent": "faq@1.0+own", "adapter": digest, "release": "d" * 64}
+    assert _adapter_of(receipt, None, tmp_path / "state") == own
+    error = error_of(lambda: _adapter_of({**receipt, "adapter": "0" * 64}, None, tmp_path / "state"))
+    assert "tuned again or forgotten" in error.remedy
+    error = error_of(lambda: _adapter_of({**receipt, "person": "", "release": ""}, None, tmp_path / "state"))
+    assert "the base gave" in error.problem
+
+
 def test_terminal_shows_a_line_a_row(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["trace", str(adapter), "--prompt", "switch attic on", "--reply", "on:attic", "--no-likelihood"])
+        main(["trace", str(adapter), "--prompt", "switch office on", "--reply", "on:office", "--no-likelihood"])
     out = capsys.readouterr().out
     assert not ended.value.code and "not measured" in out and "--calibrate" in out
     assert sum("rows.jsonl:" in line for line in out.splitlines()) == 10

@@ -91,9 +91,9 @@ def test_hostile_rows_are_text(hostile: str) -> None:
 def test_page_is_written_for_its_owner_and_not_over_another(tmp_path: Path, adapter: Path) -> None:
     file = tmp_path / "why.html"
     said = {"likelihood": False, "html": file}
-    result = sartor.trace(adapter, "switch attic on", "on:attic", **said)
+    result = sartor.trace(adapter, "switch office on", "on:office", **said)
     assert result.as_json()["html"] == str(file) and stat.S_IMODE(file.stat().st_mode) == 0o600
     assert open_artifact(adapter).id[:12] in file.read_text(encoding="utf-8")
     with pytest.raises(sartor.SartorError, match="exists"):
-        sartor.trace(adapter, "switch attic on", "on:attic", **said)
-    sartor.trace(adapter, "switch attic on", "on:attic", replace=True, **said)
+        sartor.trace(adapter, "switch office on", "on:office", **said)
+    sartor.trace(adapter, "switch office on", "on:office", replace=True, **said)

@@ -58,7 +58,18 @@ class SourceCredit:
 
     def as_json(self) -> dict[str, Any]:
         """Return the source's entry in the trace's JSON."""
-        return {"source": self.source, "score": self.score, "rows": self.rows, "licence": self.licence}
+        return {
+            "source": self.source,
+            "score": self.score,
+            "rows": self.rows,
+            "mean": self.mean,
+            "licence": self.licence,
+        }
+
+    @property
+    def mean(self) -> float:
+        """Score per row: a sum grows with the source's size, where scores are likenesses and never below 0."""
+        return self.score / self.rows
 
 
 def rank_groups(index: RetrievalIndex, scores: F64, method: Method, top: int) -> list[RowGroup]:
@@ -94,7 +105,7 @@ def rank_groups(index: RetrievalIndex, scores: F64, method: Method, top: int) ->
 
 def _combine(scores: F64, owner: I64, count: int, method: Method) -> F64:
     if method is Method.UNROLLED:
-        return np.bincount(owner, weights=scores, minlength=count)
+        return np.bincount(owner, weights=scores, minlength=count).astype(np.float64)
     combined = np.full(count, -np.inf)
     np.maximum.at(combined, owner, scores)
     return combined
@@ -162,7 +173,7 @@ def _reviewers(dataset: Artifact, examples: Sequence[Example]) -> dict[str, tupl
         return {}
     lines = review_file.read_review_file(file, content_digest=review_file.content_of(dataset))
     # an edited row has another id than the one that was decided about, which is its parent
-    shown = {}
+    shown: dict[str, str] = {}
     for example in examples:
         shown |= {parent: example.id for origin in example.origins for parent in origin.parents}
     shown |= {example.id: example.id for example in examples}

@@ -130,7 +130,7 @@ class TraceResult:
     notes: what else a reader has to know.
     facts: further values of the method.
     rows: number of training rows that were searched.
-    seconds: index (made once for all queries), retrieval, method, and wall.
+    seconds: read (the rows), index (made once for all queries), retrieval, the method, and wall.
     """
 
     traced: TracedAdapter = field(repr=False)
@@ -214,6 +214,7 @@ class TraceResult:
             lines.append(("by retrieval", [_table_row(row) for row in self.retrieval]))
         if self.html:
             lines.append(("page", self.html))
+        lines = [(name, _one_line(value) if isinstance(value, str) else value) for name, value in lines]
         return [*lines, ("took", ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items()))]
 
     @property
@@ -312,21 +313,21 @@ def trace(
     for file, flag in ((html, "--html"), (scores, "--scores")):
         if file is not None and Path(file).exists() and not replace:
             raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
-    if scores is not None and queries is None:
+    if scores is not None and (queries is None or html is not None):
         raise ConfigError(
-            "a matrix of scores needs queries", "--queries FILE.jsonl, a prompt and a reply in each line"
+            "a matrix of scores needs queries, and has no page", "--queries FILE.jsonl --scores FILE.npy alone"
         )
-    if by not in (None, "source"):
-        raise ConfigError(f"scores cannot be summed by {by!r}", "--by source")
-    if top < 1:
-        raise ConfigError(f"top is {top}; it must be 1 or more", f"--top {TOP}")
+    if queries is not None and scores is None and not calibrate:
+        raise ConfigError("queries are for a matrix or a calibration", f"--queries {queries} --scores FILE.npy")
     served = None
     if receipt is not None:
         served = _served(Path(receipt), prompt, reply, system=system, media=media, team=Path(team) if team else None)
         target = _same_target(served, target)
     if target is None:
         raise ConfigError("there is no Release or Adapter to trace", "sartor trace RELEASE --prompt P --reply R")
+    start = time.monotonic()
     traced = open_traced(target, data)
+    read_s = time.monotonic() - start
     if prepare or calibrate:
         return _prepared(traced, queries, runs=runs, is_calibration=calibrate, notice=notice)
     if scores is not None and queries is not None:
@@ -334,7 +335,7 @@ def trace(
     query = traced.query(prompt, reply, system=system, media=media)
     options = TraceOptions(method=chosen, by=by, top=top, likelihood=likelihood)
     result = dataclasses.replace(trace_reply(traced, query, options, notice), served=served)
-    result = dataclasses.replace(result, seconds={**result.seconds, "wall": time.monotonic() - began})
+    result = dataclasses.replace(result, seconds={"read": read_s, **result.seconds, "wall": time.monotonic() - began})
     if html is None:
         return result
     result = dataclasses.replace(result, html=str(html))
@@ -345,12 +346,18 @@ def trace(
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """Options of the trace of one reply, as in `trace`."""
+    """Options of the trace of one reply, as in `trace`. Raises ConfigError for invalid ones."""
 
     method: Method = Method.RETRIEVAL
     by: By = None
     top: int = TOP
     likelihood: bool = True
+
+    def __post_init__(self) -> None:
+        if self.by not in (None, "source"):
+            raise ConfigError(f"scores cannot be summed by {self.by!r}", "--by source")
+        if self.top < 1:
+            raise ConfigError(f"top is {self.top}; it must be 1 or more", f"--top {TOP}")
 
 
 def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions, notice: Notice) -> TraceResult:
@@ -563,6 +570,9 @@ def _table_row(row: TracedRow) -> dict[str, Any]:
 
 def _cells(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: clipped(" ".join(escape_control(value).split()), _CELL) if isinstance(value, str) else value
-        for name, value in values.items()
+        name: clipped(_one_line(value), _CELL) if isinstance(value, str) else value for name, value in values.items()
     }
+
+
+def _one_line(text: str) -> str:
+    return " ".join(escape_control(text).split())

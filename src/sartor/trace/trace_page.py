@@ -64,7 +64,7 @@ def _main_numbers(result: TraceResult) -> list[tuple[str, str]]:
     return [
         (str(result.method), "method that ranks the rows"),
         ("not measured" if result.lds is None else f"{result.lds:.2f}", "LDS: how far it can be trusted"),
-        (says, "says the base the same?"),
+        (says, "the base alone says it"),
         (f"{len(result.traced.rows):,}", "training rows searched"),
     ]
 

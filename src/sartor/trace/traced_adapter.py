@@ -112,11 +112,13 @@ class TracedAdapter:
         media: images and recordings before the text.
         Raises ConfigError for an empty reply, and for turns of another form.
         """
-        if not reply.strip():
+        if not reply:
             raise ConfigError("the reply is empty", '--reply "what the model said"')
         if isinstance(prompt, str):
             user = Message("user", (*media, *([Part("text", prompt)] if prompt else [])))
             messages = [user] if user.content else []
+        elif media:
+            raise ConfigError("media were given beside turns", "put them into the content of a turn, as data URLs")
         else:
             messages = [_message_of(turn) for turn in prompt]
         has_system = bool(messages) and messages[0].role == "system"
@@ -152,10 +154,11 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
     rows, own_dataset = [], None
     for parent in [parent for parent in manifest["parents"] if parent["kind"] == "dataset"]:
         is_rehearsal = parent.get("role") == ancestry.REHEARSAL
-        path = catalogue.locate(parent["id"], parent["path"], str(artifact.path.parent / Path(parent["path"]).name))
-        if path is None and is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
+        sibling = artifact.path.parent / Path(parent["path"]).name
+        found = catalogue.locate(parent["id"], parent["path"], str(sibling))
+        if found is None and is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
             continue
-        dataset = _open_dataset(artifact, parent, path)
+        dataset = _open_dataset(artifact, parent, found)
         if not is_rehearsal:
             own_dataset = own_dataset or dataset
         examples = [example for example in _learnt(dataset, recipe, is_rehearsal) if example.id not in left_out]
