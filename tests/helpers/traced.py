@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import sartor
+from sample_data import write_jsonl
 from sartor.trace.calibration import held_out_queries
 from sartor.trace.replay import Replay
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
@@ -17,6 +18,14 @@ def tuned(recipe: dict[str, Any], out: Path, **changes: Any) -> TracedAdapter:
     """Tune by a recipe with changes, and open the Adapter for tracing."""
     sartor.tune({**recipe, **changes}, out, show=False)
     return open_traced(out)
+
+
+def curated(folder: Path, rows: list[Any], eval_fraction: float = 0.25) -> str:
+    """Curate rows to a Dataset below a new folder, and return its path."""
+    folder.mkdir()
+    source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "split": {"eval_fraction": eval_fraction}}, folder / "data")
+    return str(folder / "data")
 
 
 def queries_of(traced: TracedAdapter, count: int = 4) -> list[TraceQuery]:

@@ -139,9 +139,9 @@ def test_method_that_cannot_score_has_no_figure(traced: TracedAdapter) -> None:
     assert fields["methods"]["gradient"] == {"problem": "no sketches were made"}
 
 
-def test_unrolled_and_retrieval_are_measured_by_default(traced: TracedAdapter) -> None:
+def test_all_methods_are_measured_by_default(traced: TracedAdapter) -> None:
     result = calibrate(traced, held_out_queries(traced, 2), runs=8)
-    assert {Method.RETRIEVAL, Method.UNROLLED} <= set(result.methods)
+    assert set(measured_lds(traced)) == set(Method)
     assert result.methods[Method.UNROLLED].lds > 0.3
 
 

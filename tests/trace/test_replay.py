@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sample_data import ROWS, write_jsonl
+from sample_data import ROWS
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.trace.replay import MAX_DIFFERENCE_NATS, Replay, ReplayDifference
 from sartor.trace.traced_adapter import TracedAdapter, open_traced
 from sartor.tune.checkpoint_selection import CheckpointSelection
-from traced import queries_of, tuned, without
+from traced import curated, queries_of, tuned, without
 from tune_option_probes import PAIRS, PLAIN, RATED
 
 Parameters = dict[str, torch.Tensor]
@@ -25,15 +25,6 @@ Parameters = dict[str, torch.Tensor]
 
 def is_same(first: Parameters, second: Parameters) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def curated(folder: Path, rows: list[Any], eval_fraction: float = 0.25) -> str:
-    import sartor
-
-    folder.mkdir()
-    source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC-BY-4.0"}
-    sartor.curate({"sources": [source], "split": {"eval_fraction": eval_fraction}}, folder / "data")
-    return str(folder / "data")
 
 
 @pytest.fixture

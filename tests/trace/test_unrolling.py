@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from sartor.trace import unrolling
+from media_files import png
 from sartor.trace.attribution import Method
 from sartor.trace.replay import Replay
 from sartor.trace.replay_run import UpdateRecord
-from sartor.trace.traced_adapter import TracedAdapter
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import Adjoint, reverse_update, unroll, unrolled_scores
 from sartor.tune.optimizers import BETAS, EPSILON
 from sartor.tune.recipe import ResolvedOptimizer
-from traced import queries_of, tuned, without
+from tiny_towers import tiny_clip
+from traced import curated, queries_of, tuned, without
+from tune_option_probes import PAIRS, PLAIN, RATED
 
 # The smoothest recipe of the tiny base that still learns: small steps, and updates of about 8 rows
 SMOOTH = {"learning_rate": 3e-3, "batch_tokens": 256}
@@ -196,5 +198,48 @@ def test_dropout_clipping_and_decay_are_unrolled(
     assert correlation(scores, measured_slopes(replay, queries, rows)) > 0.9
 
 
-def test_step_is_relative_to_the_parameters() -> None:
-    assert 1e-4 <= unrolling.RELATIVE_STEP <= 1e-2
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize(("kind", "rows"), [("dpo", PAIRS), ("kto", RATED)])
+def test_preferences_are_unrolled(tmp_path: Path, tune_recipe: dict[str, Any], kind: str, rows: list[Any]) -> None:
+    """A pair, or a rated reply, is a row; the plain rows beside them are rows too."""
+    changes = {"data": curated(tmp_path / "rows", [*rows, *PLAIN[:4]]), "objective": {"kind": kind}}
+    traced = tuned({**tune_recipe, "optimizer": SMOOTH}, tmp_path / "a", **changes)
+    replay = Replay.open(traced)
+    queries = [traced.query("switch kitchen on", "on:kitchen")]
+    indices = list(range(0, len(traced.rows), 2))
+    scores = unroll(replay, queries).scores[:, indices]
+    assert correlation(scores, measured_slopes(replay, queries, indices)) > 0.9
+
+
+@pytest.mark.usefixtures("fp32")
+def test_rows_with_images_are_unrolled(tmp_path: Path, tune_recipe: dict[str, Any], tiny_base: Path) -> None:
+    """Of a composed base: the first updates align the projector alone, and their rows count through it."""
+    tiny_clip(tmp_path / "clip")
+    for index in range(6):
+        (tmp_path / f"{index}.png").write_bytes(png(20 + 30 * index))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": str(tmp_path / f"{index}.png")}]},
+                {"role": "assistant", "content": f"picture {index}"},
+            ]
+        }
+        for index in range(6)
+    ]
+    traced = tuned(
+        tune_recipe,
+        tmp_path / "a",
+        base={"text": str(tiny_base), "image": str(tmp_path / "clip")},
+        data=curated(tmp_path / "rows", rows, 0.0),
+        optimizer={"learning_rate": 1e-3, "batch_tokens": 256},
+        budget={"updates": 6},
+        align={"fraction": 0.5, "learning_rate": 1e-3},
+    )
+    replay = Replay.open(traced)
+    assert 0 < len(replay.run.projectors) < len(replay.run.parameters)
+    whole = replay.retrain()
+    assert all(torch.equal(whole[name], value) for name, value in replay.adapter_parameters().items())
+    example = traced.rows[0].example
+    queries = [TraceQuery(example.prompt, example.reply)]
+    scores = unroll(replay, queries).scores
+    assert correlation(scores, measured_slopes(replay, queries, list(range(6)))) > 0.9

@@ -16,7 +16,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from scipy.stats import rankdata
 from sartor.core import parquet_io, records
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, StoppedError
 from sartor.core.home import home
-from sartor.core.lazy_import import import_module
 from sartor.core.splits import TEST, hold_out
 from sartor.core.trace_store import TRACE, adapter_id, read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
+from sartor.trace.gradient import gradient_scores
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
@@ -153,14 +152,11 @@ def measured_lds(traced: TracedAdapter) -> dict[Method, float]:
 def default_scorers(replay: Replay, notice: Notice) -> dict[Method, Scorer]:
     """Return the methods of this version, for the adapter of a replay."""
     traced = replay.traced
-    scorers: dict[Method, Scorer] = {
+    return {
         Method.RETRIEVAL: lambda queries: retrieval_scores(traced, queries),
+        Method.GRADIENT: lambda queries: gradient_scores(traced, queries, notice=notice),
         Method.UNROLLED: lambda queries: unroll(replay, queries, notice=notice),
     }
-    with suppress(ModuleNotFoundError):
-        gradient = import_module("sartor.trace.gradient")
-        scorers[Method.GRADIENT] = lambda queries: gradient.gradient_scores(traced, queries, notice=notice)
-    return scorers
 
 
 def held_out_queries(traced: TracedAdapter, count: int = MAX_QUERIES) -> list[TraceQuery]:

@@ -33,6 +33,8 @@ from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 Notice = Callable[[str], object]
 # Above this difference of a reply's loss between the replay and the Adapter, nats, scores are called approximate
 MAX_DIFFERENCE_NATS = 0.02
+# Micro-batches of up to so many tokens are repeated as they were, whatever the dtype: halves would be slow
+_SMALL_MICRO_BATCH = 512
 _OTHER_METHODS = "--method gradient or --method retrieval, which need no replay"
 
 
@@ -143,8 +145,10 @@ class Replay:
     @property
     def _micro_batch_tokens(self) -> int:
         tokens = int(self.recorded["micro_batch_tokens"])
+        if self.traced.manifest["base"]["dtype"] == "float32":
+            return tokens
         # an activation in fp32 has twice the bytes of one in 16 bits
-        return tokens if self.traced.manifest["base"]["dtype"] == "float32" else max(tokens // 2, 1)
+        return max(min(tokens, _SMALL_MICRO_BATCH), tokens // 2)
 
     def restart(self, weights: np.ndarray[Any, Any] | None = None, *, seed: int | None = None) -> ReplayRun:
         """Return the run before its first update.
