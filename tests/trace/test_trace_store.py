@@ -11,10 +11,11 @@ import pytest
 
 import sartor
 from lineage_rows import example, write
+from release_fixtures import PASSES, quiet_gates
 from sartor.core import catalogue, home, trace_store
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, BusyError
-from served_person import CANARY, say, team
+from served_person import CANARY, person, say, state_of, team
 
 __all__ = ["team"]
 
@@ -94,11 +95,10 @@ def test_remove_traces_says_what_it_cannot_remove(tmp_path: Path, monkeypatch: p
 def test_personal_forget_removes_sketches_and_its_proof_lists_them(team: Path, dataset: Path) -> None:
     """Those of the person's own adapter go, and those of an adapter on other rows stay."""
     say(team)
-    personal = team.parent / ".team" / "people"
     other = sketch(adapter_on(open_artifact(dataset, "dataset"), team.parent / "other"), "00" * 32)
-    from served_person import person
-
-    own = write_artifact(personal / person(team) / "switch" / "version-1", "adapter", lambda part: {"parents": []})
+    own = write_artifact(
+        state_of(team) / "people" / person(team) / "switch" / "version-1", "adapter", lambda part: {"parents": []}
+    )
     folder = sketch(own, "11" * 32)
     proof = sartor.forget_personal(team, "ada")
     assert str(folder) in proof["removed"]["caches"] and not folder.exists()
@@ -109,23 +109,24 @@ def test_personal_forget_removes_sketches_and_its_proof_lists_them(team: Path, d
 def test_personal_forget_removes_sketches_of_adapters_on_the_rows(team: Path, tmp_path: Path) -> None:
     """Weights that were tuned on the rows stand, and are named; sketches of the rows do not."""
     say(team)
-    recipe = {"sources": [{"path": f"inbox:{team.parent / '.team' / 'inbox'}", "licence": "own"}], "workers": 1}
-    dataset = sartor.curate(recipe, tmp_path / "learnt").artifact
+    source = {"path": f"inbox:{state_of(team) / 'inbox'}", "inbox": {"most_fraction": 1.0, "most_rows": 1000}}
+    dataset = sartor.curate({"sources": [source], "steps": [], "workers": 1}, tmp_path / "learnt").dataset
     folder = sketch(adapter_on(dataset, tmp_path / "tuned"), dataset.id)
     proof = sartor.forget_personal(team, "ada")
     assert str(folder) in proof["removed"]["caches"] and not folder.exists()
 
 
 def test_release_and_export_hold_no_sketch(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from release_fixtures import quiet_gates
-
     quiet_gates(monkeypatch)
     marker = b"sketch of a row 7f1c"
     folder = sketch(open_artifact(adapter, "adapter"), "00" * 32)
     trace_store.write_trace_file(folder / "final" / "sketches.npy", marker)
-    sartor.keygen(tmp_path / "keys")
-    release = sartor.release(adapter, name="switch", version="1.0", key=tmp_path / "keys", out=tmp_path / "release")
-    sartor.export(release.artifact.path, to="peft", out=tmp_path / "exported")
+    sartor.keygen(tmp_path / "keys", trust=True)
+    sartor.evaluate(adapter)
+    sartor.release(
+        adapter, name="switch", version="1.0", key=tmp_path / "keys", out=tmp_path / "release", waivers=PASSES
+    )
+    sartor.export(tmp_path / "release", tmp_path / "exported", to="peft")
     files = [path for root in ("release", "exported") for path in (tmp_path / root).rglob("*") if path.is_file()]
     assert files and not any(marker in path.read_bytes() for path in files)
     assert (folder / "final" / "sketches.npy").read_bytes() == marker
