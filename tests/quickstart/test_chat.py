@@ -118,7 +118,7 @@ def test_new_forgets_what_was_said() -> None:
 def test_adapter_answers_in_pieces_and_its_base_beside_it(adapter: Path) -> None:
     """The whole is what `ask` says; /why names rows of its Dataset."""
     written: list[str] = []
-    lines = ["what colour is the sky", "/compare", "what colour is the sky", "/why"]
+    lines = ["switch attic on", "/compare", "switch attic on", "/why"]
     sartor.chat(str(adapter), [f"{line}\n" for line in lines], written.append, sampling={"max_tokens": 6})
     text = "".join(written)
     asked = sartor.ask(adapter, lines[0], sampling={"max_tokens": 6}).reply
