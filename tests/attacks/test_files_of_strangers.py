@@ -85,7 +85,9 @@ def test_entities_in_any_part_are_refused(workbook: Parts, name: str) -> None:
 def test_picture_of_a_document_is_no_bomb(workbook: Parts) -> None:
     """A drawing in SVG may name its document type, which nothing here reads."""
     svg = b'<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x.dtd"><svg/>'
-    office_files.check_package(packed({**workbook, "xl/media/image1.svg": svg, "xl/media/a.png": b"\x89PNG"}), "xlsx")
+    page = b"<!DOCTYPE html><html></html>"
+    others = {"xl/media/image1.svg": svg, "xl/media/a.png": b"\x89PNG", "xl/embeddings/part.htm": page}
+    office_files.check_package(packed({**workbook, **others}), "xlsx")
 
 
 def test_declared_sizes_below_the_true_ones_end_the_file(workbook: Parts) -> None:

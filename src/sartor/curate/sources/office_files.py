@@ -24,6 +24,7 @@ MOST_RATIO = 200  # unpacked bytes per byte of the file; sheets of repeated text
 MOST_ROWS = 1_048_576  # of a sheet, Excel's own limit
 _HEAD_BYTES = 64 << 10
 _ASIDE = re.compile(rb"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)", re.DOTALL)
+_PLAIN_TYPE = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<!DOCTYPE[^\[>]*>\s*<[A-Za-z_:\x80-\xff]", re.I)
 _BEGINS_AS_MARKUP = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<")
 _BEGINS_WITH_AN_ELEMENT = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<[A-Za-z_:\x80-\xff]")
 
@@ -61,16 +62,17 @@ def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
 
     A document type precedes the first element. The first element must therefore begin within the head, preceded only
     by comments and processing instructions. A relationship may name a part as it likes, so each file that begins as
-    markup is one of XML; of a picture in SVG, which nothing here reads, a document type without entities is left.
+    markup is one of XML; a document type without declarations, as of a picture in SVG or a page, is left to those.
     """
     with package.open(member) as stream:
         head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # makes ASCII of UTF-16 markup
     name = member.filename.lower()
     if not name.endswith((".xml", ".rels")) and not _BEGINS_AS_MARKUP.match(head):
         return False
-    if name.endswith(".svg") and b"<!ENTITY" not in head and b"[" not in head.partition(b"<svg")[0]:
+    prolog = _ASIDE.sub(b"", head)
+    if not name.endswith((".xml", ".rels")) and _PLAIN_TYPE.match(prolog):
         return False
-    return bool(head) and not _BEGINS_WITH_AN_ELEMENT.match(_ASIDE.sub(b"", head))
+    return bool(head) and not _BEGINS_WITH_AN_ELEMENT.match(prolog)
 
 
 def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
