@@ -1,4 +1,4 @@
-"""Measured trust of attribution methods, read without torch: what `calibration.py` kept for an adapter."""
+"""Measured trust of attribution methods: what calibration kept, read without torch."""
 
 from __future__ import annotations
 
