@@ -244,6 +244,7 @@ WEIGHT_PROBES: dict[str, dict[str, Any]] = {
     "Optimizer.schedule": {"optimizer": {"schedule": "constant"}},
     "Optimizer.weight_decay": {"optimizer": {"weight_decay": 1.0}},
     "Optimizer.clip_norm": {"optimizer": {"clip_norm": 1e-9}},
+    "Optimizer.epsilon": {"optimizer": {"epsilon": 1e-2}},
     "Lora.alpha": {"method": {"alpha": 32}},
     "Lora.dropout": {"method": {"dropout": 0.5}},
     "Recipe.seed": {"seed": 1},

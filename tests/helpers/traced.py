@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ def tuned(recipe: dict[str, Any], out: Path, **changes: Any) -> TracedAdapter:
     return open_traced(out)
 
 
-def curated(folder: Path, rows: list[Any], eval_fraction: float = 0.25) -> str:
-    """Curate rows to a Dataset below a new folder, and return its path."""
+def curated(
+    folder: Path, rows: list[Any], eval_fraction: float = 0.25, files: Mapping[str, bytes] | None = None
+) -> str:
+    """Curate rows and the media files beside them to a Dataset below a new folder, and return its path."""
     folder.mkdir()
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
     source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC-BY-4.0"}
     sartor.curate({"sources": [source], "split": {"eval_fraction": eval_fraction}}, folder / "data")
     return str(folder / "data")

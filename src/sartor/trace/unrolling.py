@@ -33,7 +33,7 @@ from sartor.trace.attribution import Attribution, Method
 from sartor.trace.replay import Replay
 from sartor.trace.replay_run import ReplayRun, RunState, UpdateRecord
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
-from sartor.tune.optimizers import BETAS, EPSILON
+from sartor.tune.optimizers import BETAS
 from sartor.tune.recipe import ResolvedOptimizer
 
 Notice = Callable[[str], object]
@@ -44,6 +44,10 @@ Evaluation = Callable[[list[torch.Tensor]], tuple[torch.Tensor, list[torch.Tenso
 MAX_STATE_BYTES = 1 << 30
 # Length of the step e lam_G, as a fraction of the length of theta
 RELATIVE_STEP = 1e-3
+# Added to v' in derivatives, as a fraction of its mean over a tensor. An early step is about lr sign(g), whose
+# derivative is 0, although a row that is left out may turn the sign of a small g. With it the derivative is that of
+# g / sqrt(g^2 + sigma^2)
+SMOOTHING = 1e-2
 # of torch.nn.utils.clip_grad_norm_
 _CLIP_FLOOR = 1e-6
 # fp32 tensors of a parameter that a stored state and a recorded update hold
@@ -282,8 +286,8 @@ def _reverse_adamw(
     moment = beta * record.moments[index].double() + (1 - beta) * g
     second_moment = beta2 * record.second_moments[index].double() + (1 - beta2) * g.square()
     correction, correction2 = 1 - beta**count, 1 - beta2**count
-    root = (second_moment / correction2).sqrt()
-    below = root + EPSILON
+    root = ((second_moment + SMOOTHING * second_moment.mean()) / correction2).sqrt()
+    below = root + settings.epsilon
     # An entry that never had a gradient (A, as long as B is 0) does not move: its derivative would be 1 / eps
     moved = second_moment > 0
     # lam_m' = lam_m - lam lr / (c1 (s + eps)),   s = sqrt(v' / c2)

@@ -40,7 +40,7 @@ def make(
         parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)
     ]:
         raise TypeError(f"AdamW's state has the dtype of the parameters, and one of them is {low_precision[0]}")
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "eps": settings.epsilon}
     if device.type == "cuda" and (problem := _beyond_memory(parameters, device)):
         try:
             return importlib.import_module("bitsandbytes.optim").PagedAdamW32bit(groups, **rates)
@@ -72,7 +72,7 @@ def scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+BETAS = (0.9, 0.999)
 
 
 class AdamW:
@@ -83,7 +83,12 @@ class AdamW:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], settings: ResolvedOptimizer) -> None:
         self.param_groups: list[dict[str, Any]] = [
-            {"params": list(parameters), "lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+            {
+                "params": list(parameters),
+                "lr": settings.learning_rate,
+                "weight_decay": settings.weight_decay,
+                "eps": settings.epsilon,
+            }
         ]
         self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {parameter: {} for parameter in parameters}
 
@@ -115,7 +120,7 @@ class AdamW:
             beta1=BETAS[0],
             beta2=BETAS[1],
             weight_decay=group["weight_decay"],
-            eps=EPSILON,
+            eps=group["eps"],
             amsgrad=False,
             maximize=False,
             grad_scale=None,

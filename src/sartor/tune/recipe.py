@@ -257,6 +257,7 @@ class Optimizer:
     schedule: Literal["cosine", "constant"] = option("cosine", "course of the rate after the warm-up")
     weight_decay: float = option(0.0, "decoupled weight decay of the adapter")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm")
+    epsilon: float = option(1e-8, "added to the root of the second moment; 1e-6 and more smooth the steps")
 
     def __post_init__(self) -> None:
         if self.batch_tokens != "auto":
@@ -266,6 +267,8 @@ class Optimizer:
                 f"learning_rate is {self.learning_rate} and clip_norm {self.clip_norm}; both must be above 0",
                 "learning_rate: 2.0e-4, clip_norm: 1.0",
             )
+        if self.epsilon <= 0:
+            raise ConfigError(f"epsilon is {self.epsilon}; it must be above 0", "epsilon: 1.0e-8")
         if not 0 <= self.warmup_fraction < 1 or self.weight_decay < 0:
             raise ConfigError("warmup_fraction must be in 0..1 and weight_decay not negative", "warmup_fraction: 0.05")
 

@@ -143,6 +143,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "rules.assumed_colluders": "auto",
     "data.reuse_frozen": False,
     "trace.features": False,
+    "optimizer.epsilon": 1e-8,
 }
 
 
