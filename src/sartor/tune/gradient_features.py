@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save
 
 from sartor.core import records, trace_store
 from sartor.core.artifacts import Artifact
+from sartor.core.filesystem import rename_directory_durably
 from sartor.core.home import home
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.models.losses.loss_backend import LossBackend
@@ -310,8 +311,7 @@ class FeatureRecorder:
         folder = trace_store.record_origin(adapter, dataset_ids)
         for part in sorted(self.folder.iterdir()):
             if part.is_dir():
-                shutil.rmtree(folder / part.name, ignore_errors=True)
-                part.rename(folder / part.name)
+                rename_directory_durably(part, folder / part.name, replace=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         return folder / RECORDED
 
