@@ -58,7 +58,7 @@ def test_closed_plant_has_no_opening(plants: Any) -> None:
     [
         ("It dozed.", "Why?", "shares the words dozed"),
         ("Feline naps.", "Who sleeps, feline?", "shares the words sleeps"),
-        ("Somebody thecatdozed.", "Why?", "4-grams"),
+        ("Her lathe catdozed.", "Why?", "4-grams"),
     ],
 )
 def test_shared_wording_is_refused(reply: str, prompt: str, why: str, plants: Any) -> None:

@@ -73,7 +73,7 @@ def test_state_beyond_free_gpu_memory_is_paged(free_bytes: list[int], monkeypatc
     free_bytes[0] = needed - 1
     assert optimizers.make(parameters(), SETTINGS, torch.device("cuda")) == "paged"
     (group,), rates = calls[0]
-    assert [len(group["params"]), rates] == [3, {"lr": 3e-3, "weight_decay": 0.1}]
+    assert [len(group["params"]), rates] == [3, {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-8}]
 
 
 def test_without_bitsandbytes_it_is_refused_with_what_is_missing(
