@@ -104,8 +104,9 @@ def test_entry_without_gradient_stays_finite() -> None:
     assert all(bool(part[0].isfinite().all()) for part in (adjoint.moments, adjoint.second_moments))
 
 
-def test_skipped_parameter_passes_its_derivative_on() -> None:
+def test_skipped_parameter_passes_its_derivative_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The factors of an alignment phase: no step, no decay, no moments; the projector's step depends on them."""
+    monkeypatch.setattr(unrolling, "SMOOTHING", 0.0)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     record = UpdateRecord((), [one, 2 * one], [None, one], [zero] * 2, [zero] * 2, [0, 0], [0.5, 0.5], None)  # type: ignore[arg-type]
     adjoint = Adjoint.of([3 * one, 0.25 * one])
