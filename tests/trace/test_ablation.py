@@ -335,7 +335,7 @@ def test_schema_of_a_newer_proof_is_refused(
         ({"examples": "six"}, "5 control sets of 6 rows need 30 other rows; there are 24, for 4 sets"),
         ({"controls": 4}, "--controls is 4"),
         ({"seeds": 0}, "--seeds is 0"),
-        ({"reply": " "}, "the reply is empty"),
+        ({"reply": ""}, "the reply is empty"),
         ({"controls": 40}, "40 control sets of 1 rows need 40 other rows; there are 29, for 29 sets"),
     ],
 )
