@@ -45,19 +45,21 @@ from safetensors.numpy import load_file
 
 import sartor
 from sartor.core import config
+from sartor.core.artifacts import open_artifact
 from sartor.federate import updates as arrays
 from sartor.federate.privacy.accountant import epsilon_of
 from sartor.federate.privacy.client_noise import discrete_gaussian, noise_of, values_of, without_collusion
-from sartor.federate.recipe import MODES, FederateRecipe, RoundSettings, load
+from sartor.federate.recipe import MODES, FederateRecipe, RoundSettings, load, tuning
 from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, terms_for
 from sartor.federate.secure import fixed_point
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.federate.tuning.simulation import resolve_rules, simulate
-from sartor.models.lora_tensors import Tensors, add_changes, norm
+from sartor.models.lora_tensors import A, Tensors, add_changes, norm
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample, micro_batches, pack
+from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
@@ -91,14 +93,6 @@ class Study:
         self.folder, self.options = folder, options
         self._opened: tuple[int, Clients, dict[str, Any]] | None = None
 
-    def method(self, rank: int) -> dict[str, Any]:
-        options = self.options
-        return {
-            "rank": rank,
-            "alpha": options.scale * rank,
-            "targets": {"modules": options.targets, "layers": f"top-{options.layers}"},
-        }
-
     def recipe(self, rank: int, epsilon: float = math.inf) -> FederateRecipe:
         options = self.options
         privacy = {} if math.isinf(epsilon) else {"privacy": {"epsilon": epsilon, "delta": options.delta}}
@@ -110,7 +104,11 @@ class Study:
                 "eval_rows": options.held_out,
                 "reuse_frozen": True,
             },
-            "method": {**self.method(rank), "start": self.public_adapter(rank)},
+            "method": {
+                "rank": rank,
+                "alpha": options.scale * rank,
+                "targets": {"modules": options.targets, "layers": f"top-{options.layers}"},
+            },
             "rounds": options.rounds,
             "local": {"updates": options.updates},
             "optimizer": {
@@ -150,23 +148,41 @@ class Study:
         recipe = {"sources": [source], "steps": [], "split": {"eval_fraction": eval_fraction}}
         sartor.curate(recipe, self.folder / name, replace=True)
 
-    def public_adapter(self, rank: int) -> str:
-        """Return the folder of an Adapter that public rows of other intents tuned; empty for none."""
-        options, out = self.options, self.folder / f"public-rank-{rank}"
-        if not options.public:
-            return ""
-        self.write_datasets()
-        if not out.is_dir():
-            recipe = {
-                "base": {"name": "starter", "bits": 32},
-                "data": {"path": str(self.folder / "public-dataset"), "rehearsal": "none"},
-                "method": self.method(rank),
-                "budget": {"updates": options.public_updates},
-                "optimizer": {"learning_rate": options.public_rate, "batch_tokens": 2048},
-                "evaluations": 0,
-            }
-            sartor.tune(recipe, out, resume=True)
-        return str(out)
+    @torch.no_grad()
+    def principal_start(self, clients: Clients, rank: int) -> dict[str, np.ndarray]:
+        """Return factors of this rank whose A reads that in which public rows differ; B is 0.
+
+        X (N, in): inputs of a module at the last token before the reply, of mean m. X - m without its part along m is
+        U S V^T. The first R - 1 rows of A are sqrt(N) V_k / S_k, features of mean 0 and variance 1; the last one is
+        m / |m|^2, a feature of about 1. Labels are not read.
+        """
+        resident, start = clients.resident, clients.resident.current_factors()
+        dataset = open_artifact(self.folder / "public-dataset", "dataset")
+        public = encode_rows(dataset, tuning(self.recipe(rank), str(dataset.path)), resident.base.chat).train
+        modules, inputs = dict(resident.model.named_modules()), dict[str, list[torch.Tensor]]()
+        names = [name.removesuffix(A) for name in start if name.endswith(A)]
+        hooks = [
+            modules[name].register_forward_pre_hook(
+                lambda module, values, name=name: inputs.setdefault(name, []).append(values[0][0, -1].float())
+            )
+            for name in names
+        ]
+        for row in public:
+            # causal: what stands after the last token before the reply changes nothing there
+            ids = torch.tensor([row.ids[: row.learnt.index(True)]], device=resident.device)
+            resident.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        for name in names:
+            x = torch.stack(inputs[name])
+            mean = x.mean(0)
+            unit = mean / mean.norm()
+            centred = x - mean
+            centred -= torch.outer(centred @ unit, unit)
+            _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
+            rows = directions[: rank - 1] * (math.sqrt(len(x)) / sizes[: rank - 1, None])
+            start[name + A] = torch.cat([rows, (unit / mean.norm())[None]]).cpu().numpy()
+        return start
 
     @cached_property
     def points(self) -> list[Point]:
@@ -189,7 +205,8 @@ class Study:
             self.write_datasets()
             self._opened = None  # the base of another rank makes room
             clients = open_clients(self.recipe(rank), [], Shards(1))
-            self._opened = rank, clients, clients.resident.current_factors()
+            start = clients.resident.current_factors()
+            self._opened = rank, clients, self.principal_start(clients, rank) if self.options.public else start
         return self._opened[1:]
 
     def exact_match(self, clients: Clients, shared: Tensors) -> float:
@@ -381,20 +398,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each point with noise, which is drawn anew")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
     parser.add_argument("--targets", nargs="+", default=["down_proj"])
-    parser.add_argument("--public", type=int, default=30, help="public rows of each other intent; 0: a random start")
+    parser.add_argument("--public", type=int, default=8, help="public rows of each other intent; 0: a random A")
     parser.add_argument("--delta", type=float, default=1e-3)
     for name, value in (
         ("intents", 20),
-        ("held-out", 200),
+        ("held-out", 300),
         ("rounds", 10),
         ("layers", 1),
         ("updates", 1),
-        ("public-updates", 200),
         ("secure", 4),
-        ("secure-rounds", 0),
+        ("secure-rounds", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, number in (("learning-rate", 3e-2), ("clip", 5.0), ("scale", 2.0), ("public-rate", 3e-3)):
+    for name, number in (("learning-rate", 0.05), ("clip", 5.0), ("scale", 20.0)):
         parser.add_argument(f"--{name}", type=float, default=number)
     smallest.add_argument(parser)
     options = parser.parse_args()
@@ -403,7 +419,7 @@ def main() -> None:
             options.data = write_small_set(Path(temporary) / "data")
             options.clients, options.rows, options.train, options.held_out = [6, 3_000], [4], 6, 10
             options.intents, options.rounds, options.ranks, options.secure = 3, 2, [2], 4
-            options.public, options.public_updates = 10, 2
+            options.public = 10
         study = Study(parts.work_folder(Path(temporary)), options)
         curve = [parts.run(point.name, lambda point=point: study.run(point)) for point in study.points]
         compared = half(curve, options.intents)
