@@ -6,10 +6,11 @@
     python benchmarks/federate_private.py --small --json                  # a tiny random base, made-up rows
 
 Each client has `--rows` rows of `--intents` intents of banking77; the reply is a letter for the intent. A is frozen,
-and only factors B of `--targets` in the top `--layers` layers are trained. The activations below them are kept
-(`data.reuse_frozen`), so a client's round costs the top layers. Clip, noise, colluders, ring and rounding are those of
-a run: `resolve_rules`, `LoraTask`, `noised`, `fixed_point`. Only the masks are left out, which do not change a sum:
-`secure` is one run of few clients through the whole protocol.
+and only factors B of `--targets` in the top `--layers` layers are trained. A reads the principal directions of public
+rows, of other intents (`principal_start`); nothing else is learnt from them. The activations below the top layers are
+kept (`data.reuse_frozen`), so a client's round costs the top layers. Clip, noise, colluders, ring and rounding are
+those of a run: `resolve_rules`, `LoraTask`, `noised`, `fixed_point`. Only the masks are left out, which do not change
+a sum: `secure` are two runs of few clients through the whole protocol, without and with noise, from a random A.
 
 `curve` has a point for each number of clients, rows and epsilon: exact match of greedy replies on held-out rows.
 `--train N` trains N of a point's clients: their mean stands for that of all, and the noise is that of all. With fewer
