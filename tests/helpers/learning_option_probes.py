@@ -176,7 +176,7 @@ def _signed(values: Any, workspace: Workspace) -> Any:
     workspace.patch.setattr(retrain, "read_registry", lambda team: SimpleNamespace(versions={}))
     workspace.patch.setattr(retrain, "open_artifact", lambda path, kind: None)
     workspace.patch.setattr(retrain.ancestry, "test_datasets", lambda adapter: [])
-    live = SimpleNamespace(manifest={"version": "1", "name": "faq"})
+    live = SimpleNamespace(manifest={"version": "1", "name": "faq", "files": {}})
     retrain.release(_job(workspace, {"key": str(workspace.path / values["key"])}, live=lambda: live))
     return read
 

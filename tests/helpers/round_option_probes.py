@@ -289,7 +289,11 @@ def _coordinated(values: Any, workspace: Workspace) -> Any:
         "lines_of": lambda journal, run: [{"round": 1}],
         "_shared": lambda journal, run: {},
         "round_line": lambda line, rounds: "",
-        "facts_of": lambda setup, clients, lines, shared, fingerprint: {"licence": "MIT", "run": {"federated": {}}},
+        "facts_of": lambda setup, clients, lines, shared, fingerprint: {
+            "licence": "MIT",
+            "sources": [],
+            "run": {"federated": {}},
+        },
         "AttackTarget": lambda *arguments, **fields: None,
         "run_attacks": lambda target, notice: None,
         "write_adapter": lambda out, resident, lines, shared, facts, report, replace: written.append(facts),
