@@ -343,9 +343,10 @@ class FixRun:
             opinion = Opinion(verdict, record.by, record.reason, change=change)
             (decided,) = review_decide(dataset.path, [item.id], opinion, queue)["decisions"]
             if decided["holds"] != verdict:
+                command = "sartor review edit" if record.changes else "sartor review reject"
                 raise ConflictError(
                     f"another person decided otherwise about the row {record.examples[index]} (item {item.id})",
-                    f"sartor review {verdict} {dataset.path} {item.id} --by NAME --settle, then the same command",
+                    f"{command} {dataset.path} {item.id} --by NAME --settle, then the same command",
                 )
         summary = review_apply(dataset.path, out, queue)
         if (more := summary["rows_dropped"] + summary["rows_changed"] - len(items)) > 0:
