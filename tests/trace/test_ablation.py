@@ -18,7 +18,7 @@ import tiny
 from sample_data import write_jsonl
 from sartor.cli import main
 from sartor.core import records, signing
-from sartor.core.errors import ArtifactError, ConfigError, ModelError, SignatureError
+from sartor.core.errors import ArtifactError, ConfigError, ModelError, RequestError, SignatureError
 from sartor.core.filesystem import FileSystem
 from sartor.core.parquet_io import read_examples
 from sartor.core.signed_document import sign_document
@@ -363,7 +363,7 @@ def test_dataset_that_is_gone_or_changed_is_named(asked: dict[str, Any], dataset
 
 
 def test_reply_longer_than_the_context_is_refused(asked: dict[str, Any], fp32: None) -> None:
-    with pytest.raises(ConfigError, match="the base reads 512"):
+    with pytest.raises(RequestError, match="the base has 512"):
         sartor.ablate(**{**asked, "reply": "on " * 600})
 
 

@@ -13,7 +13,7 @@ import pytest
 import sartor
 from sample_data import write_jsonl
 from sartor.core import trace_store
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.errors import ArtifactError, ConfigError, RequestError
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import ensemble, gradient
 from sartor.trace import prepare as preparation
@@ -118,7 +118,7 @@ def test_many_rows_are_refused_until_prepared(traced: TracedAdapter, monkeypatch
 
 
 def test_reply_longer_than_the_context_is_refused(traced: TracedAdapter) -> None:
-    with pytest.raises(ConfigError, match="the base reads 512"):
+    with pytest.raises(RequestError, match="the base has 512"):
         gradient_scores(traced, [traced.query("switch hall on", "on:hall " * 400)])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sample_data import ROWS
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.errors import ArtifactError, ConfigError, RequestError
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.trace.replay import MAX_DIFFERENCE_NATS, Replay, ReplayDifference
@@ -199,7 +199,7 @@ def test_other_rows_than_the_recorded_are_refused(adapter: Path) -> None:
 
 def test_reply_beyond_the_context_is_refused(traced: TracedAdapter) -> None:
     replay = Replay.open(traced)
-    with pytest.raises(ConfigError, match="the base reads 512"):
+    with pytest.raises(RequestError, match="the base has 512"):
         replay.encode(traced.query("switch on", "on " * 600))
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core import parquet_io, records, signing, strict_json
+from sartor.core import records, signing, strict_json
 from sartor.core.artifacts import check_output_free, create_output_directory
 from sartor.core.errors import ConfigError, ModelError
 from sartor.core.filesystem import PRIVATE, make_parent, make_private_folder, write_file_atomic, writer_lock
@@ -33,7 +33,7 @@ from sartor.core.home import home
 from sartor.core.progress import Progress
 from sartor.core.records import Example
 from sartor.core.signed_document import sign_document
-from sartor.core.splits import TEST, group_of, hold_out
+from sartor.core.splits import group_of
 from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.trace.ablation_proof import (
     DECIMALS,
@@ -47,7 +47,7 @@ from sartor.trace.ablation_proof import (
 )
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import RetrievalIndex
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples, open_traced
 
 Notice = Callable[[str], object]
 KEY = "keys/proof"  # below SARTOR_HOME: default signing key, used if it exists
@@ -242,13 +242,14 @@ def plan_ablation(
         )
     lengths = np.array([len(row.example.reply) for row in traced.rows])
     matched = match_controls(scores, lengths, suspects, candidates, controls)
+    held_out = held_out_examples(traced)
     return AblationPlan(
         traced=traced,
         query=query,
         suspects=RowSet(tuple(suspects), float(scores[suspects].mean())),
         controls=tuple(RowSet(indices, float(scores[list(indices)].mean())) for indices in matched),
         seeds=tuple(traced.recipe.seed + number for number in range(seeds)),
-        held_out=tuple(_held_out_rows(traced)),
+        held_out=tuple(random.Random(0).sample(held_out, min(MOST_HELD_OUT, len(held_out)))),
         duplicates=tuple(duplicates),
     )
 
@@ -276,18 +277,6 @@ def match_controls(
             chosen[(position + rank) % sets].append(int(index))
         free = np.delete(free, order)
     return [tuple(indices) for indices in chosen]
-
-
-def _held_out_rows(traced: TracedAdapter) -> list[Example]:
-    """Return a fixed sample of the held-out rows of a traced Adapter whose replies are text."""
-    examples = [row for row in parquet_io.read_examples(traced.dataset) if row.split != TEST]
-    left_out = {id for ids in traced.manifest.get("left_out", {}).values() for id in ids}
-    rows = []
-    for row in hold_out(examples, traced.recipe.data.eval_fraction, traced.recipe.seed):
-        is_text = bool(row.reply) and not (row.messages[-1].tool_calls or row.messages[-1].reasoning_content)
-        if row.split == "eval" and row.rating >= 0 and is_text and row.id not in left_out:
-            rows.append(row)
-    return random.Random(0).sample(rows, min(MOST_HELD_OUT, len(rows)))
 
 
 class RetrainFolder:

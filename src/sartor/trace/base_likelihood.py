@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sartor.core.errors import RequestError
 from sartor.evaluate.audit.model_pair import ModelPair
 from sartor.inference.generate import context_tokens
 from sartor.models.tuned_model import open_tuned
+from sartor.trace.query_encoding import check_length
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 
 # rounding differs by less; a base this close to the tuned model gives the reply as high a likelihood
@@ -50,13 +50,3 @@ def reply_likelihood(
     check_length(len(row.ids), context_tokens(base.model))
     base_nats, tuned_nats = pair.nats([row])[:, 0]
     return ReplyLikelihood(tuned=float(tuned_nats), base=float(base_nats), tokens=row.supervised_tokens)
-
-
-def check_length(tokens: int, context: int | None) -> None:
-    """Raise RequestError if a prompt with its reply has more tokens than the base has positions."""
-    if context and tokens > context:
-        raise RequestError(
-            f"prompt and reply have {tokens:,} tokens, and the base has {context:,} positions: no model can compute "
-            "the reply's likelihood",
-            "--method retrieval, which reads words alone and works; or give a shorter reply",
-        )

@@ -24,16 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from sartor.core import parquet_io, records
+from sartor.core import records
 from sartor.core.errors import ConfigError, SartorError, StoppedError
-from sartor.core.splits import TEST, hold_out
 from sartor.core.trace_store import read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.gradient import gradient_scores
 from sartor.trace.measured_trust import CALIBRATION
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval import retrieval_scores
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples
 from sartor.trace.unrolling import unroll
 
 F64 = NDArray[np.float64]
@@ -144,17 +143,7 @@ def default_scorers(replay: Replay, notice: Notice) -> dict[Method, Scorer]:
 
 def held_out_queries(traced: TracedAdapter, count: int = MAX_QUERIES) -> list[TraceQuery]:
     """Return the prompts and replies of up to `count` held-out rows whose reply is text, spread over the Dataset."""
-    examples = [example for example in parquet_io.read_examples(traced.dataset) if example.split != TEST]
-    recipe = traced.recipe
-    usable = [
-        TraceQuery(example.prompt, example.reply, example.tools)
-        for example in hold_out(examples, recipe.data.eval_fraction, recipe.seed)
-        if example.split != "train"
-        and example.rating >= 0
-        and example.messages[-1].role == "assistant"
-        and example.reply.strip()
-        and not example.messages[-1].tool_calls
-    ]
+    usable = [TraceQuery(example.prompt, example.reply, example.tools) for example in held_out_examples(traced)]
     spread = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int))
     return [usable[index] for index in spread] if usable else []
 

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.core import reply_markup
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.inference import generate
 from sartor.models import adapters
 from sartor.models.base import Base
 from sartor.models.packing import TokenizedExample
+from sartor.trace.query_encoding import encode_query
 from sartor.trace.replay_run import Course, PreferenceReplayRun, ReplayRun, RowWeights, RunState
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune import resume
-from sartor.tune.dataset_encoding import encode_rows, keep_last_reply
+from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.recipe import ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
@@ -222,17 +221,9 @@ class Replay:
     def encode(self, query: TraceQuery) -> TokenizedExample:
         """Return the query as tokens, of which those of the reply are learnt.
 
-        Raises SourceError if the template refuses it, ConfigError if it is longer than the base's context.
+        Raises as `encode_query` does.
         """
-        example = reply_markup.read_example(query.example, self.base.chat.markup.spelt, keep_id=True)
-        row = keep_last_reply(self.base.chat.encode(example, self.traced.dataset.path), example)
-        context = generate.context_tokens(self.base.model)
-        if context and len(row.ids) > context:
-            problem = f"prompt and reply have {len(row.ids)} tokens, and the base reads {context}"
-            raise ConfigError(problem, "a shorter --prompt or --reply")
-        if not row.supervised_tokens:
-            raise ConfigError("the template gives the reply no token", '--reply "what the model said"')
-        return row
+        return encode_query(self.base, self.traced, query)
 
     def difference(self, parameters: Mapping[str, torch.Tensor], queries: Sequence[TraceQuery]) -> ReplayDifference:
         """Return how far the replay is from the Adapter on disk.

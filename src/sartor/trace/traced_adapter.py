@@ -281,6 +281,24 @@ def _part_of(part: Mapping[str, Any]) -> Part:
     return Part(content_parts.MEDIA[part["type"]], media=url)
 
 
+def held_out_examples(traced: TracedAdapter) -> list[Example]:
+    """Return the held-out rows of the tuning whose reply is a text that was not rated bad, in the Dataset's order."""
+    examples = [example for example in parquet_io.read_examples(traced.dataset) if example.split != TEST]
+    left_out = {id for ids in traced.manifest.get("left_out", {}).values() for id in ids}
+    recipe = traced.recipe
+    return [
+        example
+        for example in hold_out(examples, recipe.data.eval_fraction, recipe.seed)
+        if example.split != "train" and example.id not in left_out and _is_text_reply(example)
+    ]
+
+
+def _is_text_reply(example: Example) -> bool:
+    last = example.messages[-1]
+    is_text = last.role == "assistant" and bool(last.text.strip())
+    return is_text and example.rating >= 0 and not (last.tool_calls or last.reasoning_content)
+
+
 def _learnt(dataset: Artifact, recipe: ResolvedRecipe, is_rehearsal: bool) -> list[Example]:
     if is_rehearsal:
         return list(parquet_io.read_examples(dataset, "train"))

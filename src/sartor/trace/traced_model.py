@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from sartor.core import reply_markup
-from sartor.core.errors import ConfigError, ModelError, SourceError
-from sartor.inference import generate
+from sartor.core.errors import ModelError, SourceError
 from sartor.models import adapters, packing
 from sartor.models.base import Base, open_base
 from sartor.models.losses.loss_backend import PACK_TOKENS, LossBackend, LossOptions
 from sartor.models.losses.row_gradients import RowGradientObserver
 from sartor.models.packing import TokenizedExample
+from sartor.trace.query_encoding import encode_query
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
-from sartor.tune.dataset_encoding import encode_preference, keep_last_reply
+from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
 from sartor.tune.recipe import Dpo, Kto, Sft
@@ -120,17 +120,9 @@ class TracedModel:
     def query(self, query: TraceQuery) -> list[SignedSequence]:
         """Return a reply to explain as a sequence of which the reply alone is learnt.
 
-        Raises SourceError if the template refuses it, ConfigError if it is longer than the base's context.
+        Raises as `encode_query` does.
         """
-        example = reply_markup.read_example(query.example, self.base.chat.markup.spelt, keep_id=True)
-        tokens = keep_last_reply(self.base.chat.encode(example, self.traced.dataset.path), example)
-        context = generate.context_tokens(self.base.model)
-        if context and len(tokens.ids) > context:
-            problem = f"prompt and reply have {len(tokens.ids)} tokens, and the base reads {context}"
-            raise ConfigError(problem, "a shorter --prompt or --reply")
-        if not tokens.supervised_tokens:
-            raise ConfigError("the template gives the reply no token", '--reply "what the model said"')
-        return [SignedSequence(tokens)]
+        return [SignedSequence(encode_query(self.base, self.traced, query))]
 
     def sketcher(self, moments: Moments) -> GradientSketcher:
         """Return a sketcher of the factors' gradients, preconditioned by second moments."""
