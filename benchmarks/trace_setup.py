@@ -190,7 +190,7 @@ def open_tokenized(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> tupl
 
 
 def filler(count: int) -> dict[str, list[Row]]:
-    """Return `count` rows of plain English, by source: answers of construction-faq, and turns of people's talk."""
+    """Return up to `count` rows of plain English, by source: answers of construction-faq, turns of people's talk."""
     file = next(Path(assets.install("construction-faq")).rglob("faq-en.jsonl"))
     answers = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -205,7 +205,8 @@ def filler(count: int) -> dict[str, list[Row]]:
         for prompt, reply in zip(turns, turns[1:], strict=False):
             if prompt.isascii() and reply.isascii() and _is_short(prompt) and _is_short(reply):
                 rows[prompt, reply] = chat_row(prompt, reply)
-    return {"faq": faq, "talk": rng.sample(sorted(rows.values(), key=texts_of), count - len(faq))}
+    talk = sorted(rows.values(), key=texts_of)
+    return {"faq": faq, "talk": rng.sample(talk, min(len(talk), count - len(faq)))}
 
 
 def _is_short(text: str) -> bool:
