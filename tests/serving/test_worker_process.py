@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,25 @@ async def test_text_and_label_of_an_end_are_golden(how: str) -> None:
     held._ended(child)
     result = held.health()[0]["last_end"], dict(held.ends)
     assert result == (TEXTS[how], {LABELS[how]: 1})
+
+
+async def test_cancelled_start_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that ends while it starts a worker."""
+    pair = socket.socketpair()
+    creating = asyncio.Event()
+
+    async def create(*_: Any, **__: Any) -> None:
+        creating.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(socket, "socketpair", lambda: pair)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    starting = asyncio.create_task(WorkerProcess(["worker"], {}, lambda child, frame: None).start(30.0))
+    await creating.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert [end.fileno() for end in pair] == [-1, -1]
 
 
 async def test_first_end_of_a_worker_stays() -> None:

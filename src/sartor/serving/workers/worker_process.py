@@ -146,8 +146,10 @@ class WorkerProcess:
                     start_new_session=True,
                     env=environment(),
                 )
-            except OSError as error:
+            except BaseException as error:  # also where a server ends while the process is created
                 parent_end.close()
+                if not isinstance(error, OSError):
+                    raise
                 raise UnavailableError(
                     f"{command[0]} cannot be started: {error}",
                     f"ulimit -a shows the limits of processes and memory; ls -l {command[0]}",
