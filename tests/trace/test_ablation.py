@@ -182,19 +182,25 @@ def test_proof_states_effects_and_names_no_text_of_rows(
     assert {"effect", "controls", "verdict"} <= set(done.as_json())
 
 
-def test_ablation_killed_between_retrains_goes_on(
-    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No retrain is made twice, and more controls reuse those that are there."""
-    count = tmp_path / "count"
-    monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count, killed_after=4))
+def ablate_killed(asked: dict[str, Any]) -> None:
+    """Run an ablation whose replay kills its process."""
     pid = os.fork()
     if not pid:
         try:
             sartor.ablate(**asked)
         finally:
             os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]) and len(count.read_text()) == 4
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def test_ablation_killed_between_retrains_goes_on(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No retrain is made twice, and more controls reuse those that are there."""
+    count = tmp_path / "count"
+    monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count, killed_after=4))
+    ablate_killed(asked)
+    assert len(count.read_text()) == 4
     lines: list[str] = []
     monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count))
     done = sartor.ablate(**asked, notice=lines.append)
@@ -210,13 +216,7 @@ def test_damaged_result_of_a_retrain_is_made_again(
 ) -> None:
     count = tmp_path / "count"
     monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count, killed_after=4))
-    pid = os.fork()
-    if not pid:
-        try:
-            sartor.ablate(**asked)
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    ablate_killed(asked)
     files = [file for file in (tmp_path / "proof.retrains").iterdir() if not file.name.startswith("around")]
     files[0].write_bytes(files[0].read_bytes()[:-4])
     monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count))

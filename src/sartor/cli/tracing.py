@@ -42,7 +42,7 @@ def trace(
 ) -> Any:
     """Show the training rows behind a reply.
 
-    `retrieval` finds rows that share words with prompt and reply, in about a second; it is shown beside the other
+    `retrieval` finds rows that share words with prompt and reply; it is shown beside the other
     methods. `gradient` and `unrolled` estimate which rows caused the reply. How far a method can be trusted for this
     adapter is measured by --calibrate; a method that predicts too little is refused, and retrieval ranks.
 
