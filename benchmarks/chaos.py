@@ -10,8 +10,8 @@ fraction of right ones among the agents that a fault may not hurt; each fault ha
 fault may hurt everybody, as the loss of all API keys does: then these are of the requests that were answered.
 `mutants` counts Releases with a changed bit or byte that were admitted, by kind.
 
-    python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and
-    rollbacks python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
+    python benchmarks/chaos.py --json            # tuned adapters, every fault, 200 promotions and rollbacks
+    python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
     python benchmarks/chaos.py --only slow       # faults whose name has this in it
     python benchmarks/chaos.py --small --json    # a tiny base, no spare, a few faults and bad adapters, 4 changes
 
@@ -27,6 +27,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -263,7 +264,8 @@ async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], lis
                 "wall_s": round(took_s, 1),
                 "rows": dict(outcome.rows),
             }
-            print(f"{fault.name}: {outcome.note}; {outcome.failed or 'as it must be'}", flush=True)
+            line = f"{fault.name}: {outcome.note}; {outcome.failed or 'as it must be'} ({took_s:.0f} s)"
+            print(line, file=sys.stderr, flush=True)  # record.py keeps stdout until the end
     return faults, judged
 
 
