@@ -123,7 +123,7 @@ async def hang_worker(scene: Scene) -> Outcome:
     ended_s = time.monotonic() - moment
     await scene.server.staffed(PATIENCE_S)
     later_s = later.ended - later.began
-    note = f"hang_s is {HANG_S:g}, ended after {ended_s:.1f} s; asked {LATER_S:g} s after it: answered in {later_s:.1f} s"
+    note = f"hang_s is {HANG_S:g}, ended after {ended_s:.1f} s; asked {LATER_S:g} s after it: in {later_s:.1f} s"
     return Outcome(recovery_s, note, later.wrong)
 
 
