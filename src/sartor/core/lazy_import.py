@@ -31,6 +31,7 @@ _EXTRAS = {
     "tuf": "edge",
     "hassil": "demo",
     "datasets": "hub",
+    "pandas": "notebook",
     "fastapi": "serve",
     "h11": "serve",
     "httpx": "serve",

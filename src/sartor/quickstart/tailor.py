@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from sartor.core import assets, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, Kind, kind_of, open_artifact
+from sartor.core.artifacts import MANIFESTS, Adapter, Artifact, Dataset, Release, Report, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load, read_yaml
 from sartor.core.errors import ConfigError, GateError, MissingError, SignatureError, SourceError
 from sartor.core.filesystem import DISK_FULL, make_parent, write_file_atomic
@@ -38,6 +38,7 @@ from sartor.core.licences.spdx import UNKNOWN, checked
 from sartor.core.model_refs import STARTER
 from sartor.core.progress import WholeProgress
 from sartor.core.records import Example
+from sartor.core.result_display import ShownResult
 from sartor.core.splits import LEAST_GROUPS
 from sartor.curate.pipeline import curate
 from sartor.curate.recipe import CurateRecipe
@@ -84,8 +85,8 @@ class GainEvidence(Enum):
     WORSE = "worse"
 
 
-@dataclass(frozen=True)
-class Tailored:
+@dataclass(frozen=True, repr=False)
+class Tailored(ShownResult):
     """Result of `tailor`.
 
     released: the Release; None if the gate held it back.
@@ -94,10 +95,10 @@ class Tailored:
     is decided, or if no number of rows would.
     """
 
-    dataset: Artifact
-    adapter: Artifact
-    report: Artifact
-    released: Artifact | None
+    dataset: Dataset
+    adapter: Adapter
+    report: Report
+    released: Release | None
     checks: Mapping[str, Check]
     evidence: GainEvidence
     more_rows: int
@@ -230,7 +231,7 @@ def tailor(
     with _planned(out, job, minutes=minutes, start_time=start_time, notice=notice):
         adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
         notice(f"adapter  {adapter.path}")
-        report = _made_of(out / "report", "report", adapter)
+        report = _made_of(out / "report", Report, adapter)
         if report is None:
             report = evaluate(adapter.path, out=out / "report", replace=True, notice=notice).report
         notice(f"report   {report.path / 'report.html'}")
@@ -313,7 +314,7 @@ def _clear(out: Path, job: _Job) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
+def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
     """Return the Dataset.
 
     If the recipe differs from the existing one (a licence is stated now), everything is made again. Raises ConfigError
@@ -531,23 +532,27 @@ def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str,
     return {"budget": {"minutes": round(left_s / 60, 2)}}
 
 
-def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
+Made = TypeVar("Made", Report, Release)
+
+
+def _made_of(path: Path, cls: type[Made], adapter: Artifact) -> Made | None:
     """Return the artefact at `path` if an earlier call made it of this Adapter; else None."""
-    if kind_of(path) != kind:
+    if kind_of(path) != cls.__name__.lower():
         return None
-    artifact = open_artifact(path, kind)
-    return artifact if adapter.id in {parent["id"] for parent in artifact.manifest["parents"]} else None
+    artifact = open_artifact(path)
+    is_of_adapter = adapter.id in {parent["id"] for parent in artifact.manifest["parents"]}
+    return artifact if isinstance(artifact, cls) and is_of_adapter else None
 
 
 def _released(
     path: Path, name: str, adapter: Artifact, report: Artifact, key: Path | str | None, notice: Notice
-) -> Artifact:
+) -> Release:
     """Return the Release of an Adapter that has passed the gate.
 
     A Release of an earlier call is reused if the requested key signed it, or if no key is requested. Then a key of
     this machine signs, generated once.
     """
-    earlier = _made_of(path, "release", adapter)
+    earlier = _made_of(path, Release, adapter)
     if earlier is not None and (not key or _is_signed_by(earlier, Path(key))):
         return earlier
     signer = Path(key) if key else folder("keys") / "default"
