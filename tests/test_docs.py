@@ -53,6 +53,7 @@ SLOW = {
     "federate-tune.md",
     "federate-devices.md",
     "personal.md",
+    "python.md",
     "tools.md",
     "why-did-it-say-that.md",
 }

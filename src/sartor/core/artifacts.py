@@ -150,8 +150,8 @@ class Dataset(Artifact):
     def to_hf(self, split: RowSplit | None = None) -> datasets.Dataset:
         """Return the rows of one split, or of all, as a Dataset of the `datasets` library, in memory.
 
-        `messages` has the form that the library's users expect: the content of a turn is text where it holds text
-        alone. Raises ExtraError without `datasets`, ConfigError for an unknown split.
+        `messages` has the form that the library's users expect: the content of a turn is text, or a list of parts if
+        any row has an image or a recording. Raises ExtraError without `datasets`, ConfigError for an unknown split.
         """
         rows: datasets.Dataset = import_module("sartor.core.artifact_tables").dataset_hf(self, split)
         return rows
@@ -173,9 +173,7 @@ class LoadedModel(Protocol):
     model: Any
     tokenizer: Any
 
-    def generate(
-        self, prompts: str | Sequence[Any], *, sampling: Any = None, notice: Callable[[str], object] = ...
-    ) -> list[str]:
+    def generate(self, prompts: str | Sequence[Any], *, sampling: Any = None) -> list[str]:
         """Return the reply to each prompt, as `Adapter.generate` does."""
         ...
 
@@ -230,7 +228,7 @@ class Adapter(Artifact):
         loaded: dict[str, LoadedModel] = self.__dict__.setdefault("_loaded", {})
         if base not in loaded:
             loaded[base] = self.load(base=base, notice=notice)
-        return loaded[base].generate(prompts, sampling=sampling, notice=notice)
+        return loaded[base].generate(prompts, sampling=sampling)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields to pickle, without a model in memory."""

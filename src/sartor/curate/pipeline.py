@@ -307,7 +307,7 @@ def curate(
                 run.write_given_rows()
                 finished = _finished(recipe, out, run.rows_folder)
             finally:
-                shutil.rmtree(run.rows_folder, ignore_errors=True)
+                shutil.rmtree(work_folder / "rows", ignore_errors=True)
             shutil.rmtree(work_folder, ignore_errors=True)  # of a run that was killed once the Dataset was written
         return Curated(finished, 0, time.monotonic() - began)
     check_output_free(out, replace=replace)
@@ -338,7 +338,7 @@ def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Se
     return config.load_any(CurateRecipe, recipe, flags)
 
 
-def _finished(recipe: CurateRecipe, out: Path, rows_folder: Path) -> Dataset:
+def _finished(recipe: CurateRecipe, out: Path, rows_folder: Path | None) -> Dataset:
     """Return the Dataset at `out` if it was made by this recipe from the current sources.
 
     Raises ConfigError if it was made by another recipe or from sources that have changed.
@@ -383,7 +383,8 @@ class CurationRun:
         given: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
         self.recipe, self.work_folder, self.notice = recipe, work_folder, notice
-        self.given, self.rows_folder = given, work_folder / "rows"  # rows from Python, by name
+        self.given = given  # rows from Python, by name
+        self.rows_folder = work_folder / "rows" if given else None
         self.declared = {source.path: source for source in recipe.sources}
         self.engine = run_on_ray if engine == "ray" else run_local
         self.progress = CurationProgress(notice)
@@ -397,6 +398,8 @@ class CurationRun:
 
         Raises what `python_rows.write_rows` and `check_form` raise.
         """
+        if self.rows_folder is None:
+            return
         shutil.rmtree(self.rows_folder, ignore_errors=True)
         for name, rows in self.given.items():
             written = python_rows.write_rows(rows, self.rows_folder, name, self.progress.take)
@@ -405,15 +408,11 @@ class CurationRun:
             for note in written.notes:
                 self.notice(f"{name}: {note}")
             if source.licence == UNKNOWN:
-                self.notice(
-                    f"{name}: no licence is stated, so the gate will hold a Release back; licence='own' if they "
-                    "are yours"
-                )
+                self.notice(f"{name}: no licence is stated, so the gate holds a Release back; own rows: licence='own'")
 
     def run(self, strict: bool) -> PassState:
         """Run every pass, the split, and the copies of training rows."""
-        rows_folder = self.rows_folder if self.given else None
-        self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes, rows_folder)
+        self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes, self.rows_folder)
         for file in self.planned.files:
             if file.encoding and not self.declared[file.source].encoding:
                 self.notice(

@@ -96,6 +96,9 @@ def with_rows(
     Raises ConfigError without a recipe and rows, for a source of rows that are not given, and for options of rows that
     the recipe describes, or that are not given.
     """
+    if recipe is not None and not isinstance(recipe, (CurateRecipe, Mapping, Path, str)):
+        problem = f"the recipe is a {type(recipe).__name__}, and rows are given as `rows`"
+        raise ConfigError(problem, 'sartor.curate(rows=rows, out="data", licence="own")')
     options: dict[str, Any] = {"licence": licence, "fields": dict(fields or {}), "system": system}
     options = {name: value for name, value in options.items() if value}
     if not names and options:

@@ -169,8 +169,7 @@ class _RowWriter:
         if callable(tolist := getattr(value, "tolist", None)):  # numpy's arrays and numbers, tensors, columns
             return self._plain(tolist(), number, column)
         raise SourceError(
-            f"row {number}: the column {column!r} holds a {type(value).__module__}.{type(value).__qualname__}, which "
-            "no row can hold",
+            f"row {number}: the column {column!r} holds a {_describe(value)}, which no row can hold",
             f"leave the column out, or make it text: str(row[{column!r}])",
         )
 
@@ -244,7 +243,7 @@ def _iterate(rows: Any, notes: dict[str, None]) -> Iterator[Any]:
     """Yield the rows of any kind of table. Raises ConfigError for an object that holds no rows."""
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(rows).__mro__}
     if "pandas.DataFrame" in names:
-        return _pandas_rows(rows)
+        return _pandas_rows(rows, notes)
     if "polars.DataFrame" in names:
         return (row for part in rows.iter_slices(BATCH_ROWS) for row in part.iter_rows(named=True))
     if "polars.LazyFrame" in names:
@@ -268,13 +267,15 @@ def _iterate(rows: Any, notes: dict[str, None]) -> Iterator[Any]:
     return iter(rows)
 
 
-def _pandas_rows(frame: Any) -> Iterator[dict[str, Any]]:
+def _pandas_rows(frame: Any, notes: dict[str, None]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a DataFrame of pandas. An index that has a name is a column; others are positions."""
     if frame.columns.nlevels > 1:
         problem = f"the columns have {frame.columns.nlevels} levels"
         raise ConfigError(problem, "frame.columns = ['_'.join(map(str, names)) for names in frame.columns]")
     index_names = [name for name in frame.index.names if name is not None]
     _check_names([*index_names, *frame.columns])
+    if not index_names and not str(frame.index.dtype).startswith(("int", "uint")):
+        notes["the index has no name and is not read: frame.reset_index() makes it a column"] = None
     for start in range(0, len(frame), BATCH_ROWS):
         part = frame.iloc[start : start + BATCH_ROWS]
         values = {str(name): part.index.get_level_values(name).astype(object) for name in index_names}
