@@ -158,7 +158,9 @@ class Dataset(Artifact):
 
     def _facts(self) -> dict[str, str]:
         counts = self.manifest["counts"]
-        splits = {name: f"{rows:,}" for name, rows in counts["splits"].items()}
+        splits = {
+            name: f"{counts['splits'][name]:,}" for name in ("train", "eval", "test") if name in counts["splits"]
+        }
         dropped = f"{sum(counts['dropped'].values()):,}"
         return {"rows": f"{counts['kept']:,}", **splits, "dropped": dropped, "licence": self.licence}
 

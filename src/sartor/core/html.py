@@ -85,7 +85,8 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> str:
         "</tr>"
         for name, value in facts.items()
     )
-    return f"<table><thead><tr><th colspan=2 style=text-align:left>{escape(title)}</th></tr></thead>{rows}</table>"
+    head = f'<tr><th colspan="2" style="text-align:left">{escape(title)}</th></tr>'
+    return f"<table><thead>{head}</thead>{rows}</table>"
 
 
 _LONGEST_CELL = 400  # characters

@@ -42,6 +42,7 @@ from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedu
 from sartor.curate.recipe import CurateRecipe, with_rows
 from sartor.curate.shards import Shard, ShardTask, execute
 from sartor.curate.sources import planner, python_rows
+from sartor.curate.sources.source_files import ROWS
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
 
@@ -135,8 +136,9 @@ def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if len(sources) <= FILES_LISTED:
         for source in sources:
             name, path = source["source"], source["path"]
-            # two sources may hold files of the same name
-            labels[name if name.endswith(path) else f"{name}/{path}"] = source["form"]
+            # two sources may hold files of the same name; of rows from Python the source says it all
+            is_whole = name.endswith(path) or name.startswith(ROWS)
+            labels[name if is_whole else f"{name}/{path}"] = source["form"]
         return labels
     form_counts: dict[str, Counter[str]] = {}
     for source in sources:

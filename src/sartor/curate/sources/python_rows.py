@@ -99,10 +99,14 @@ def write_rows(
                     f"row {number} is a {type(row).__name__}, not a mapping of columns to values",
                     'rows=[{"text": text} for text in texts]' if isinstance(row, str) else "[row._asdict(), ...]",
                 )
-            plain = writer.plain_row(row, number)
+            try:
+                plain = writer.plain_row(row, number)
+                line = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            except RecursionError:
+                problem = f"row {number} is nested too deeply, or holds itself"
+                raise SourceError(problem, "leave that column out, or make it text") from None
             if number <= HEAD_ROWS:
                 written.head.append((str(number), plain))
-            line = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             # a lone surrogate is written as it is: the reader counts the row as not UTF-8
             stream.write(line.encode("utf-8", "surrogatepass") + b"\n")
             written.count = number
