@@ -54,6 +54,7 @@ def specialist(rows: Path, key: Path) -> str:
     print(sartor.curate(rows=[{"question": "How?", "answer": "So."}], out="data/b", licence="own").dataset.to_polars())
     replies: list[str] = tuned.adapter.generate(["How?", [{"role": "user", "content": "Why?"}]])
     print(replies[0].upper(), steps[-1].seconds_left + 1, sartor.open("adapters/faq-report", "report").to_pandas())
+    sartor.evaluate(tuned.adapter, replace=True)
     reveal_type(tuned)
     return sartor.ask("adapters/faq-1.0", "What does delivery cost?").reply
 """

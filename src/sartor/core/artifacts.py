@@ -204,8 +204,8 @@ class Adapter(Artifact):
     ) -> LoadedModel:
         """Return the base with this Adapter on it, and its tokenizer. The Adapter's bytes are checked again.
 
-        dtype: float32, bfloat16 (or torch's), or auto: as it was tuned, if this machine computes it well.
-        device: cpu, cuda, cuda:1 or auto. base: another place of the same base.
+        dtype: float32, bfloat16 (or torch's), or auto: what this machine computes best, and of a base that was
+        quantised for the tuning its bits. device: cpu, cuda, cuda:1, or auto. base: another place of the same base.
         Raises ExtraError without the extra `tune`, ArtifactError if its files were changed, ModelError if the base is
         not the one that it was tuned on, ConfigError for a dtype or a device that this machine does not have.
         """

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from sartor.core import catalogue, evaluation_ledger, parquet_io
-from sartor.core.artifacts import Artifact, Report, check_output_free, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, ArtifactPath, Report, check_output_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress
@@ -95,7 +95,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    path: Path | str,
+    path: ArtifactPath,
     *,
     out: Path | str | None = None,
     data: Path | str | None = None,

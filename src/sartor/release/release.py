@@ -14,6 +14,7 @@ from sartor.core import catalogue, model_refs, revoked_releases, signing
 from sartor.core.artifacts import (
     MANIFESTS,
     Artifact,
+    ArtifactPath,
     Release,
     check_output_free,
     create_output_directory,
@@ -70,12 +71,12 @@ class Released(ShownResult):
 
 
 def release(
-    adapter_path: Path | str,
+    adapter_path: ArtifactPath,
     *,
     name: str,
     version: str,
     key: Path | str,
-    report: Path | str | None = None,
+    report: ArtifactPath | None = None,
     out: Path | str | None = None,
     waivers: Sequence[Waiver] = (),
     use: Use = "commercial",
@@ -197,7 +198,7 @@ def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519Pri
     return Release(out.absolute(), manifest)
 
 
-def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
+def _report_of(adapter: Artifact, report: ArtifactPath | None) -> Artifact:
     if report is None:
         reports = catalogue.children(adapter.id, "report")
         if not reports:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import ArtifactPath, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.evaluate import training_facts
 from sartor.inference.engine import Sampling
@@ -17,7 +17,7 @@ from sartor.serving.commands.loaded_adapter import ADAPTER_SAMPLING, LoadedAdapt
 
 
 def ask(
-    release: Path | str,
+    release: ArtifactPath,
     prompt: str | AskPrompt,
     *,
     key: Path | str | None = None,
@@ -40,7 +40,7 @@ def ask(
     artifact = open_artifact(release, ("release", "adapter"))
     is_released = artifact.kind == "release"
     if is_released:
-        verified = verify_release(release, key=key, base=base)
+        verified = verify_release(artifact.path, key=key, base=base)
         manifest = artifact.manifest
         agent, reason = f"{manifest['name']}@{manifest['version']}", f"asked by name; signed by {verified.signer}"
         system, defaults = manifest["system_prompt"], manifest["sampling"]
