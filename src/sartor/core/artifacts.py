@@ -172,8 +172,15 @@ class LoadedModel(Protocol):
     tokenizer: the base's, with the chat template in place.
     """
 
-    model: Any
-    tokenizer: Any
+    @property
+    def model(self) -> Any:
+        """The model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        ...
 
     def generate(self, prompts: str | Sequence[Any], *, sampling: Any = None) -> list[str]:
         """Return the reply to each prompt, as `Adapter.generate` does."""

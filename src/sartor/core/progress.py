@@ -26,9 +26,10 @@ class ProgressBar:
     """
 
     def __init__(self, what: str, text: str, *, is_shown: bool, is_kept: bool = False) -> None:
-        self._is_kept, self._drawn_at, self._handle, self._line = is_kept, 0.0, None, ""
-        self._what, self._began = what, time.monotonic()
+        self._what, self._is_kept = what, is_kept
+        self._began = self._drawn_at = time.monotonic()
         self._notebook = _notebook() if is_shown else None
+        self._handle: Any = None  # IPython's, of what is drawn in the notebook
         self._bars, self._task = _bars(what, text, is_shown=is_shown and self._notebook is None, is_kept=is_kept)
         self._last = (0.0, text)
 
@@ -41,7 +42,7 @@ class ProgressBar:
     def stop(self) -> None:
         """Draw the last state, or remove the bar."""
         self._bars.stop()
-        if self._handle is not None and self._notebook is not None:
+        if self._handle is not None:
             self._handle.update(self._html() if self._is_kept else self._notebook.HTML(""))
 
     def restart(self, text: str) -> None:
@@ -65,7 +66,7 @@ class ProgressBar:
         left = f", about {_duration(remaining_s)} left" if 0 < fraction < 1 else ""
         bar = f'<progress value="{fraction:.4f}" max="1"></progress>'
         line = f"<div><code>{html.escape(self._what)}</code> {bar} {html.escape(text + left)}</div>"
-        return self._notebook.HTML(line) if self._notebook is not None else None
+        return self._notebook.HTML(line)
 
 
 class Progress:
