@@ -277,7 +277,27 @@ def test_refusal_names_the_place_and_the_remedy(name: str, tmp_path: Path) -> No
     with pytest.raises(kind) as raised:
         sartor.curate(rows=rows, out=tmp_path / "data")
     assert problem in raised.value.problem and remedy in raised.value.remedy
-    assert not (tmp_path / "data").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_columns_are_refused_before_all_rows_are_read(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def produce() -> Iterator[dict[str, str]]:
+        for number in range(100_000):
+            taken.append(number)
+            yield {"Frage": "a", "Antwort": "b"}
+
+    with pytest.raises(ConfigError, match="'Frage', 'Antwort'"):
+        sartor.curate(rows=produce(), out=tmp_path / "data")
+    assert len(taken) == 50
+
+
+def test_row_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"text": "a"}
+    row["self"] = row
+    with pytest.raises(SourceError, match="row 1 is nested too deeply"):
+        sartor.curate(rows=[row], out=tmp_path / "data")
 
 
 def test_fields_name_the_columns(tmp_path: Path) -> None:

@@ -404,9 +404,18 @@ class CurationRun:
             return
         shutil.rmtree(self.rows_folder, ignore_errors=True)
         for name, rows in self.given.items():
-            written = python_rows.write_rows(rows, self.rows_folder, name, self.progress.take)
             source = self.declared[python_rows.source_path(name)]
-            python_rows.check_form(written, source)
+            try:
+                written = python_rows.write_rows(
+                    rows,
+                    self.rows_folder,
+                    name,
+                    on_head=functools.partial(python_rows.check_form, source),
+                    on_rows=self.progress.take,
+                )
+            except BaseException:
+                shutil.rmtree(self.rows_folder, ignore_errors=True)
+                raise
             for note in written.notes:
                 self.notice(f"{name}: {note}")
             if source.licence == UNKNOWN:

@@ -81,11 +81,16 @@ def named_rows(rows: Any) -> dict[str, Any]:
 
 
 def write_rows(
-    rows: Any, folder: Path, name: str = DEFAULT_NAME, on_rows: Callable[[int], object] = lambda count: None
+    rows: Any,
+    folder: Path,
+    name: str = DEFAULT_NAME,
+    *,
+    on_head: Callable[[WrittenRows], object] = lambda written: None,
+    on_rows: Callable[[int], object] = lambda count: None,
 ) -> WrittenRows:
     """Write rows to `folder/NAME.jsonl` and their media to `folder/media`, one batch in memory at a time.
 
-    on_rows: called with the number of rows written, now and then.
+    on_head: called once, when the first rows are known. on_rows: called with the number of rows written, now and then.
     Raises ConfigError for what holds no rows and for columns of one name; SourceError for no row, and for a value that
     no row can hold, with its row and column.
     """
@@ -110,15 +115,19 @@ def write_rows(
             # a lone surrogate is written as it is: the reader counts the row as not UTF-8
             stream.write(line.encode("utf-8", "surrogatepass") + b"\n")
             written.count = number
+            if number == HEAD_ROWS:
+                on_head(written)
             if number % BATCH_ROWS == 0:
                 on_rows(number)
     if not written.count:
         problem = f"{name}: the {_describe(rows)} holds no row"
         raise SourceError(problem, 'rows=[{"question": "...", "answer": "..."}], with one row at least')
+    if written.count < HEAD_ROWS:
+        on_head(written)
     return written
 
 
-def check_form(written: WrittenRows, source: SourceOptions) -> None:
+def check_form(source: SourceOptions, written: WrittenRows) -> None:
     """Raise ConfigError, with the columns, unless the first rows have a form that is read."""
     if source_files.form_of(written.head, source, f"the table {written.file.stem!r}"):
         return
