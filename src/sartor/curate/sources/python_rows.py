@@ -106,14 +106,13 @@ def write_rows(
                 )
             try:
                 plain = writer.plain_row(row, number)
-                line = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+                line = _line(plain)
             except RecursionError:
                 problem = f"row {number} is nested too deeply, or holds itself"
                 raise SourceError(problem, "leave that column out, or make it text") from None
             if number <= HEAD_ROWS:
                 written.head.append((str(number), plain))
-            # a lone surrogate is written as it is: the reader counts the row as not UTF-8
-            stream.write(line.encode("utf-8", "surrogatepass") + b"\n")
+            stream.write(line)
             written.count = number
             if number == HEAD_ROWS:
                 on_head(written)
@@ -125,6 +124,14 @@ def write_rows(
     if written.count < HEAD_ROWS:
         on_head(written)
     return written
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of JSON in UTF-8; with a lone surrogate in ASCII, for the reader to count as a Drop."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def check_form(source: SourceOptions, written: WrittenRows) -> None:
