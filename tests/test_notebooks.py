@@ -55,7 +55,7 @@ def test_notebook_runs_from_top_to_bottom(file: Path, kernel: Path, tiny_base: P
     assert len(bars) == 1, "one bar, drawn in its place"
     for cell in cells:
         assert not [output for output in cell.outputs if output.output_type == "stream" and output.name == "stderr"]
-        assert len(cell.outputs) <= 4 and len(shown(cell)) < 6000
+        assert len(cell.outputs) <= 8 and len(shown(cell)) < 6000
     assert "exact_match" in shown(cell_with(cells, 'to_pandas("metrics")'))
 
 

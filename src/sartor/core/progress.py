@@ -28,7 +28,7 @@ class ProgressBar:
     def __init__(self, what: str, text: str, *, is_shown: bool, is_kept: bool = False) -> None:
         self._what, self._is_kept = what, is_kept
         self._began = self._drawn_at = time.monotonic()
-        self._notebook = _notebook() if is_shown else None
+        self._notebook: Any = _notebook() if is_shown else None
         self._handle: Any = None  # IPython's, of what is drawn in the notebook
         self._bars, self._task = _bars(what, text, is_shown=is_shown and self._notebook is None, is_kept=is_kept)
         self._last = (0.0, text)

@@ -338,9 +338,9 @@ def _job(
     if not is_valid_name(name):
         problem = f"the name {name!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'"
         raise ConfigError(problem, "--name faq")
-    if not isinstance(data, (str, Path, list, tuple)) or any(isinstance(path, Mapping) for path in data):
+    paths: list[Any] = list(data) if isinstance(data, (list, tuple)) else [data]
+    if any(not isinstance(path, (str, Path)) for path in paths):
         raise ConfigError("data names files, and rows are given", f"sartor.tailor(rows=rows, name={name!r})")
-    paths = [data] if isinstance(data, (str, Path)) else list(data)
     if not paths:
         raise ConfigError("no data is named", f"sartor tailor rows.csv --name {name}")
     return _Job(
