@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 
 pytestmark = pytest.mark.circle
@@ -23,8 +21,25 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def opened(file: Path) -> Any:
+    """Return a notebook as it is kept."""
+    import nbformat
+
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cell(source: str, *tags: str) -> Any:
+    import nbformat
+
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
+
+
 def run(notebook: Any, folder: Path) -> list[Any]:
     """Execute a notebook in its folder; return the code cells with their outputs."""
+    import nbclient  # of the extra dev; the default tier collects this file without it
+
     resources = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -44,8 +59,7 @@ def cell_with(cells: list[Any], text: str) -> Any:
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_notebook_runs_from_top_to_bottom(file: Path, kernel: Path, tiny_base: Path) -> None:
-    notebook = nbformat.read(file, as_version=4)
-    nbformat.validate(notebook)
+    notebook = opened(file)
     assert all(not cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
     for cell in notebook.cells:
         cell.source = cell.source.replace('"starter"', repr(str(tiny_base)))
@@ -61,21 +75,21 @@ def test_notebook_runs_from_top_to_bottom(file: Path, kernel: Path, tiny_base: P
 
 def test_adapter_of_a_dataframe_answers(kernel: Path, tiny_base: Path) -> None:
     """The values that the first notebook shows are those of its artefacts."""
-    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    notebook = opened(NOTEBOOKS[0])
     checks = """
 import math
 assert math.isclose(curve["loss"].iloc[-1], tuned.adapter.manifest["run"]["loss"]["last"])
 assert len(report.to_pandas()) == len(made.dataset.to_pandas("eval")) == 24
 assert type(model).__name__.startswith("PeftModel")
 """
-    notebook.cells.append(nbformat.v4.new_code_cell(checks))
+    notebook.cells.append(code_cell(checks))
     for cell in notebook.cells:
         cell.source = cell.source.replace('"starter"', repr(str(tiny_base)))
     run(notebook, kernel)
 
 
 def test_every_fault_is_shown(kernel: Path, tiny_base: Path) -> None:
-    notebook = nbformat.read(NOTEBOOKS[1], as_version=4)
+    notebook = opened(NOTEBOOKS[1])
     notebook.cells = [cell for cell in notebook.cells if "starter" not in cell.source and "report" not in cell.source]
     notebook.cells = [cell for cell in notebook.cells if "answers" not in cell.source]
     cells = run(notebook, kernel)
@@ -86,17 +100,12 @@ def test_every_fault_is_shown(kernel: Path, tiny_base: Path) -> None:
 
 
 def test_error_is_short_and_tb_shows_the_whole(kernel: Path) -> None:
-    tagged = {"tags": ["raises-exception"]}
-    source = 'import sartor\nsartor.open("none")'
-    cells = run(
-        nbformat.v4.new_notebook(
-            cells=[
-                nbformat.v4.new_code_cell(source, metadata=tagged),
-                nbformat.v4.new_code_cell("%tb", metadata=tagged),
-            ]
-        ),
-        kernel,
-    )
+    notebook = opened(NOTEBOOKS[1])
+    notebook.cells = [
+        code_cell('import sartor\nsartor.open("none")', "raises-exception"),
+        code_cell("%tb", "raises-exception"),
+    ]
+    cells = run(notebook, kernel)
     (short,) = cells[0].outputs
     assert short.ename == "ArtifactError" and len(short.traceback) == 3
     assert "there is nothing at" in short.traceback[0] and "try: " in short.traceback[1]
