@@ -325,7 +325,7 @@ def test_a_planted_extra_is_found(text: str, wrong: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("sartor studio adapters/faq", 1),
+        ("sartor stage adapters/faq", 1),
         ("sartor edge fly", 1),
         ("sartor tune r.yaml --nproc 2", 1),
         ("sartor verify DIR --public-key K", 0),

@@ -36,6 +36,7 @@ _EXTRAS = {
     "httpx": "serve",
     "prometheus_client": "serve",
     "pydantic": "serve",
+    "python_multipart": "studio",
     "starlette": "serve",
     "uvicorn": "serve",
 }

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sartor.core.progress import whole_progress
+from sartor.core.progress import record_progress, whole_progress
 from sartor.models import hardware
 
 
@@ -65,6 +65,8 @@ class TrainingLog:
         self._progress.update(self._task, completed=min(fraction, 1.0), said=text)
         if self._whole is not None:
             self._whole.show("tune", min(fraction, 1.0), text)
+        else:
+            record_progress("tune", min(fraction, 1.0), text)
 
 
 def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:

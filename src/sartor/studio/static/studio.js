@@ -1,0 +1,53 @@
+/* What pages do beside their links and forms. Each of them works without it. */
+"use strict";
+
+/* The server sends the changing part of a page as HTML; it escapes what it shows. */
+function follow(element) {
+  const source = new EventSource(element.dataset.events);
+  source.onmessage = (event) => {
+    const log = element.querySelector(".log");
+    const isAtEnd = !log || log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+    const place = log ? log.scrollTop : 0;
+    element.innerHTML = event.data;
+    const renewed = element.querySelector(".log");
+    if (renewed) renewed.scrollTop = isAtEnd ? renewed.scrollHeight : place;
+  };
+  source.addEventListener("end", () => {
+    source.close();
+    window.location.reload();
+  });
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("[data-events]").forEach(follow);
+  document.querySelectorAll(".log").forEach((log) => { log.scrollTop = log.scrollHeight; });
+});
+
+/* "/" goes to the search, Ctrl+Enter sends a question. */
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target.closest("input, textarea, select");
+  if (event.key === "/" && !isTyping && !event.ctrlKey && !event.metaKey) {
+    const field = document.querySelector('[data-key="/"]');
+    if (field) {
+      event.preventDefault();
+      field.focus();
+    }
+  }
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("[data-send]")) {
+    event.preventDefault();
+    event.target.form.requestSubmit();
+  }
+});
+
+/* A file that is dropped on the form is chosen by it. */
+document.addEventListener("dragover", (event) => {
+  if (event.target.closest(".drop")) event.preventDefault();
+});
+document.addEventListener("drop", (event) => {
+  const form = event.target.closest(".drop");
+  const field = form && form.querySelector("input[type=file]");
+  if (field && event.dataTransfer.files.length) {
+    event.preventDefault();
+    field.files = event.dataTransfer.files;
+  }
+});
