@@ -36,6 +36,7 @@ ACTING = {
     "/jobs/20260101-000000-000000000-abcdef/again": Role.OWNER,
     "/jobs/20260101-000000-000000000-abcdef/stop": Role.REVIEWER,
     "/talk": Role.REVIEWER,
+    "/review/faq/data": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef/clear": Role.REVIEWER,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 import time
@@ -34,6 +35,8 @@ PAGES = (
     "/data/faq/data?split=eval&q=question",
     "/data/faq/data?split=dropped",
     "/row/faq/data?at=3",
+    "/review",
+    "/review/faq/data",
     "/evaluate",
     "/evaluate/faq/report",
     "/artefact/faq/adapter",
@@ -94,7 +97,7 @@ def test_page_is_shown_in_both_languages(full: Site, path: str, language: str) -
     assert not [link for link in links if re.match(r"[a-z]+:|//", link or "")]
 
 
-@pytest.mark.parametrize("path", ["/", "/data", "/evaluate", "/jobs", "/new", "/talk"])
+@pytest.mark.parametrize("path", ["/", "/data", "/review", "/evaluate", "/jobs", "/new", "/talk"])
 def test_empty_folder_has_pages_that_say_how_to_begin(site: Site, path: str) -> None:
     text = site.page(path)
     assert "class=empty" in text or path == "/new"
@@ -349,3 +352,63 @@ def test_pages_below_a_path_link_below_it(tmp_path: Path) -> None:
     answer = site.post("/login", from_page="/login", name="ada", password="four words are enough", next="/")
     assert answer.headers["location"] == "/studio/" and "Path=/studio" in answer.headers["set-cookie"]
     site.close()
+
+
+def findings(dataset: Path, count: int = 3) -> list[str]:
+    """Findings about the first rows of a Dataset, as a step writes them."""
+    rows = [example.id for example in sartor.read_examples(sartor.open(dataset))][:count]
+    lines = []
+    for number, row in enumerate(rows):
+        item = {"kind": "label", "examples": [row], "reason": "suspicious_label", "detail": f"finding {number}"}
+        lines.append(json.dumps({**item, "suggestion": {"reply": f"better answer {number}"}}))
+    (dataset / "review.jsonl").write_text("\n".join(lines) + "\n")
+    return rows
+
+
+def test_findings_are_decided_one_after_the_other(full: Site) -> None:
+    data = full.folder / "faq" / "data"
+    findings(data)
+    assert "<b>3</b>" in full.page("/review")
+    page = full.page("/review/faq/data")
+    assert "finding" in page and "better" in page and "3 wait for you" in page
+    verdicts = (("accept", {}), ("edit", {"reply": "An answer of mine"}), ("reject", {"reason": "wrong"}))
+    for verdict, fields in verdicts:
+        page = full.page("/review/faq/data")
+        item = re.search(r'name=item value="([0-9a-f]+)"', page)
+        assert item
+        answer = full.post("/review/faq/data", from_page="/review/faq/data", item=item[1], verdict=verdict, **fields)
+        assert answer.status_code == 303, answer.text
+    assert "You have decided everything" in full.page("/review/faq/data")
+    counts = sartor.review_counts(data)
+    assert (counts["open"], counts["accepted"], counts["edited"], counts["rejected"]) == (0, 1, 1, 1)
+    shown = sartor.review_show(data, item[1])
+    assert [(decision["by"], decision["reason"]) for decision in shown["decisions"]] == [("ada", "wrong")]
+
+
+def test_skipped_finding_waits_and_a_decision_can_be_changed(full: Site) -> None:
+    data = full.folder / "faq" / "data"
+    findings(data, 2)
+    first = re.search(r'name=item value="([0-9a-f]+)"', full.page("/review/faq/data"))[1]
+    second = re.search(r'name=item value="([0-9a-f]+)"', full.page(f"/review/faq/data?after={first}"))[1]
+    assert first != second
+    answer = full.post("/review/faq/data", from_page="/review/faq/data", item=first, verdict="reject")
+    page = full.page(answer.headers["location"])
+    assert f'value="{second}"' in page and f"item={first}" in page
+    assert "Your decision so far: Reject" in full.page(f"/review/faq/data?item={first}")
+    full.post("/review/faq/data", from_page="/review/faq/data", item=first, verdict="accept")
+    assert sartor.review_counts(data)["accepted"] == 1
+
+
+def test_two_reviewers_lose_no_decision_and_see_not_each_other_s(full: Site) -> None:
+    data = full.folder / "faq" / "data"
+    findings(data, 1)
+    item = re.search(r'name=item value="([0-9a-f]+)"', full.page("/review/faq/data"))[1]
+    full.post("/review/faq/data", from_page="/review/faq/data", item=item, verdict="accept")
+    full.client = full.new_client()
+    full.log_in(Role.REVIEWER, "ben")
+    page = full.page("/review/faq/data")
+    assert f'value="{item}"' in page and "ada" not in page
+    full.post("/review/faq/data", from_page="/review/faq/data", item=item, verdict="reject")
+    assert {decision["by"] for decision in sartor.review_show(data, item)["decisions"]} == {"ada", "ben"}
+    assert sartor.review_counts(data)["conflicts"] == 1
+    assert full.post("/review/faq/data", from_page="/review", item=item, verdict="burn").status_code == 400

@@ -62,9 +62,7 @@ def studio(
     with contextlib.closing(studio_app(folder, hosts=[host, *hosts], max_upload_mb=max_upload_mb)) as pages:
         http = import_module("sartor.studio.studio_server")
         if not http.is_local(host):
-            notice(
-                f"warning: {host} can be reached by others, and passwords cross the network in the clear: put TLS in front"
-            )
+            notice(f"warning: others can reach {host}, and passwords cross the network in the clear: put TLS in front")
         try:
             asyncio.run(http.run(pages, host, port, ready=lambda address: _ready(address, pages.owner_path())))
         except KeyboardInterrupt:

@@ -25,6 +25,7 @@ STATIC = Path(__file__).parent / "static"
 NAVIGATION = (
     ("/", "nav.home", Role.VIEWER),
     ("/data", "nav.data", Role.VIEWER),
+    ("/review", "nav.review", Role.REVIEWER),
     ("/evaluate", "nav.evaluate", Role.VIEWER),
     ("/jobs", "nav.jobs", Role.VIEWER),
     ("/new", "nav.new", Role.OWNER),

@@ -19,7 +19,16 @@ from sartor.serving.http.http_errors import NotFoundError, to_http_error
 from sartor.studio.accounts import Accounts
 from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.page_renderer import redirect, render_error
-from sartor.studio.pages import data_pages, evaluate_pages, home_page, job_pages, login_pages, new_pages, talk_pages
+from sartor.studio.pages import (
+    data_pages,
+    evaluate_pages,
+    home_page,
+    job_pages,
+    login_pages,
+    new_pages,
+    review_pages,
+    talk_pages,
+)
 from sartor.studio.request_guard import RequestGuard
 from sartor.studio.studio_folder import StudioFolder
 from sartor.studio.visitor import LoginRequiredError, Studio, Visitor, current_visitor
@@ -65,8 +74,9 @@ class StudioApp:
 def _application(studio: Studio) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.studio = studio
-    for pages in (login_pages, home_page, data_pages, evaluate_pages, job_pages, new_pages, talk_pages):
-        app.include_router(pages.router)
+    groups = (login_pages, home_page, data_pages, review_pages, evaluate_pages, job_pages, new_pages, talk_pages)
+    for group in groups:
+        app.include_router(group.router)
     app.add_exception_handler(SartorError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

@@ -23,14 +23,14 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".log").forEach((log) => { log.scrollTop = log.scrollHeight; });
 });
 
-/* "/" goes to the search, Ctrl+Enter sends a question. */
+/* A key goes to the field or presses the button that names it; Ctrl+Enter sends a question. */
 document.addEventListener("keydown", (event) => {
   const isTyping = event.target.closest("input, textarea, select");
-  if (event.key === "/" && !isTyping && !event.ctrlKey && !event.metaKey) {
-    const field = document.querySelector('[data-key="/"]');
-    if (field) {
+  if (!isTyping && !event.ctrlKey && !event.metaKey && !event.altKey && /^[a-z/]$/.test(event.key)) {
+    const named = document.querySelector(`[data-key="${event.key}"]`);
+    if (named) {
       event.preventDefault();
-      field.focus();
+      if (named.matches("input, textarea")) named.focus(); else named.click();
     }
   }
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("[data-send]")) {
