@@ -55,7 +55,7 @@ def test_folder_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.services
-def test_owner_logs_in_by_the_link_and_the_studio_ends_by_sigterm(tmp_path: Path, commands: dict[str, str]) -> None:
+def test_owner_logs_in_by_the_link_and_the_studio_ends_by_sigterm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sartor", "studio", str(tmp_path), "--port", "0", "--json"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

@@ -147,3 +147,13 @@ def test_each_control_is_reached_by_tab_and_seen(browser: Browser, site: tuple[A
         assert outline != "none" or page.evaluate("document.activeElement === document.body")
     assert len(seen) >= reachable * 0.8
     assert faults == []
+
+
+def test_error_of_a_form_is_shown_without_a_reload(browser: Browser, site: tuple[Any, str]) -> None:
+    page, faults = open_page(browser, site)
+    page.goto(f"{site[1]}/data/faq/data")
+    page.evaluate("document.querySelector('form.filter').setAttribute('hx-get', '/data/nothing')")
+    page.evaluate("htmx.process(document.querySelector('form.filter'))")
+    page.click("text=Filter")
+    expect(page.locator("h1")).to_have_text("That did not work")
+    assert [fault for fault in faults if "404" not in fault] == []

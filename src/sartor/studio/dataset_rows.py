@@ -64,9 +64,10 @@ class RowPage:
 
 @dataclass(frozen=True)
 class _Group:
-    """A row group of a file. start: position of its first row among all rows."""
+    """A row group of a file. start: position of its first row among all rows. metadata: the file's, read once."""
 
     file: Path
+    metadata: Any
     index: int
     start: int
     rows: int
@@ -86,10 +87,11 @@ class RowTable:
         for name in sorted(names):
             file = dataset.path / name
             with _readable(file) as parquet:
-                for index in range(parquet.num_row_groups):
-                    count = parquet.metadata.row_group(index).num_rows
-                    self._groups.append(_Group(file, index, self.total, count))
-                    self.total += count
+                metadata = parquet.metadata
+            for index in range(metadata.num_row_groups):
+                count = metadata.row_group(index).num_rows
+                self._groups.append(_Group(file, metadata, index, self.total, count))
+                self.total += count
 
     def page(self, wanted: RowFilter, position: int = 0, size: int = PAGE_ROWS) -> RowPage:
         """Return the rows from a position on that fit the filter."""
@@ -135,7 +137,7 @@ class RowTable:
         for group in self._groups:
             inside = [place - group.start for place in positions if 0 <= place - group.start < group.rows]
             if inside:
-                with _readable(group.file) as parquet:
+                with _readable(group.file, group.metadata) as parquet:
                     table = parquet.read_row_group(group.index).take(pa.array(inside, pa.int64()))
                 for place, row in zip(inside, table.to_pylist(), strict=True):
                     rows[group.start + place] = row
@@ -178,16 +180,18 @@ def _matching(group: _Group, wanted: RowFilter) -> Any:
 
 def _contains(group: _Group, text: str) -> Any:
     """Return which rows of a group have a text in any of their texts, (N,)."""
-    schema = _schema(group.file)
-    if "text" in schema.names:  # drops
+    schema = group.metadata.schema
+    paths = [schema.column(index).path for index in range(len(schema))]
+    if "text" in paths:  # drops
         table = _read(group, ["text", "detail"])
         found = [_has(table[name].combine_chunks(), text) for name in ("text", "detail")]
         return found[0] | found[1]
     is_match = np.zeros(group.rows, bool)
     for name in ("messages", "rejected"):
-        if name not in schema.names:
+        columns = [path for path in paths if path.startswith(f"{name}.") and path.endswith(".text")]
+        if not columns:
             continue
-        messages = _read(group, [f"{name}.list.element.content.list.element.text"])[name].combine_chunks()
+        messages = _read(group, columns)[name].combine_chunks()
         contents = pc.struct_field(pc.list_flatten(messages), "content")
         texts = pc.struct_field(pc.list_flatten(contents), "text")
         rows_of_messages = numbers(pc.list_parent_indices(messages))
@@ -202,20 +206,15 @@ def _has(texts: Any, text: str) -> Any:
 
 
 def _read(group: _Group, columns: list[str]) -> Any:
-    with _readable(group.file) as parquet:
+    with _readable(group.file, group.metadata) as parquet:
         return parquet.read_row_group(group.index, columns=columns, use_threads=False)
 
 
-def _schema(file: Path) -> Any:
-    with _readable(file) as parquet:
-        return parquet.schema_arrow
-
-
 @contextmanager
-def _readable(file: Path) -> Iterator[Any]:
-    """Open a Parquet file; its errors are ArtifactErrors."""
+def _readable(file: Path, metadata: Any = None) -> Iterator[Any]:
+    """Open a Parquet file; its errors are ArtifactErrors. metadata: of the file, if it was read before."""
     try:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, metadata=metadata) as parquet:
             yield parquet
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(

@@ -74,7 +74,11 @@ class StudioFolder:
     def hidden(self) -> Path:
         """The studio's own folder, which is created if it is absent."""
         folder = self.root / HIDDEN
-        make_private_folder(folder)
+        try:
+            make_private_folder(folder)
+        except OSError as error:
+            problem = f"{folder} cannot be made: {error.strerror}"
+            raise ConfigError(problem, "give a folder that you can write to") from None
         return folder
 
     @property

@@ -35,7 +35,7 @@ document.addEventListener("keydown", (event) => {
   }
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("[data-send]")) {
     event.preventDefault();
-    event.target.form.requestSubmit();
+    event.target.form.requestSubmit(document.getElementById(event.target.dataset.send));
   }
 });
 
@@ -50,4 +50,13 @@ document.addEventListener("drop", (event) => {
     event.preventDefault();
     field.files = event.dataTransfer.files;
   }
+});
+
+/* A file above the limit is named before it is sent. */
+document.addEventListener("change", (event) => {
+  const field = event.target;
+  if (!field.matches("input[type=file][data-max-bytes]")) return;
+  const isTooLarge = field.files.length && field.files[0].size > Number(field.dataset.maxBytes);
+  field.setCustomValidity(isTooLarge ? field.dataset.tooLarge : "");
+  field.reportValidity();
 });
