@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
-from starlette.testclient import TestClient
-
 from sartor.studio.accounts import Role
 from sartor.studio.studio_app import StudioApp
+
+with warnings.catch_warnings():  # starlette 1.3 names an alias that anyio 4.16 deprecates
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from starlette.testclient import TestClient
 
 ADDRESS = "http://127.0.0.1:8765"
 PASSWORD = "four words are enough"

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.testclient import TestClient
 
 import sartor
 from page_markup import Tags
@@ -23,7 +22,7 @@ from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.page_renderer import STATIC
 from sartor.studio.served_talk import SideReply, Talk
 from studio_artefacts import dataset_with, report_of, report_row, write_specialist
-from studio_site import Site
+from studio_site import Site, TestClient
 
 # of the package htmx.org 2.0.11 of npm: dist/htmx.min.js and LICENSE
 HTMX_SHA256 = "d6fdc75f204e6bdefa99b69bf1e6d4ac69b8a364f77929f45c13476b4000f717"

@@ -41,7 +41,7 @@ def language_of(request: Request) -> str:
 
 
 def render(
-    request: Request, visitor: Visitor, template: str, *, status: int = 200, title: str = "", **context: Any
+    request: Request, visitor: Visitor, template: str, *, status_code: int = 200, title: str = "", **context: Any
 ) -> Response:
     """Return a page. template: its name below studio/templates, without `.html.j2`."""
     studio, language = studio_of(request), language_of(request)
@@ -72,7 +72,7 @@ def render(
         command=shown_command,
         **context,
     )
-    response = HTMLResponse(text, status)
+    response = HTMLResponse(text, status_code)
     if visitor.is_new:
         response.set_cookie(
             studio.form_cookie,
@@ -91,9 +91,9 @@ def redirect(request: Request, target: str, **query: str) -> RedirectResponse:
     return RedirectResponse(f"{root}{quote(target)}{f'?{urlencode(query)}' if query else ''}", 303)
 
 
-def render_error(request: Request, visitor: Visitor, error: SartorError, status: int) -> Response:
+def render_error(request: Request, visitor: Visitor, error: SartorError, status_code: int) -> Response:
     """Return a page that says what is wrong and what to do."""
-    return render(request, visitor, "error", status=status, problem=error.problem, remedy=error.remedy)
+    return render(request, visitor, "error", status_code=status_code, problem=error.problem, remedy=error.remedy)
 
 
 def _is_current(target: str, path: str) -> bool:

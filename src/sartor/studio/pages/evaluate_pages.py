@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -32,7 +33,19 @@ def reports(request: Request, visitor: Viewer) -> Response:
     found = [item for item in artifacts if item.kind == "report"]
     measured = {parent["id"] for item in found if item.artifact for parent in item.artifact.manifest["parents"]}
     unmeasured = [item for item in artifacts if item.kind == "adapter" and item.artifact and item.id not in measured]
-    return render(request, visitor, "reports", found=found, unmeasured=unmeasured)
+    primaries = {item.name: _primary(item) for item in found}
+    return render(request, visitor, "reports", found=found, unmeasured=unmeasured, primaries=primaries)
+
+
+def _primary(found: FoundArtifact) -> dict[str, Any]:
+    """Return the name and both values of a Report's primary metric; empty if its manifest does not state them."""
+    try:
+        assert found.artifact is not None
+        manifest = found.artifact.manifest
+        metric = manifest["metrics"][manifest["primary"]]
+        return {"name": str(manifest["primary"]), "base": float(metric["base"]), "tuned": float(metric["tuned"])}
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return {}
 
 
 @router.post("/evaluate")
@@ -63,6 +76,7 @@ def report(request: Request, visitor: Viewer, name: str, rows: str = "lost", sta
     start = max(0, start)
     artifacts, _ = studio.folder.scan()
     manifest = view.report.manifest
+    base = manifest.get("base")
     tuned = [found for found in artifacts if found.id in {parent["id"] for parent in manifest["parents"]}]
     released = _released(view.report, tuned, artifacts)
     return render(
@@ -72,6 +86,8 @@ def report(request: Request, visitor: Viewer, name: str, rows: str = "lost", sta
         title=name,
         name=name,
         manifest=manifest,
+        rows_measured=len(view.rows),
+        base_name=base.get("name", "") if isinstance(base, dict) else "",
         primary=next(metric for metric in view.metrics if metric.name == view.primary),
         metrics=view.metrics,
         gains={metric.name: metric for metric in view.metrics if metric.is_gain},

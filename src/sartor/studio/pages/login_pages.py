@@ -39,7 +39,9 @@ def log_in(request: Request, visitor: AnyVisitor, form: PostedForm) -> Response:
     try:
         token = studio.accounts.log_in(text_field(form, "name"), _password(form))
     except KeyRefusedError as error:
-        return render(request, visitor, "login", status=403, next=target, problem=f"{error.problem}: {error.remedy}")
+        return render(
+            request, visitor, "login", status_code=403, next=target, problem=f"{error.problem}: {error.remedy}"
+        )
     response = _redirect_within(request, target)
     set_session(response, studio, token, is_secure=request.url.scheme == "https", path=_cookie_path(request))
     return response
@@ -71,7 +73,7 @@ def accept(request: Request, visitor: AnyVisitor, token: str, form: PostedForm) 
     return response
 
 
-def _welcome(request: Request, visitor: Visitor, token: str, problem: str, status: int) -> Response:
+def _welcome(request: Request, visitor: Visitor, token: str, problem: str, status_code: int) -> Response:
     invitation = studio_of(request).accounts.invitation(token)
     if invitation is None:
         raise KeyRefusedError(
@@ -81,7 +83,7 @@ def _welcome(request: Request, visitor: Visitor, token: str, problem: str, statu
         request,
         visitor,
         "welcome",
-        status=status,
+        status_code=status_code,
         invitation=invitation,
         token=token,
         problem=problem,
