@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from sartor.studio import passwords
 from sartor.studio.accounts import Role
 from sartor.studio.studio_app import StudioApp
 
@@ -14,6 +15,8 @@ with warnings.catch_warnings():  # starlette 1.3 names an alias that anyio 4.16 
     warnings.simplefilter("ignore", DeprecationWarning)
     from starlette.testclient import TestClient
 
+# a hash takes a millisecond here; test_accounts.py hashes at its full cost
+passwords._ARGON2.update(iterations=1, lanes=1, memory_cost=1024)
 ADDRESS = "http://127.0.0.1:8765"
 PASSWORD = "four words are enough"
 CSRF = re.compile(r'name=csrf value="([0-9a-f]{64})"')

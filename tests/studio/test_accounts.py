@@ -32,6 +32,15 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def cheap_hashes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash takes a millisecond, but in the test of hashes."""
+    cost = {"iterations": 3, "lanes": 4, "memory_cost": 64 << 10}
+    if "hash" not in request.node.name:
+        cost = {"iterations": 1, "lanes": 1, "memory_cost": 1024}
+    monkeypatch.setattr(passwords, "_ARGON2", {"length": 32, **cost})
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

@@ -8,6 +8,7 @@ frame.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -35,6 +36,10 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+
+
+# no user's name before the host: EVIL@127.0.0.1
+_HOST = re.compile(r"[\w.:\[\]-]{1,260}")
 
 
 class RequestGuard:
@@ -83,7 +88,7 @@ class RequestGuard:
     def _refusal(self, scope: Scope, headers: Headers) -> ForeignError | None:
         host = headers.get("host", "")
         try:
-            name = (urlsplit(f"//{host}").hostname or "").lower()
+            name = (urlsplit(f"//{host}").hostname or "").lower() if _HOST.fullmatch(host) else ""
         except ValueError:
             name = ""
         if not (is_loopback(name) or name in self._hosts):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -120,16 +120,21 @@ Reviewer = Annotated[Visitor, Depends(_require(Role.REVIEWER))]
 Owner = Annotated[Visitor, Depends(_require(Role.OWNER))]
 
 
-async def posted_form(request: Request, visitor: AnyVisitor) -> FormData:
-    """Return the fields of a posted form. Raises KeyRefusedError for a wrong CSRF token, RequestError."""
+async def posted_form(request: Request, visitor: AnyVisitor) -> AsyncIterator[FormData]:
+    """Yield the fields of a posted form, and close its files afterwards. Raises KeyRefusedError for a wrong CSRF token, RequestError."""
     try:
         form = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     except HTTPException as error:
         raise RequestError(f"the form cannot be read: {error.detail}", "send it from the studio's own page") from None
-    token = form.get(CSRF_FIELD)
-    if not isinstance(token, str) or not hmac.compare_digest(token.encode(), visitor.csrf.encode()):
-        raise KeyRefusedError("this form is older than your session, or not from this studio", "reload the page first")
-    return form
+    try:
+        token = form.get(CSRF_FIELD)
+        if not isinstance(token, str) or not hmac.compare_digest(token.encode(), visitor.csrf.encode()):
+            raise KeyRefusedError(
+                "this form is older than your session, or not from this studio", "reload the page first"
+            )
+        yield form
+    finally:
+        await form.close()
 
 
 PostedForm = Annotated[FormData, Depends(posted_form)]

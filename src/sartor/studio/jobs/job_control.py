@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -78,7 +79,6 @@ class JobControl:
     def __init__(self, folder: Path, program: Sequence[str] = _SARTOR) -> None:
         self.files = JobFiles(folder)
         self._program = tuple(program)
-        self._runners: list[subprocess.Popen[bytes]] = []
 
     def start(
         self,
@@ -118,9 +118,8 @@ class JobControl:
                 stderr=log,
                 start_new_session=True,
             )
-        # awaited, so that ended runners do not stay as zombies
-        self._runners = [process for process in self._runners if process.poll() is None]
-        self._runners.append(runner)
+        # awaited, so that an ended runner does not stay as a zombie
+        threading.Thread(target=runner.wait, daemon=True).start()
         return job
 
     def stop(self, job_id: str, *, by: str) -> None:
@@ -182,7 +181,7 @@ class JobControl:
 
     def log_lines(self, job_id: str) -> list[str]:
         """Return the last lines of a job's log."""
-        lines = tail(self.files.path(job_id) / LOG).splitlines()
+        lines = tail(self.files.path(job_id) / LOG).split("\n")
         return [line for line in map(_without_colours, lines) if line.strip()][-LOG_LINES:]
 
     def losses(self, job: Job) -> Losses | None:
