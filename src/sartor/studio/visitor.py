@@ -121,7 +121,10 @@ Owner = Annotated[Visitor, Depends(_require(Role.OWNER))]
 
 
 async def posted_form(request: Request, visitor: AnyVisitor) -> AsyncIterator[FormData]:
-    """Yield the fields of a posted form, and close its files afterwards. Raises KeyRefusedError for a wrong CSRF token, RequestError."""
+    """Yield the fields of a posted form, and close its files afterwards.
+
+    Raises KeyRefusedError for a wrong CSRF token, RequestError for a form that cannot be read.
+    """
     try:
         form = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     except HTTPException as error:
