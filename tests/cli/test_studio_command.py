@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+import sartor
 from sartor.cli import main
 
 PASSWORD = "four words are enough"
@@ -93,3 +94,24 @@ def test_other_host_is_listened_on_with_a_warning(
     with pytest.raises(SystemExit):
         main(["studio", str(tmp_path)])
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_serve_shows_the_pages_below_a_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_adapter: bool
+) -> None:
+    mounted: dict[str, Any] = {}
+
+    def serve(team: Path, flags: list[str], *, mounts: dict[str, Any], **callbacks: Any) -> None:
+        mounted.update(mounts)
+
+    monkeypatch.setattr(sartor, "serve_adapter" if is_adapter else "serve", serve, raising=False)
+    target = tmp_path / "adapter" if is_adapter else tmp_path / "team.yaml"
+    target.mkdir() if is_adapter else target.touch()
+    with pytest.raises(SystemExit):
+        main(["serve", str(target), "--studio", str(tmp_path)])
+    assert list(mounted) == ["/studio"] and "/studio/welcome/" in capsys.readouterr().err
+    mounted.clear()
+    with pytest.raises(SystemExit):
+        main(["serve", str(target)])
+    assert mounted == {}
