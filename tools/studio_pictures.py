@@ -25,7 +25,7 @@ from playwright.sync_api import Page, sync_playwright
 from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
 from sartor.studio.studio_app import StudioApp
-from sartor.studio.studio_server import run
+from sartor.studio.studio_server import StudioServer
 
 CHROMIUM = "/usr/bin/chromium"
 WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
@@ -37,28 +37,14 @@ NAME, PASSWORD = "Ada", "four words are enough"
 def served(folder: Path) -> Iterator[tuple[StudioApp, str]]:
     """The studio of a folder on a free port, and its address."""
     app = StudioApp(folder)
-    address: list[str] = []
-    ready = threading.Event()
-
-    def started(url: str) -> None:
-        address.append(url)
-        ready.set()
-
-    loop = asyncio.new_event_loop()
-    task: list[asyncio.Task[None]] = []
-
-    async def serve() -> None:
-        task.append(asyncio.ensure_future(run(app, "127.0.0.1", 0, ready=started)))
-        await asyncio.gather(*task, return_exceptions=True)
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    server = StudioServer(app, "127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
-    ready.wait(30)
     try:
-        yield app, address[0]
+        yield app, server.address
     finally:
-        loop.call_soon_threadsafe(task[0].cancel)
-        thread.join(10)
+        server.stop()
+        thread.join(20)
         app.close()
 
 

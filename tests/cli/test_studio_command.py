@@ -82,10 +82,14 @@ def test_owner_logs_in_by_the_link_and_the_studio_ends_by_sigterm(tmp_path: Path
 def test_other_host_is_listened_on_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run(app: Any, host: str, port: int, *, ready: Any) -> None:
-        ready(f"http://{host}:{port}")
+    class Server:
+        def __init__(self, app: Any, host: str, port: int) -> None:
+            self.address = f"http://{host}:{port}"
 
-    monkeypatch.setattr("sartor.studio.studio_server.run", run)
+        async def serve(self) -> None:
+            pass
+
+    monkeypatch.setattr("sartor.studio.studio_server.StudioServer", Server)
     with pytest.raises(SystemExit):
         main(["studio", str(tmp_path), "--host", "0.0.0.0"])
     shown = capsys.readouterr()

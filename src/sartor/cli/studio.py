@@ -64,7 +64,9 @@ def studio(
         if not http.is_local(host):
             notice(f"warning: others can reach {host}, and passwords cross the network in the clear: put TLS in front")
         try:
-            asyncio.run(http.run(pages, host, port, ready=lambda address: _ready(address, pages.owner_path())))
+            server = http.StudioServer(pages, host, port)
+            _ready(server.address, pages.owner_path())
+            asyncio.run(server.serve())
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
