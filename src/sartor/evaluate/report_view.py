@@ -84,9 +84,9 @@ def read_report(path: Path | str) -> ReportView:
         primary = manifest["primary"]
         metrics = []
         for name, metric, verdict in metric_verdicts(manifest):
-            values = [float(metric[key]) for key in ("base", "tuned", "difference", "low", "high")]
+            values = {key: float(metric[key]) for key in ("base", "tuned", "difference", "low", "high")}
             is_gain = name in manifest["metrics"] and name not in LOWER_IS_BETTER
-            metrics.append(MetricView(name, *values, verdict, is_gain))
+            metrics.append(MetricView(name, **values, verdict=verdict, is_gain=is_gain))
         rows = [_row_view(row, primary) for row in read_file(report.path / "rows.parquet")]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         # the manifest's id fits whoever wrote it; what stands in it may be anything

@@ -77,7 +77,7 @@ failed_logins = Table(
     "failed_logins",
     metadata,
     Column("name", Text, primary_key=True),
-    Column("count", Integer, nullable=False),
+    Column("failures", Integer, nullable=False),
     Column("last_at", Float, nullable=False),
     Column("locked_until", Float, nullable=False),
 )
@@ -247,7 +247,7 @@ class Accounts:
         if failed and failed.locked_until > self._now():
             seconds = failed.locked_until - self._now()
             raise KeyRefusedError(
-                f"there were {failed.count} failed logins under this name; it is locked for {seconds:.0f} s",
+                f"there were {failed.failures} failed logins under this name; it is locked for {seconds:.0f} s",
                 "wait, then try again; an owner can make a new link: sartor studio user add NAME --role ROLE",
             )
         if not is_password(password, row.password if row else ""):
@@ -265,10 +265,10 @@ class Accounts:
         now = self._now()
         with self._database.change() as connection:
             row = connection.execute(select(failed_logins).where(failed_logins.c.name == name)).first()
-            count = row.count + 1 if row else 1
+            count = row.failures + 1 if row else 1
             lock_s = min(MAX_LOCK_S, LOCK_S * 2 ** min(count - MAX_FAILURES, 10)) if count >= MAX_FAILURES else 0.0
             connection.execute(delete(failed_logins).where(failed_logins.c.name == name))
-            fields = {"name": name, "count": count, "last_at": now, "locked_until": now + lock_s}
+            fields = {"name": name, "failures": count, "last_at": now, "locked_until": now + lock_s}
             connection.execute(insert(failed_logins).values(**fields))
             if connection.execute(select(func.count()).select_from(failed_logins)).scalar_one() > MAX_FAILED_NAMES:
                 oldest = select(failed_logins.c.name).order_by(failed_logins.c.last_at).limit(MAX_FAILED_NAMES // 10)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import os
 import threading
+from typing import Any
 
 from cryptography.exceptions import InvalidKey, UnsupportedAlgorithm
 
@@ -20,7 +21,7 @@ except ImportError:  # cryptography below 44
 MIN_PASSWORD_CHARS = 10
 MAX_PASSWORD_CHARS = 1000
 # RFC 9106, section 4, second recommended option: 64 MiB, 3 passes, 4 lanes
-_ARGON2 = {"length": 32, "iterations": 3, "lanes": 4, "memory_cost": 64 << 10}
+_ARGON2: dict[str, Any] = {"length": 32, "iterations": 3, "lanes": 4, "memory_cost": 64 << 10}
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 1 << 15, 8, 3
 # a hash takes 64 MiB: more at once would let a flood of logins fill the memory
 _hashing = threading.BoundedSemaphore(2)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import FileSystem, touch_private
@@ -242,7 +243,7 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return result
 
 
-def _json_lines(text: str) -> list[dict[str, object]]:
+def _json_lines(text: str) -> list[dict[str, Any]]:
     """Return the JSON objects among lines of text; the first may be cut, the last unfinished."""
     result = []
     for line in text.splitlines():

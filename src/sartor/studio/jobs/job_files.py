@@ -248,5 +248,5 @@ def _modified_at(file: Path) -> float:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """Return the command line of a job as a person would type it."""
-    return shlex.join(["sartor", *arguments])
+    """Return the command line of a job as a person would type it, without the `--json` for the studio."""
+    return shlex.join(["sartor", *(argument for argument in arguments if argument != "--json")])

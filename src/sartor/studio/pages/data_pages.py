@@ -105,7 +105,8 @@ def _drop_views(rows: Sequence[tuple[int, dict[str, Any]]], examples: RowTable) 
     views = []
     for position, drop in rows:
         text, kept_position = drop.get("text") or "", positions.get(drop.get("kept") or "")
-        shown, kept = pieces(text) if text else [], []
+        shown = pieces(text) if text else []
+        kept: list[TextPiece] = []
         if kept_position is not None and text:
             # a drop's text ends at 2,000 characters
             shown, kept = differences(text, row_text(kept_rows[kept_position])[: max(len(text), SHOWN_CHARS)])

@@ -108,8 +108,14 @@ def choose_language(request: Request, form: PostedForm) -> Response:
     response = _redirect_within(request, text_field(form, "next"))
     language = text_field(form, "language")
     if language in LANGUAGES:
-        options = {"samesite": "strict", "path": _cookie_path(request)}
-        response.set_cookie(LANGUAGE_COOKIE, language, max_age=365 * 24 * 3600, httponly=True, **options)
+        response.set_cookie(
+            LANGUAGE_COOKIE,
+            language,
+            max_age=365 * 24 * 3600,
+            httponly=True,
+            samesite="strict",
+            path=_cookie_path(request),
+        )
     return response
 
 

@@ -38,7 +38,7 @@ def upgrade() -> None:
     op.create_table(
         "failed_logins",
         sa.Column("name", sa.Text, primary_key=True),
-        sa.Column("count", sa.Integer, nullable=False),
+        sa.Column("failures", sa.Integer, nullable=False),
         *_times("last_at", "locked_until"),
     )
     op.create_table("settings", sa.Column("name", sa.Text, primary_key=True), *_texts("value"))
