@@ -175,6 +175,13 @@ def test_report_opens_with_rows_that_there_are(site: Site) -> None:
     assert "tuned a" in site.page("/evaluate/faq/all-right")
 
 
+def test_adapter_shows_its_losses(full: Site) -> None:
+    text = full.page("/artefact/faq/adapter")
+    points = re.search(r'<polyline class=line points="([^"]+)"', text)
+    assert points and len(points[1].split()) == 40 and text.count("class=dot") == 1
+    assert "held out: 1.2" in text
+
+
 def test_evaluation_and_release_are_commands(full: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = full.post("/evaluate", from_page="/artefact/faq/adapter", adapter="faq/adapter")
     assert answer.status_code == 303

@@ -13,6 +13,7 @@ from sartor.core.html import flat
 from sartor.studio.jobs.job_files import JobState, JobStatus
 from sartor.studio.lineage_graph import draw_lineage
 from sartor.studio.page_renderer import render
+from sartor.studio.pages.job_pages import draw_losses
 from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.visitor import Viewer, studio_of
 
@@ -88,6 +89,7 @@ def artifact_page(request: Request, visitor: Viewer, name: str) -> Response:
     artifacts, _ = studio.folder.scan()
     artifact = studio.folder.artifact(name, ("dataset", "adapter", "report", "release", "duplicates", "export"))
     parents = {parent["id"] for parent in artifact.manifest.get("parents", [])}
+    losses = studio.jobs.losses_of(artifact.path) if artifact.kind == "adapter" else None
     facts = flat({key: value for key, value in artifact.manifest.items() if key not in _LEFT_OUT})
     return render(
         request,
@@ -100,7 +102,8 @@ def artifact_page(request: Request, visitor: Viewer, name: str) -> Response:
         gate=gate_of(artifact),
         parents=[found for found in artifacts if found.id in parents],
         children=[found for found in artifacts if found.artifact and artifact.id in _parents(found.artifact)],
-        losses=studio.jobs.losses_of(artifact.path) if artifact.kind == "adapter" else None,
+        losses=losses,
+        curve=draw_losses(losses),
         page_of=page_of,
     )
 
