@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,24 @@ def test_job_killed_by_the_system_is_failed_with_its_signal(control: JobControl,
     os.kill(process_of(control, job_id), signal.SIGKILL)
     status = wait_for(control, job_id, JobState.FAILED)
     assert (status.signal, status.exit_code) == (signal.SIGKILL, None)
+
+
+def test_job_outlives_a_killed_studio(control: JobControl, tmp_path: Path) -> None:
+    """Another process starts the job and is killed; this one sees it run and end."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from sartor.studio.jobs.job_control import JobControl
+control = JobControl(Path({str(control.files.folder)!r}), {control._program!r})
+control.start(["work", {str(tmp_path / "go")!r}], title="a job", by="ada", cwd=Path({str(tmp_path)!r}))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    (job_id,) = control.files.ids()
+    wait_for(control, job_id, JobState.RUNNING)
+    (tmp_path / "go").touch()
+    assert wait_for(control, job_id, JobState.DONE).result == {"out": "there"}
 
 
 def test_command_outlives_its_runner_and_keeps_others_waiting(control: JobControl, tmp_path: Path) -> None:
