@@ -107,6 +107,11 @@ def test_stop_ends_the_command(control: JobControl, tmp_path: Path) -> None:
         control.stop(job_id, by="bob")
 
 
+def test_command_that_ended_by_a_signal_of_elsewhere_was_stopped(tmp_path: Path) -> None:
+    control = JobControl(tmp_path / "jobs", (sys.executable, "-c", "import sys; sys.exit(143)"))
+    assert wait_for(control, start(control, tmp_path), JobState.STOPPED).exit_code == 143
+
+
 def test_second_stop_after_its_grace_kills(
     control: JobControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

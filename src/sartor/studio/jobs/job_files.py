@@ -188,6 +188,10 @@ class JobFiles:
 _START_S = 10.0
 
 
+# of a command that Ctrl-C or SIGTERM ended, at a terminal for instance
+_STOPPED_CODES = (130, 143)
+
+
 def new_id() -> str:
     """Return the id of a new job; ids sort by time."""
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
@@ -201,7 +205,7 @@ def _is_id(text: str) -> bool:
 def _state_of_end(exit_code: int | None, signal_number: int, is_stopping: bool) -> JobState:
     if exit_code == 0:
         return JobState.DONE
-    if is_stopping:
+    if is_stopping or exit_code in _STOPPED_CODES:
         return JobState.STOPPED
     if exit_code is None and not signal_number:
         return JobState.STOPPED  # it was stopped while it waited
