@@ -26,7 +26,6 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEMPLATES = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 PUBLIC_FILES = [ROOT / "SECURITY.md", ROOT / "CITATION.cff", *TEMPLATES, *(ROOT / ".github").glob("*.md")]
-BIG_AND_UNTESTED = {"studio"}
 OF_ONE_PLATFORM = {"cuda"}
 INSTEAD_OF_THE_SYSTEMS = {"compiler"}
 OURS = {"bench", "dev", "all"}
@@ -49,7 +48,7 @@ def test_the_venv_of_the_checks_has_every_extra() -> None:
     everything = set(re.fullmatch(r"sartor\[(.+)\]", extras["all"][0]).group(1).split(","))
     assert everything == set(extras) - OURS - OF_ONE_PLATFORM - INSTEAD_OF_THE_SYSTEMS
     tested = re.search(r"^TESTED := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
-    assert set(tested.split(",")) == everything - BIG_AND_UNTESTED
+    assert set(tested.split(",")) == everything
 
 
 def test_version_has_one_source() -> None:

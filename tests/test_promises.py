@@ -108,7 +108,11 @@ def wrong_commands(text: str) -> list[str]:
         if verb not in commands():
             wrong.append(match[0])
             continue
-        command = f"{verb} {second}" if f"{verb} {second}" in commands() else verb
+        command = verb
+        for word in (second or "", *rest.split()[:1]):
+            if f"{command} {word}" not in commands():
+                break
+            command = f"{command} {word}"
         is_group = commands()[verb].default_command is None
         if is_group and second and command == verb:
             wrong.append(match[0])
@@ -257,7 +261,7 @@ def test_commands_in_a_pages_blocks_can_be_typed(page: Path) -> None:
         if {"--help", "--version"} & set(words):
             continue
         flags = [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
-        command = next(name for length in (2, 1) if (name := " ".join(words[:length])) in commands())
+        command = next(name for length in (3, 2, 1) if (name := " ".join(words[:length])) in commands())
         assert [flag for flag in flags if not is_flag(flag, flags_of(command))] == [], words
         app.parse_args(words, exit_on_error=False, print_error=False)
 
@@ -325,8 +329,10 @@ def test_a_planted_extra_is_found(text: str, wrong: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("sartor studio adapters/faq", 1),
+        ("sartor stage adapters/faq", 1),
         ("sartor edge fly", 1),
+        ("sartor studio user add ada --role owner", 0),
+        ("sartor studio user add ada --rank owner", 1),
         ("sartor tune r.yaml --nproc 2", 1),
         ("sartor verify DIR --public-key K", 0),
         ("sartor tune r.yaml --out a --method.rank 8; sartor evaluate a --label x", 0),

@@ -71,6 +71,7 @@ from sartor.edge.tuning.energy_policy import EnergyPolicy as EnergyPolicy
 from sartor.edge.update.fleet_monitor import FleetPolicy as FleetPolicy
 from sartor.edge.update.tuf_roles import Expiry as Expiry
 from sartor.evaluate.evaluation import evaluate as evaluate
+from sartor.evaluate.report_view import read_report as read_report
 from sartor.federate.flower.flower_client import ClientOptions as ClientOptions
 from sartor.federate.flower.flower_client import join_rounds as federate_client
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions as CoordinatorOptions
@@ -102,6 +103,7 @@ from sartor.models.base_inspection import inspect as inspect
 from sartor.quickstart.chat import chat as chat
 from sartor.quickstart.doctor import doctor as doctor
 from sartor.quickstart.init import init as init
+from sartor.quickstart.preview import preview as preview
 from sartor.quickstart.show import show as show
 from sartor.quickstart.tailor import tailor as tailor
 from sartor.quickstart.yaml_schemas import schema as schema
@@ -257,11 +259,13 @@ __all__ = [
     "open_voice",
     "options",
     "plan",
+    "preview",
     "promote_agent",
     "prove",
     "prune",
     "read_drops",
     "read_examples",
+    "read_report",
     "release",
     "remove_agent",
     "remove_feedback",

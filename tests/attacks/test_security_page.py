@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "security.md"
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 BOUNDARIES = {
     "HTTP",
+    "Studio",
     "Tokens",
     "Artefacts",
     "Installation",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from clock import Clock
@@ -100,3 +103,37 @@ def test_bar_that_is_kept_ends_full(clock: Clock, monkeypatch: pytest.MonkeyPatc
     bar.show(1.0, "loss 1.0")
     bar.stop()
     assert 'value="1.0000"' in shown.drawn[-1] and "loss 1.0" in shown.drawn[-1]
+
+
+def test_progress_is_written_for_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "progress.jsonl"
+    monkeypatch.setenv(progress.PROGRESS_FILE, str(file))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_RECORDS", 0.0)
+    with WholeProgress("tailor", {"tune": 100.0, "evaluate": 100.0}, lambda line: None):
+        with Progress("tune", 10, "updates", lambda line: None) as tuning:
+            tuning.show(5)
+        with Progress("evaluate", 20, "rows", lambda line: None) as evaluation:
+            evaluation.show(20)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["what"], line["fraction"]) for line in lines] == [("tailor", 0.25), ("tailor", 1.0)]
+    assert lines[1]["text"] == "evaluate: 20 of 20 rows" and lines[1]["at"] >= lines[0]["at"]
+
+
+def test_progress_is_written_at_most_every_half_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "progress.jsonl"
+    monkeypatch.setenv(progress.PROGRESS_FILE, str(file))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_RECORDS", 100.0)
+    monkeypatch.setattr(progress, "_last_record", -200.0)
+    with Progress("tune", 10, "updates", lambda line: None) as tuning:
+        for done in range(11):
+            tuning.show(done)
+    fractions = [json.loads(line)["fraction"] for line in file.read_text().splitlines()]
+    assert fractions[-1] == 1.0 and len(fractions) <= 2
+
+
+def test_progress_file_that_cannot_be_written_to_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(progress.PROGRESS_FILE, str(tmp_path / "nowhere" / "x"))
+    with Progress("tune", 1, "updates", lambda line: None) as tuning:
+        tuning.show(1)

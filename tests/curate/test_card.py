@@ -25,6 +25,7 @@ from page_markup import HOSTILE, Tags
 from sartor.core import html as page
 from sartor.core import parquet_io
 from sartor.core.records import Drop, Example, Message, Origin, Part, count_values
+from sartor.core.text_differences import TextPiece, differences
 from sartor.curate import card
 from sartor.curate.card import metadata as hub
 from sartor.curate.card import render
@@ -41,10 +42,8 @@ from sartor.curate.card.blocks import (
     QuotedText,
     Section,
     Table,
-    TextPiece,
 )
 from sartor.curate.card.card_data import gather, short_path
-from sartor.curate.card.sections import differences
 
 OURS = """html meta title style body h1 h2 h3 h4 p div b span bdi table tr th td figure figcaption svg g rect text line path pre
 details summary mark i"""

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError, Group
 
 import sartor
-from sartor.cli import correcting, data, edge, federate, personal, review, serving, tracing, tuning
+from sartor.cli import correcting, data, edge, federate, personal, review, serving, studio, tracing, tuning
 from sartor.cli import data as assets
 from sartor.cli import data as validation
 from sartor.cli import edge as person
@@ -50,6 +50,7 @@ __all__ = [
     "personal",
     "review",
     "serving",
+    "studio",
     "tracing",
     "tuning",
     "validation",
@@ -77,7 +78,7 @@ RECIPES = {
 GROUPS = {
     "Start here": (
         "sartor tailor faq.csv --name faq --fields prompt=Frage,completion=Antwort --licence own",
-        ("tailor", "chat", "ask", "show", "init", "schema", "doctor", "demo", "assets"),
+        ("tailor", "studio", "chat", "ask", "show", "init", "schema", "doctor", "demo", "assets"),
     ),
     "Data": (
         "sartor curate curate.yaml --out data/faq",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from cyclopts import App
 
 import sartor
 from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice
+from sartor.cli.studio import MOUNT, studio_app
 from sartor.core.errors import ConfigError
 
 
@@ -51,7 +53,7 @@ def export(
 
 
 @app.command
-def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) -> None:
+def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None, studio: Path | None = None) -> None:
     """Serve a team or one Adapter over an OpenAI-compatible HTTP API, until SIGTERM or Ctrl-C.
 
     Running replies end first. One line on stdout states the address once the server answers; the log, one JSON object
@@ -62,13 +64,23 @@ def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) ->
         team: the team's YAML file; or the directory of one Release, or of an Adapter, which answers as NAME@unreleased
         host: address to listen on, instead of http.host; beyond this machine only with keys (`sartor agents key`)
         port: instead of http.port; 0 takes a free one
+        studio: also show the studio's pages of this folder, below /studio; its users log in there
     """
     overrides = [*(["--http.host", host] if host else []), *(["--http.port", str(port)] if port is not None else [])]
     try:
-        if team.is_dir():
-            sartor.serve_adapter(team, [*flags, *overrides], ready=_ready, notice=notice)
-        else:
-            sartor.serve(team, [*flags, *overrides], ready=_ready)
+        with contextlib.ExitStack() as stack:
+            mounts = {}
+            if studio is not None:
+                pages = stack.enter_context(contextlib.closing(studio_app(studio, hosts=[host] if host else [])))
+                mounts = {MOUNT: pages}
+                if link := pages.owner_path():
+                    notice(
+                        f"the first owner of the studio begins at {MOUNT}{link} of this address, once, within a day"
+                    )
+            if team.is_dir():
+                sartor.serve_adapter(team, [*flags, *overrides], mounts=mounts, ready=_ready, notice=notice)
+            else:
+                sartor.serve(team, [*flags, *overrides], mounts=mounts, ready=_ready)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -38,6 +38,7 @@ _EXTRAS = {
     "httpx": "serve",
     "prometheus_client": "serve",
     "pydantic": "serve",
+    "python_multipart": "studio",
     "starlette": "serve",
     "uvicorn": "serve",
 }

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Self, TypeVar
@@ -134,6 +135,47 @@ def _silent(stage: str, done: int, of: int) -> None:
 def serial(function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iterator[T]:
     """Yield `function(*item)` for every item, in order, in this process."""
     return (function(*item) for item in items)
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process of this machine: its number, and its start, since numbers are reused.
+
+    started: boot id and start time in clock ticks since the boot (proc(5)); empty where /proc does not tell.
+    """
+
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """Return the identity of a running process. Raises ProcessLookupError if there is none."""
+        os.kill(pid, 0)
+        return cls(pid, _start_of(pid))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether this very process runs; one that has ended and was not awaited does not."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's process has the number
+            return False
+        return _start_of(self.pid) == self.started
+
+
+def _start_of(pid: int) -> str:
+    """Return the boot id and start time of a process; "ended" for one that has ended, "" without /proc."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        boot_id = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "ended" if _PROC.is_dir() else ""
+    return "ended" if fields[0] in "ZX" else f"{boot_id}:{fields[19]}"
+
+
+_PROC = Path("/proc")
 
 
 @dataclass(frozen=True)

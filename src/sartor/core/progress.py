@@ -2,12 +2,18 @@
 
 `ProgressBar` is what is drawn. `Progress` is one piece of work. Where one command has several pieces (`sartor
 tailor`), `WholeProgress` shows them as one bar; each inner Progress moves that bar.
+
+If the environment variable SARTOR_PROGRESS_FILE names a file, the progress is also appended to it for other programs,
+one JSON object a line: `{"at": Unix time in s, "what": name, "fraction": 0 to 1, "text": detail}`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +22,8 @@ from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWINGS = 0.2
+PROGRESS_FILE = "SARTOR_PROGRESS_FILE"
+SECONDS_BETWEEN_RECORDS = 0.5
 _WHOLE: ContextVar[WholeProgress | None] = ContextVar("whole_progress", default=None)
 
 
@@ -99,6 +107,7 @@ class Progress:
             self._whole.show(self._what, fraction, self._count(done))
             return
         self._bar.show(fraction, self._count(done))
+        record_progress(self._what, fraction, self._count(done))
         now = time.monotonic()
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
             remaining_s = (now - self._began) * (1 - fraction) / max(fraction, 1e-6)
@@ -153,12 +162,32 @@ class WholeProgress:
         total_s = sum(self._seconds.values())
         done_s = sum(self._seconds[name] * part for name, part in self._done.items())
         self._bar.show(done_s / max(total_s, 1e-6), f"{what}: {text}")
+        record_progress(self._what, done_s / max(total_s, 1e-6), f"{what}: {text}")
         now = time.monotonic()
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
             pace = (now - self._began) / max(done_s, 1e-6)
             left = _duration((total_s - done_s) * pace)
             self._notice(f"{self._what}  {what}: {text}; {done_s / max(total_s, 1e-6):.0%} of all, about {left} left")
             self._last_notice = now
+
+
+def record_progress(what: str, fraction: float, text: str) -> None:
+    """Append the progress of the whole command to the file that SARTOR_PROGRESS_FILE names, if it does.
+
+    At most one line in SECONDS_BETWEEN_RECORDS is written, and the last one (fraction 1). A file that cannot be
+    written to is ignored: it must not fail the work.
+    """
+    global _last_record
+    name, now = os.environ.get(PROGRESS_FILE), time.monotonic()
+    if not name or (now - _last_record < SECONDS_BETWEEN_RECORDS and fraction < 1):
+        return
+    _last_record = now
+    line = json.dumps({"at": round(time.time(), 3), "what": what, "fraction": round(fraction, 6), "text": text})
+    with contextlib.suppress(OSError), open(name, "a", encoding="utf-8") as stream:
+        stream.write(f"{line}\n")
+
+
+_last_record = -SECONDS_BETWEEN_RECORDS
 
 
 def whole_progress() -> WholeProgress | None:

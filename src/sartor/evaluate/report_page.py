@@ -15,13 +15,12 @@ from sartor.evaluate import limits
 from sartor.evaluate.media_ablation import media_of
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.predictions import HeldOut
+from sartor.evaluate.report_view import is_right, metric_verdicts
 from sartor.media.images import open_image
 from sartor.models.media_tokens import content_of
 
 # Maximum number of rows shown that the tuned model got wrong, and of those that it got right
 SHOWN = 6
-# Score that decides whether a row is right, for a metric of the whole set
-_OF_ROW = {"macro_f1": "accuracy"}
 
 
 def render(
@@ -47,7 +46,7 @@ def render(
         main_numbers=_main_numbers(report, run),
         # metrics that are better when lower show no gain, and a loss or an error rate may exceed 1
         gains={name: metric for name, metric in report["metrics"].items() if name not in LOWER_IS_BETTER},
-        metrics=list(_verdicts(report)),
+        metrics=list(metric_verdicts(report)),
         costs=list(_costs(report)),
         checks=limits.audit_checks(report["audit"], None, None, adapter.path) if report.get("audit") else {},
         comparisons=list(_comparisons(report.get("audit") or {})),
@@ -79,22 +78,6 @@ def _main_numbers(report: Mapping[str, Any], run: Mapping[str, Any]) -> list[tup
     return numbers
 
 
-def _verdicts(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float], str]]:
-    """Yield the metrics and forgetting probes with their verdicts."""
-    probe_rows = {
-        f"{name} loss (forgetting)": probe
-        for name, probe in report.get("probes", {}).items()
-        if "skipped" not in probe
-    }
-    for name, metric in {**report["metrics"], **probe_rows}.items():
-        is_lower = "loss" in name or name in LOWER_IS_BETTER
-        better = metric["difference"] < 0 if is_lower else metric["difference"] > 0
-        verdict = "better" if better else "worse"
-        if metric["low"] <= 0 <= metric["high"]:
-            verdict = "cannot tell"
-        yield name, metric, verdict
-
-
 def _costs(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float]]]:
     """Yield the costs of shuffled and blank media by modality: (modality and variant, metric, cost)."""
     for kind, ablation in report["ablation"].items():
@@ -115,14 +98,6 @@ def _comparisons(audit: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, f
     for name, comparison in audit.get("refusals", {}).items():
         if "base" in comparison:
             yield f"refused of what {name.replace('_', ' ')} be", comparison
-
-
-def is_right(row: Mapping[str, Any], primary: str) -> bool | None:
-    """Return whether the tuned reply to a row is right by the primary metric; None without a score."""
-    score = row[f"tuned_{_OF_ROW.get(primary, primary)}"]
-    if score is None:
-        return None
-    return bool(score <= 0 if primary in LOWER_IS_BETTER else score >= 1)
 
 
 def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:

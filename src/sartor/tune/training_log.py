@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.progress import ProgressBar, whole_progress
+from sartor.core.progress import ProgressBar, record_progress, whole_progress
 from sartor.models import hardware
 
 
@@ -91,6 +91,8 @@ class TrainingLog:
         self._bar.show(step.fraction, text)
         if self._whole is not None:
             self._whole.show("tune", step.fraction, text)
+        else:
+            record_progress("tune", step.fraction, text)
         if self._on_step is not None:
             self._on_step(step)
 

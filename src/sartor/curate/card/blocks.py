@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sartor.core.text_differences import TextPiece
+
 LONG = 300  # characters shown of a quotation
 
 
@@ -97,19 +99,6 @@ class ConversationBlock:
 
     shown: Sequence[tuple[str, str]]
     note: Line = ""
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """A piece of a text.
-
-    differs: the compared text lacks these words.
-    left_out: number of words that are not shown.
-    """
-
-    text: str
-    differs: bool = False
-    left_out: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from sartor.core.html import clipped, escape_control, render_template
+from sartor.core.text_differences import TextPiece
 from sartor.curate.card.blocks import (
     Block,
     ConversationBlock,
@@ -29,7 +30,6 @@ from sartor.curate.card.blocks import (
     QuotedText,
     Section,
     Table,
-    TextPiece,
 )
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
-from rapidfuzz.distance import LCSseq
 
 from sartor.core.html import flat, format_value
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.records import Drop
+from sartor.core.text_differences import differences, pieces
 from sartor.curate.card import plots
 from sartor.curate.card.blocks import (
     Block,
@@ -29,75 +28,9 @@ from sartor.curate.card.blocks import (
     QuotedText,
     Section,
     Table,
-    TextPiece,
 )
 from sartor.curate.card.card_data import Contents, short_path
 from sartor.curate.card.dataset_statistics import UNCLEAR, Sampled
-
-AROUND = 12  # equal words shown on either side of a difference; further equal words are only counted
-LONGEST_WORD = 60  # characters; longer words are cut
-WORDS = 140  # words shown of a text
-
-
-def pieces(text: str) -> list[TextPiece]:
-    """Return the start of a text that is not compared with another."""
-    words = text.split(" ")
-    hidden_count = len(words) - WORDS
-    shown = [TextPiece(" ".join(map(_short, words[:WORDS])))]
-    if hidden_count > 0:
-        shown.append(TextPiece("", left_out=hidden_count))
-    return shown
-
-
-def differences(first: str, second: str) -> tuple[list[TextPiece], list[TextPiece]]:
-    """Return both texts in pieces, with the differing words marked.
-
-    Long equal stretches are left out and counted. The comparison is the longest common subsequence of words
-    (rapidfuzz). Words are separated by white space; a line break is a word of its own.
-    """
-    left, right = _words(first), _words(second)
-    result: tuple[list[TextPiece], list[TextPiece]] = ([], [])
-    steps = list(LCSseq.opcodes(left, right))
-    for index, step in enumerate(steps):
-        ends = (index == 0, index == len(steps) - 1)
-        for side, words in ((0, left[step.src_start : step.src_end]), (1, right[step.dest_start : step.dest_end])):
-            if not words:
-                continue
-            if step.tag == "equal":
-                result[side].extend(_equal_pieces(words, ends))
-                continue
-            result[side].append(TextPiece(_join(words[:WORDS]), differs=True))
-            if len(words) > WORDS:
-                result[side].append(TextPiece("", left_out=len(words) - WORDS))
-    return result
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\n|[^\s]+", text)
-
-
-def _equal_pieces(words: Sequence[str], ends: tuple[bool, bool]) -> list[TextPiece]:
-    is_first, is_last = ends
-    before = 0 if is_first else AROUND
-    after = 0 if is_last else AROUND
-    if is_first:
-        before = 2 * AROUND if is_last else AROUND // 2
-    left_out = len(words) - before - after
-    if left_out < AROUND:
-        return [TextPiece(_join(words))]
-    parts = [TextPiece(_join(words[:before])), TextPiece("", left_out=left_out)]
-    if after:
-        parts.append(TextPiece(_join(words[-after:])))
-    return parts
-
-
-def _join(words: Sequence[str]) -> str:
-    return " ".join(map(_short, words)).replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
-
-
-def _short(word: str) -> str:
-    return word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…"
-
 
 OWN = ("near_duplicates", "exact_duplicates", "semantic_duplicates", "suspicious_labels", "personal_data")
 _REASONS_SHOWN, _EACH = 14, 2

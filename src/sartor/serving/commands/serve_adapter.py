@@ -8,10 +8,12 @@ nothing else.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from sartor.core import config, signing
 from sartor.core.artifacts import open_artifact
@@ -25,17 +27,18 @@ def serve_adapter(
     path: Path | str,
     flags: Sequence[str] = (),
     *,
+    mounts: Mapping[str, ASGIApp] | None = None,
     ready: Ready = lambda facts: None,
     notice: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Serve an Adapter or a Release as a team of one agent until SIGTERM or Ctrl-C.
 
     Its records are deleted at the end.
-    flags: options of a team, such as `--http.port 0`.
+    flags: options of a team, such as `--http.port 0`. mounts: as `serve` has them.
     Raises what `serve` raises, and for a Release what `verify_release` raises.
     """
     with team_of(path, flags, notice=notice) as team:
-        serve(team, ready=ready)
+        serve(team, mounts=mounts, ready=ready)
 
 
 def team_of(

@@ -140,13 +140,13 @@ class RequestGate:
         if not (is_loopback(host) or host == self.http.host):
             raise ForeignError(f"the host {host[:80]!a} is not this server's", f"ask http://{self.http.host}:PORT")
         origin = headers.get("origin", "")
-        if origin and origin not in self.http.cors and not _is_same_host(origin, headers.get("host", "")):
+        if origin and origin not in self.http.cors and not is_same_host(origin, headers.get("host", "")):
             raise ForeignError(
                 f"a page of {origin[:80]!a} may not ask this server", "name the origin in http.cors of TEAM.yaml"
             )
 
 
-def _is_same_host(origin: str, host: str) -> bool:
+def is_same_host(origin: str, host: str) -> bool:
     """Return whether an Origin header names the host and port of a Host header."""
     try:
         return urlsplit(origin).netloc == urlsplit(f"//{host}").netloc

@@ -22,6 +22,7 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sartor.core.errors import ConfigError, UnavailableError
@@ -169,9 +170,17 @@ class HttpServer:
     """HTTP server of a team. Raises ConfigError and ExtraError.
 
     log: by default one to stderr; it is closed with the server.
+    mounts: applications by the path below which they answer, such as "/studio"; each guards itself.
     """
 
-    def __init__(self, services: Services, team: Team, *, log: RequestLog | None = None) -> None:
+    def __init__(
+        self,
+        services: Services,
+        team: Team,
+        *,
+        log: RequestLog | None = None,
+        mounts: Mapping[str, ASGIApp] | None = None,
+    ) -> None:
         self.team = team
         self.lifetime = ServerLifetime()
         self._services = services
@@ -202,7 +211,8 @@ class HttpServer:
             lifetime=self.lifetime,
             connections=self.connections,
         )
-        self.asgi = AuthMiddleware(self.app, gate, log=self.log, metrics=metrics, tracer=self._tracer)
+        own = AuthMiddleware(self.app, gate, log=self.log, metrics=metrics, tracer=self._tracer)
+        self.asgi: ASGIApp = _with_mounts(own, mounts) if mounts else own
 
     def connections(self) -> int:
         """Return the number of open connections."""
@@ -296,6 +306,23 @@ class HttpServer:
             for logger, propagate in zip(loggers, propagations, strict=True):
                 logger.removeHandler(handler)
                 logger.propagate = propagate
+
+
+def _with_mounts(own: ASGIApp, mounts: Mapping[str, ASGIApp]) -> ASGIApp:
+    """Return the application that hands requests below the paths of `mounts` to them, and the others to `own`.
+
+    API keys, rates and the request log do not hold below a mount.
+    """
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        for prefix, app in mounts.items():
+            path = scope.get("path", "")
+            if path == prefix or path.startswith(f"{prefix}/"):
+                await app({**scope, "root_path": f"{scope.get('root_path', '')}{prefix}"}, receive, send)
+                return
+        await own(scope, receive, send)
+
+    return dispatch
 
 
 class _Draining(uvicorn.Server):

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from sartor.serving.admission import admission, release_copies
 from sartor.serving.admission.admission import AdmissionContext, admit_personal, version_of
 from sartor.serving.api_keys import ApiKeyStore
@@ -37,24 +39,31 @@ Ready = Callable[[Mapping[str, Any]], object]
 Tell = Callable[..., object]
 
 
-def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda facts: None) -> None:
+def serve(
+    team: Team | Path | str,
+    flags: Sequence[str] = (),
+    *,
+    mounts: Mapping[str, ASGIApp] | None = None,
+    ready: Ready = lambda facts: None,
+) -> None:
     """Serve a team until SIGTERM or Ctrl-C.
 
     The signal is raised again when the running replies have ended. An agent that cannot be admitted is no error;
     /health
     names it.
+    mounts: applications by the path below which they answer, such as the studio's; each guards itself.
     ready: called with `address`, `base`, `engine`, `agents` and `keys` (whether requests need a key) once the server
     answers.
     Raises ConfigError for the team's file and an address that cannot be bound, ExtraError, and the error of a worker
     that cannot start.
     """
-    asyncio.run(_serve(team if isinstance(team, Team) else load(Path(team), flags), ready))
+    asyncio.run(_serve(team if isinstance(team, Team) else load(Path(team), flags), mounts, ready))
 
 
-async def _serve(team: Team, ready: Ready) -> None:
+async def _serve(team: Team, mounts: Mapping[str, ASGIApp] | None, ready: Ready) -> None:
     with closing(RequestLog(sys.stderr)) as log:
         async with build_services(team, log.say) as services:
-            server = HttpServer(services, team, log=log)
+            server = HttpServer(services, team, log=log, mounts=mounts)
             names = [agent.name for agent in await services.agent_admin.listed() if agent.is_ready]
             about = services.workers.about
             facts = {

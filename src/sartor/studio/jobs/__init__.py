@@ -1,0 +1,1 @@
+"""Jobs of the studio: commands as processes of their own, with a journal on disk."""

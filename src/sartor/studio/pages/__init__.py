@@ -1,0 +1,1 @@
+"""Routes of the studio, one file for each group of pages."""
