@@ -140,6 +140,7 @@ async def test_without_an_admin_key_the_admins_routes_are_off(tmp_path: Path, ke
         ({"host": "127.0.0.1.evil.example"}, 403),
         ({"host": ""}, 403),
         ({"host": "["}, 403),
+        ({"host": "evil.example@127.0.0.1"}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://127.0.0.1:8440"}, 200),

@@ -133,8 +133,9 @@ class RequestGate:
                 "this server has no keys, and a proxy passed this request on, so that anybody could have sent it",
                 "sartor agents key NAME, then send the key; or ask the server itself, by HTTP/1.1",
             )
+        named = headers.get("host", "")
         try:
-            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+            host = "" if "@" in named else urlsplit(f"//{named}").hostname or ""
         except ValueError:
             host = ""
         if not (is_loopback(host) or host == self.http.host):
