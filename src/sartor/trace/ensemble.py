@@ -25,8 +25,8 @@ from sartor.trace import hidden_states
 from sartor.trace import prepare as preparation
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized
-from sartor.trace.retrieval import retrieval_scores
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.retrieval_store import retrieval_scores
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, rows_folder
 from sartor.trace.traced_model import TracedModel
 
 Notice = Callable[[str], object]
@@ -98,7 +98,7 @@ def hidden_scores(
 
     Rows that have no hidden states yet get them.
     """
-    folder = preparation.rows_folder(traced)
+    folder = rows_folder(traced)
     matrix = SketchMatrix.open(folder / preparation.HIDDEN)
     if not preparation.is_complete(traced, matrix):
         preparation.prepare(traced, model=model, labels=[preparation.HIDDEN], notice=notice)
@@ -106,7 +106,7 @@ def hidden_scores(
     assert matrix is not None
     changes = hidden_states.changes(model, [model.query(query) for query in queries])
     places = {id: place for place, id in enumerate(matrix.ids)}
-    wanted = [places[row.example.id] for row in traced.rows]
+    wanted = [places[id] for id in traced.ids]
     count = len(hidden_states.chosen_layers(model))
     cosines = np.zeros((count, len(queries), len(matrix.ids)), np.float32)
     for piece, rows in matrix.pieces():
@@ -157,7 +157,7 @@ def ranks_of(scores: Array, true_rows: Sequence[int]) -> Array:
 
 def keep_weights(traced: TracedAdapter, weights: EnsembleWeights) -> None:
     """Write weights that were fitted for this adapter to its folder of the trace store."""
-    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    folder = trace_store.record_origin(traced.artifact, [dataset.id for dataset in traced.datasets])
     trace_store.write_trace_file(folder / FILE, json.dumps(asdict(weights)).encode())
 
 

@@ -33,6 +33,7 @@ from sartor.trace.attribution import Attribution, Method
 from sartor.trace.credit import RowGroup, RowHistory, SourceCredit, rank_groups, read_histories, sum_by_source
 from sartor.trace.measured_trust import measured_lds
 from sartor.trace.retrieval import RetrievalIndex, RowMatch, prompt_text, reply_text
+from sartor.trace.retrieval_store import open_index, retrieval_scores
 from sartor.trace.served_replies import ServedReply, check_served
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow, open_traced, read_queries
 
@@ -131,7 +132,7 @@ class TraceResult:
     notes: what else a reader has to know.
     facts: further values of the method.
     rows: number of training rows that were searched.
-    seconds: read (the rows), index (made once for all queries), retrieval, the method, and wall.
+    seconds: read (the rows), index (opened, or made by the first trace), retrieval, the method, and wall.
     """
 
     traced: TracedAdapter = field(repr=False)
@@ -365,7 +366,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     """Return the training rows behind one reply. Raises as `trace`."""
     _check_rows(traced, options.method)
     seconds, notes, start = {}, [], time.monotonic()
-    index = RetrievalIndex([row.example for row in traced.rows])
+    index = open_index(traced, notice)
     seconds["index"] = time.monotonic() - start
     start = time.monotonic()
     retrieval = Attribution(Method.RETRIEVAL, index.scores([query]))
@@ -400,7 +401,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
         examples=ranked,
         retrieval=[] if used is Method.RETRIEVAL else nearest,
         refused=refused,
-        by_source=sum_by_source(traced.rows, attribution.scores[0]) if options.by else (),
+        by_source=sum_by_source(index.sources, attribution.scores[0]) if options.by else (),
         base_says_it=measured.base_says_it if measured else None,
         likelihood=measured.as_json() if measured else {},
         approximate=attribution.approximate,
@@ -469,6 +470,7 @@ def _prepared(
     """Make what the method gradient needs, or measure the LDS of each method."""
     _check_rows(traced, Method.GRADIENT)
     if not is_calibration:
+        open_index(traced, notice)
         return import_module("sartor.trace.prepare").prepare(traced, notice=notice)
     asked = read_queries(Path(queries), traced) if queries is not None else None
     return import_module("sartor.trace.calibration").calibrate(traced, asked, runs=runs, notice=notice)
@@ -476,8 +478,7 @@ def _prepared(
 
 def _scores(traced: TracedAdapter, queries: Sequence[TraceQuery], method: Method, notice: Notice) -> Attribution:
     if method is Method.RETRIEVAL:
-        index = RetrievalIndex([row.example for row in traced.rows])
-        return Attribution(method, index.scores(queries))
+        return retrieval_scores(traced, queries, notice)
     module, name = _SCORERS[method]
     attribution: Attribution = getattr(import_module(module), name)(traced, queries, notice=notice)
     return attribution
@@ -535,7 +536,7 @@ def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Meth
     buffer = io.BytesIO()
     np.save(buffer, attribution.scores, allow_pickle=False)
     write_file_atomic(file, buffer.getvalue(), mode=_PRIVATE)
-    write_file_atomic(ids, records.canonical([row.example.id for row in traced.rows]), mode=_PRIVATE)
+    write_file_atomic(ids, records.canonical(traced.ids), mode=_PRIVATE)
     return ScoreMatrix(
         str(file),
         ids=str(ids),
