@@ -28,7 +28,7 @@ from sartor.core import records
 from sartor.core.errors import ConfigError, SartorError, StoppedError
 from sartor.core.trace_store import read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
-from sartor.trace.gradient import gradient_scores
+from sartor.trace.ensemble import ensemble_scores
 from sartor.trace.measured_trust import CALIBRATION
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval_store import retrieval_scores
@@ -136,7 +136,7 @@ def default_scorers(replay: Replay, notice: Notice) -> dict[Method, Scorer]:
     traced = replay.traced
     return {
         Method.RETRIEVAL: lambda queries: retrieval_scores(traced, queries),
-        Method.GRADIENT: lambda queries: gradient_scores(traced, queries, notice=notice),
+        Method.GRADIENT: lambda queries: ensemble_scores(traced, queries, prepares=True, notice=notice),
         Method.UNROLLED: lambda queries: unroll(replay, queries, notice=notice),
     }
 

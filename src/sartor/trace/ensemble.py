@@ -1,11 +1,13 @@
-"""Combination of gradients, hidden states and retrieval, with weights fixed on planted rows.
+"""The method gradient: gradients, hidden states and retrieval, combined with weights fitted on planted rows.
 
 Each part ranks all rows; the combination is the weighted mean of the ranks' normal quantiles. The weights come from
 the first of these that exists:
 
     SARTOR_HOME/trace/ADAPTER_ID/ensemble.json    fitted by `fit_weights` on rows planted for this adapter
     PACKAGED                                      fitted on planted rows of half of the kinds of benchmarks/trace.py
-    equal weights
+
+The rows' hidden states have to be there; where a run recorded sketches and nobody prepared the states, gradients rank
+alone, and the result says so.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
 from sartor.trace import prepare as preparation
 from sartor.trace.attribution import Attribution, Method
-from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized
+from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized, sketched_labels
 from sartor.trace.retrieval_store import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, rows_folder
 from sartor.trace.traced_model import TracedModel
@@ -65,12 +67,20 @@ def ensemble_scores(
     queries: Sequence[TraceQuery],
     *,
     weights: EnsembleWeights | None = None,
+    prepares: bool = False,
     notice: Notice = lambda line: None,
 ) -> Attribution:
-    """Return the combined scores (Q, N). Raises what `gradient_scores` raises.
+    """Return the combined scores (Q, N), or those of gradients alone. Raises what `gradient_scores` raises.
 
     weights: by default those of `weights_of`.
+    prepares: make hidden states that are absent, instead of leaving them out.
     """
+    folder = rows_folder(traced)
+    has_states = preparation.is_complete(traced, SketchMatrix.open(folder / preparation.HIDDEN))
+    if not has_states and not prepares and sketched_labels(traced, folder):
+        alone = gradient_scores(traced, queries, notice=notice)
+        note = f"gradients rank alone; sartor trace {traced.artifact.path} --prepare adds what hidden states show"
+        return replace(alone, facts={**alone.facts, "ensemble": None}, notes=(note,))
     weights = weights or weights_of(traced)
     parts, facts = part_scores(traced, queries, notice=notice)
     scores = combine(parts, weights)

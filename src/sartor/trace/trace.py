@@ -1,7 +1,7 @@
 """The verb trace: which training rows made the model say that.
 
     retrieval   rows that share words with the prompt and the reply: a look-up, shown beside every other method
-    gradient    rows whose gradients resemble the reply's
+    gradient    rows whose gradients and hidden states resemble the reply's
     unrolled    predicted rise of the reply's loss if the row is left out of the whole tuning
 
 How far a method can be trusted for one adapter is measured, not assumed: its linear datamodelling score (LDS, Spearman
@@ -45,7 +45,7 @@ LEAST_LDS = 0.2
 TOP = 10
 # module and function of each method but retrieval; they import torch, which a look-up does without
 _SCORERS = {
-    Method.GRADIENT: ("sartor.trace.gradient", "gradient_scores"),
+    Method.GRADIENT: ("sartor.trace.ensemble", "ensemble_scores"),
     Method.UNROLLED: ("sartor.trace.unrolling", "unrolled_scores"),
 }
 _CELL = 90  # characters of a text in the table for the terminal
@@ -392,7 +392,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     used = attribution.method
     if used is Method.RETRIEVAL and lds.get(used, 1.0) < LEAST_LDS:
         notes.append("for this adapter, rows that share words with a reply are hardly those that cause it")
-    notes += sorted({row.history.problem for row in ranked if row.history.problem})
+    notes += [*attribution.notes, *sorted({row.history.problem for row in ranked if row.history.problem})]
     return TraceResult(
         traced,
         query,
