@@ -33,7 +33,7 @@ from sartor.core.trace_store import adapter_id, trace_folder
 from sartor.trace import prepare
 from sartor.trace.ensemble import part_scores
 from sartor.trace.replay import Replay
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
+from sartor.trace.traced_adapter import TracedAdapter, TrainingRow
 from sartor.trace.traced_model import TracedModel
 from sartor.trace.unrolling import unroll
 from sartor.tune.gradient_features import RECORDED

@@ -183,6 +183,6 @@ def _estimate(traced: TracedAdapter, folder: Path, labels: Sequence[str]) -> str
     run = traced.manifest.get("run", {})
     recipe = traced.manifest.get("recipe", {})
     total_epochs = recipe.get("budget", {}).get("epochs")
-    if not run.get("wall_s") or not total_epochs:
+    if not run.get("wall_s") or not total_epochs or not traced.is_own:
         return line
     return f"{line}, about {epochs * run['wall_s'] / total_epochs:,.0f} s on the machine of the tuning"

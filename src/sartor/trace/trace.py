@@ -299,7 +299,7 @@ def trace(
     receipt: file of the receipt of a served reply, whose digests the words are compared with. team: its TEAM.yaml, if
         it did not serve on this machine.
     system: system prompt; None for that of most training rows.
-    data: a Dataset whose rows are searched by retrieval, where those of the tuning are not here.
+    data: a Dataset whose rows are ranked, by retrieval or gradient, where those of the tuning are not here.
     scores, queries: write the scores of all rows for each line of `queries` to `scores`, and return a ScoreMatrix.
     prepare: make what `gradient` needs, and return what was made. calibrate: measure the LDS of each method by
         `runs` retrains that leave rows out, on `queries` or held-out rows, and return it.
@@ -420,10 +420,10 @@ def _method(method: Method | str) -> Method:
 
 def _check_rows(traced: TracedAdapter, method: Method) -> None:
     """Raise ConfigError if a method needs the tuning's own rows and another Dataset's were named."""
-    if method is not Method.RETRIEVAL and not traced.is_own:
+    if method is Method.UNROLLED and not traced.is_own:
         raise ConfigError(
             f"{method} needs the rows of the tuning in their order, and those of {traced.dataset.path} were named",
-            "--method retrieval, which works for any rows; or leave --data out",
+            "--method retrieval or --method gradient, which work for any rows; or leave --data out",
         )
 
 
@@ -468,10 +468,10 @@ def _prepared(
     traced: TracedAdapter, queries: Path | str | None, *, runs: int, is_calibration: bool, notice: Notice
 ) -> Any:
     """Make what the method gradient needs, or measure the LDS of each method."""
-    _check_rows(traced, Method.GRADIENT)
     if not is_calibration:
         open_index(traced, notice)
         return import_module("sartor.trace.prepare").prepare(traced, notice=notice)
+    _check_rows(traced, Method.UNROLLED)
     asked = read_queries(Path(queries), traced) if queries is not None else None
     return import_module("sartor.trace.calibration").calibrate(traced, asked, runs=runs, notice=notice)
 

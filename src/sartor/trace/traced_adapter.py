@@ -89,7 +89,7 @@ class TracedAdapter:
     dataset: its own Dataset.
     rows: (N,) rows that the tuning learnt from, then those of rehearsal. Rows that it left out are not among them.
     is_own: whether they are the rows of its tuning; false for those of a Dataset that the caller named, which
-        retrieval alone can search.
+        retrieval and gradients can rank, and unrolling cannot.
     row_key: digest of what the rows depend on, under which their index is stored; empty for rows that are not stored.
     part_counts: number of rows of each Dataset, in the order of the rows.
     """
@@ -110,6 +110,14 @@ class TracedAdapter:
     def recipe(self) -> ResolvedRecipe:
         """Recipe of the tuning, without `auto`. Raises ArtifactError for an adapter that no `sartor tune` made."""
         return _recipe_of(self.artifact)
+
+    @cached_property
+    def known_recipe(self) -> ResolvedRecipe | None:
+        """Recipe of the tuning; None if it is unknown or of federated rounds."""
+        try:
+            return self.recipe
+        except ArtifactError:
+            return None
 
     @cached_property
     def ids(self) -> list[str]:
@@ -216,7 +224,7 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
             continue
         parts.append((_open_dataset(artifact, parent, found), is_rehearsal))
     if all(is_rehearsal for _, is_rehearsal in parts):
-        raise ArtifactError(f"{artifact.path} names no Dataset that it was tuned on", _by_retrieval(artifact))
+        raise ArtifactError(f"{artifact.path} names no Dataset that it was tuned on", _by_named_rows(artifact))
 
     def learnt(dataset: Artifact, is_rehearsal: bool) -> Iterator[Example]:
         return (example for example in _learnt(dataset, recipe, is_rehearsal) if example.id not in left_out)
@@ -295,21 +303,22 @@ def _recipe_of(artifact: Artifact) -> ResolvedRecipe:
     if "federated" in manifest.get("run", {}):
         raise ArtifactError(
             f"{artifact.path} was tuned by federated rounds: no machine has the rows of all clients",
-            f"{_by_retrieval(artifact)}: each client searches its own",
+            f"{_by_named_rows(artifact)}: each client its own",
         )
     try:
         return config.load_any(ResolvedRecipe, manifest["recipe"])
     except (KeyError, ConfigError):
         raise ArtifactError(
-            f"{artifact.path} has no recipe of `sartor tune`, so that the order of its rows is unknown and neither "
-            "gradients nor unrolling can trace it",
-            _by_retrieval(artifact),
+            f"{artifact.path} has no recipe of `sartor tune`, so that its rows and their order are unknown and "
+            "unrolling cannot trace it",
+            _by_named_rows(artifact),
         ) from None
 
 
-def _by_retrieval(artifact: Artifact) -> str:
+def _by_named_rows(artifact: Artifact) -> str:
     return (
-        f"sartor trace {artifact.path} --data DATASET searches the rows of a Dataset by retrieval, which still works"
+        f"sartor trace {artifact.path} --data DATASET ranks the rows of a Dataset by retrieval, or with --method "
+        "gradient"
     )
 
 
@@ -323,7 +332,7 @@ def _open_dataset(artifact: Artifact, parent: Mapping[str, str], path: Path | No
             problem = f"was changed: {error.problem}"
     raise ArtifactError(
         f"the Dataset {parent['id'][:16]} that {artifact.path.name} was tuned on ({parent['path']}) {problem}",
-        f"sartor index DIR finds one that was moved; {_by_retrieval(artifact)}",
+        f"sartor index DIR finds one that was moved; {_by_named_rows(artifact)}",
     )
 
 
