@@ -41,8 +41,6 @@ from sartor.tune.gradient_features import RECORDED
 # tunings with and without recording, in turn
 PAIRS = 3
 RANDOM_ROWS = 10_000
-# traces after the first, of which the median counts
-LATER = 3
 _TRACE = """
 import json, sys, time
 started_s = time.monotonic()
@@ -73,7 +71,9 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
     queries = queries_of(traced, held_out[:1])
     unrolled = parts.run("cost: unrolling", lambda: unroll(Replay.open(traced), queries, notice=notice).facts)
     retrieval = {
-        str(count): parts.run(f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count))
+        str(count): parts.run(
+            f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count, size.later_traces)
+        )
         for count in sorted({size.retrieval_rows, *size.curve_rows})
     }
     other = tune_traced(folder / "recorded-1", {"home": train}, recipe)
@@ -127,7 +127,7 @@ def generated_rows(traced: TracedAdapter, count: int) -> TracedAdapter:
     return replace(traced, rows=tuple(rows), row_key="")
 
 
-def retrieval_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:
+def retrieval_seconds(traced: TracedAdapter, count: int, later_traces: int) -> dict[str, Any]:
     """Return the seconds of `sartor trace` by retrieval among `count` generated rows: first call, and later ones.
 
     `first` and `later` are what the verb reports; `seconds` is the median of later calls, each in a new process, from
@@ -143,7 +143,7 @@ def retrieval_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:
         dataset = sartor.curate(recipe, Path(scratch) / "dataset").dataset
         prompt, reply = texts_of(_asked())
         call = [str(traced.artifact.path), str(dataset.path), prompt, reply]
-        found = [_timed_trace(call) for _ in range(1 + LATER)]
+        found = [_timed_trace(call) for _ in range(1 + later_traces)]
         stored = store / f"rows-{dataset.id[:16]}"
         size = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
         shutil.rmtree(stored, ignore_errors=True)

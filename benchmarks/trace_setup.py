@@ -35,7 +35,8 @@ class Size:
     closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply.
     source_rows: rows of each of ten sources. bad_replies: that are traced to their source.
     suspicions: true ones, and as many false ones. controls: matched sets of each. truth_seeds: of their truth.
-    retrieval_rows, gradient_rows, curve_rows: rows of the timed calls.
+    retrieval_rows, gradient_rows, curve_rows: rows of the timed calls. later_traces: after the first, of which the
+        median counts.
     recipe: of every tuning, over the benchmark's own.
     """
 
@@ -59,6 +60,7 @@ class Size:
     truth_seeds: tuple[int, ...] = (101, 102)
     retrieval_rows: int = 100_000
     gradient_rows: int = 10_000
+    later_traces: int = 3
     curve_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ SMALL = Size(
     truth_seeds=(101,),
     retrieval_rows=500,
     gradient_rows=60,
+    later_traces=1,
     curve_rows=(100, 400),
 )
 

@@ -47,7 +47,7 @@ class PackedTexts(Sequence[bytes]):
         for text in texts:
             content += text
             starts.append(len(content))
-        return cls(np.frombuffer(bytes(content), np.uint8), np.array(starts, dtype=np.int64))
+        return cls(np.frombuffer(content, np.uint8), np.array(starts, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
