@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import fuzz
 
-from sartor.core.artifacts import Artifact
+from sartor.core.artifacts import REVIEW, Artifact
 from sartor.core.errors import SartorError
+from sartor.core.lazy_import import import_module
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
-from sartor.curate.review import review_file
 from sartor.trace.attribution import Method
 from sartor.trace.retrieval import RetrievalIndex, RowSources, media_of, prompt_text, reply_text
 from sartor.trace.traced_adapter import TrainingRow
@@ -163,9 +163,10 @@ def read_histories(rows: Sequence[TrainingRow]) -> dict[str, RowHistory]:
 
 def _reviewers(dataset: Artifact, examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
     """Return the people who decided about each row, in the order of their decisions."""
-    file = dataset.path / review_file.FILE
+    file = dataset.path / REVIEW
     if not file.is_file():
         return {}
+    review_file = import_module("sartor.curate.review.review_file")  # imports the steps of curation: half a second
     lines = review_file.read_review_file(file, content_digest=review_file.content_of(dataset))
     # an edited row has another id than the one that was decided about, which is its parent
     shown: dict[str, str] = {}

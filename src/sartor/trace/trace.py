@@ -529,6 +529,8 @@ def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Meth
     _check_rows(traced, method)
     start = time.monotonic()
     attribution = _scores(traced, read_queries(queries, traced), method, notice)
+    for note in attribution.notes:
+        notice(note)
     lds = _measured_lds(traced).get(method)
     if lds is not None and lds < LEAST_LDS:
         notice(f"{method} has an LDS of {lds:.2f} for this adapter, below {LEAST_LDS}: its scores rank nothing")

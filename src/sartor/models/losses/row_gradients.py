@@ -194,9 +194,7 @@ class RowGradientObserver:
             output.register_hook(add)
 
         modules = [part["default"] for part in (layer.lora_A, layer.lora_B)]
-        return [
-            module.register_forward_hook(listen) for module in modules if self.sketcher.is_sketched(module.weight)
-        ]
+        return [module.register_forward_hook(listen) for module in modules if self.sketcher.is_sketched(module.weight)]
 
 
 def _parts_of(backend: Any) -> tuple[list[Projection], list[Any]]:
