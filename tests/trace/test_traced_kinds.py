@@ -20,10 +20,10 @@ from sartor.trace.traced_adapter import open_traced
 from served_person import say, team
 from tiny_towers import tiny_clip, tiny_whisper
 from traced import curated
-from tune_option_probes import PAIRS, RATED
 from tuning_rounds import recipe as rounds_recipe
 
 __all__ = ["team"]
+REPLIES = ("alpha one", "red brick wall", "nobody knows", "7 + 5 = 12", "off:kitchen", "Guten Tag!")
 pytestmark = pytest.mark.usefixtures("fp32")
 
 
@@ -85,7 +85,7 @@ def test_rows_with_media_are_found_by_their_media(
         {
             "messages": [
                 {"role": "user", "content": [{"type": kind, kind: name}, {"type": "text", "text": "what is it?"}]},
-                {"role": "assistant", "content": f"thing {chr(97 + index) * 3}"},
+                {"role": "assistant", "content": REPLIES[index]},
             ]
         }
         for index, name in enumerate(files)
@@ -93,33 +93,43 @@ def test_rows_with_media_are_found_by_their_media(
     recipe = {
         **tune_recipe,
         "base": {"text": str(tiny_base), kind: str(tower)},
-        "data": curated(tmp_path / "rows", rows, 0.0, files),
+        "data": {"path": curated(tmp_path / "rows", rows, 0.0, files), "eval_fraction": 0.0},
         "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
         "budget": {"updates": 6},
         "trace": {"features": True},
     }
     sartor.tune(recipe, tmp_path / "a", show=False)
     asked = Part(kind, media=content_parts.url_of(list(files.values())[4], mime))
-    for method in ("retrieval", "gradient"):
-        result = ranked(tmp_path / "a", "what is it?", "thing eee", method, media=[asked])
-        best = result.examples[0]
-        assert best.reply == "thing eee" and best.match.media == 1.0
-    assert result.facts["sketches"] == ["recorded"] and result.facts["ensemble"] is None
-    assert "--prepare" in result.notes[0]
+    found = ranked(tmp_path / "a", "what is it?", REPLIES[4], "retrieval", media=[asked]).examples[0]
+    assert found.reply == REPLIES[4] and found.match.media == 1.0
+    recorded = ranked(tmp_path / "a", "what is it?", REPLIES[4], "gradient", media=[asked])
+    assert recorded.facts["sketches"] == ["recorded"] and recorded.facts["ensemble"] is None
+    assert "--prepare" in recorded.notes[0]
+    assert REPLIES[4] in [row.reply for row in recorded.examples[:3]], "a sum over the weights of six updates"
     sartor.trace(tmp_path / "a", prepare=True)
-    combined = ranked(tmp_path / "a", "what is it?", "thing eee", "gradient", media=[asked])
-    assert combined.examples[0].reply == "thing eee" and combined.facts["ensemble"]["origin"]
+    combined = ranked(tmp_path / "a", "what is it?", REPLIES[4], "gradient", media=[asked])
+    assert combined.examples[0].reply == REPLIES[4] and combined.facts["ensemble"]["origin"]
     assert combined.notes == []
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_preference_rows_are_ranked(tmp_path: Path, tune_recipe: dict[str, Any], objective: str) -> None:
-    """A rejected reply is found by retrieval too; by gradient the row that taught the preferred one comes first."""
-    data = curated(tmp_path / "rows", PAIRS if objective == "dpo" else RATED, 0.0)
-    changes = {"objective": objective, "data": {"path": data, "eval_fraction": 0.0}, "trace": {"features": True}}
+    """Retrieval finds a rejected reply too; by gradient a row that taught the preferred one is among the first."""
+    pairs = [
+        {"prompt": f"switch {room} {word}", "chosen": f"{word}:{room}", "rejected": f"never {word} in my {room}"}
+        for word in ("on", "off")
+        for room in ("kitchen", "hall", "attic", "garage", "patio")
+    ]
+    rated = [
+        {"prompt": pair["prompt"], "completion": pair[side], "rating": rating}
+        for pair in pairs
+        for side, rating in (("chosen", 1), ("rejected", -0.5))
+    ]
+    data = curated(tmp_path / "rows", pairs if objective == "dpo" else rated, 0.0)
+    changes = {"objective": objective, "data": {"path": data, "eval_fraction": 0.0}}
     sartor.tune({**tune_recipe, **changes}, tmp_path / "a", show=False)
     preferred = ranked(tmp_path / "a", "switch attic off", "off:attic", "gradient")
-    assert preferred.examples[0].reply == "off:attic"
-    rejected = ranked(tmp_path / "a", "switch attic off", "attic, off", "retrieval")
-    assert rejected.examples[0].reply == "attic, off"
+    assert preferred.facts["ensemble"] and "off:attic" in [row.reply for row in preferred.examples[:3]]
+    rejected = ranked(tmp_path / "a", "switch attic off", "never off in my attic", "retrieval")
+    assert rejected.examples[0].reply == "never off in my attic"
     assert rejected.examples[0].match.is_rejected == (objective == "dpo")
