@@ -192,7 +192,7 @@ def _killed_writer(traced: TracedAdapter, after: int) -> None:
         if len(written) == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    filesystem.PrivateFileSystem.write = write_then_die  # type: ignore[method-assign]
+    filesystem.PrivateFileSystem.write = write_then_die  # type: ignore
     if not after:
         filesystem.fsync_directory = lambda path: os.kill(os.getpid(), signal.SIGKILL)
     open_index(traced)

@@ -93,7 +93,7 @@ class WordIndex:
         ids = np.empty(len(ordered), dtype=np.int32)
         ids[[vocabulary[word] for word in ordered]] = np.arange(len(ordered), dtype=np.int32)
         tokens = ids[np.array(numbers, dtype=np.int32)]
-        lengths = np.diff(np.array(starts, dtype=np.int64))
+        lengths: I64 = np.diff(np.array(starts, dtype=np.int64)).astype(np.int64)
         entry_texts, entry_starts, repeats = _word_entries(tokens, lengths, len(ordered))
         n = np.diff(entry_starts)
         # rarity log(1 + (D - n + 1/2) / (n + 1/2)) of a word in n texts: Robertson and Sparck Jones's weight, kept
@@ -122,7 +122,7 @@ class WordIndex:
     @cached_property
     def mean_length(self) -> float:
         """Mean number of words of a text, at least 1."""
-        return _mean_length(np.diff(self.starts))
+        return _mean_length(np.diff(self.starts).astype(np.int64))
 
     def similarities(self, text: str) -> F64 | None:
         """Return the likeness (D,) of each text to `text` by BM25; None if it has no word.
