@@ -150,15 +150,15 @@ def _counts(
 def fit_packaged(size: Size, folder: Path) -> EnsembleWeights:
     """Return weights fitted on the closed plants of the kinds that are not scored, for trace/ensemble.py.
 
-    They rank all closed plants and a sample of the other rows. Whether each plant has an effect is not asked, which
-    would take retrains.
+    The rows that are ranked are those of these plants and a sample of the others. Whether each plant has an effect is
+    not asked, which would take retrains.
     """
     plants = trace_plants.read_plants(size.asked_plants)
     reasons = parts.run("plants: wording", lambda: trace_plants.split_closed(plants, size)[1])
     closed = [plant for plant in plants if plant.name not in reasons]
     traced = tune_planted(folder / "planted", trace_plants.planted_rows(size.planted_rows, closed), size)
-    traced = _sampled(traced, closed, size.fitted_rows)
     fitted = [plant for plant in closed if plant.kind not in trace_plants.scored_kinds()]
+    traced = _sampled(traced, fitted, size.fitted_rows)
     queries = queries_of(traced, asked(fitted))
     scores = trace_methods.scores_of("weights", {"sketches": trace_methods.sketched}, traced, queries)
     return _fit(scores, range(len(fitted)), fitted, row_indices(traced))

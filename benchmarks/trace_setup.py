@@ -50,7 +50,7 @@ class Size:
     curve_points: int = 8
     planted_rows: int = 2000
     few_rows: int = 200
-    fitted_rows: int = 600
+    fitted_rows: int = 200
     plants: int = 20
     asked_plants: int = 5
     closed_rank: int = 100
