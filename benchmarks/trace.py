@@ -8,8 +8,8 @@
 lds             trace_lds.py: {set: {method: {mean, min, low, high, by_query}, differences}}, the mean over replies of
                 the correlation of predicted and true changes, with intervals over replies; differences {ours: {peer}}
                 curves {lines}: by learning rate, rows of an update, epochs (--curves)
-weights         trace_planted.py: weights of the method gradient, fitted on the kinds that are not scored, which
-                trace/ensemble.py has as PACKAGED
+weights         trace_planted.py: weights of the method gradient, fitted on the kinds that are not scored, for PACKAGED
+                of trace/ensemble.py
 planted         trace_planted.py: {method: {top1, top10, of, by_kind, ranks}}; unrolled on few rows, unrolled_among_all
                 for two replies among all; swapped: the halves of the kinds exchanged; discarded plants, and why
 by_source       trace_sources.py: bad replies whose mislabelled source `--by source` names, of `bad_replies`, by the

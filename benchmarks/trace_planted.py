@@ -1,7 +1,7 @@
 """Planted rows of trace.py: how well methods find them, and proof and truth about suspicions.
 
 Every plant that counts (trace_plants.py) is asked once. Its rank among the rows is that of the better of its two rows.
-`gradient` is what the verb does: the packaged weights, fitted by `fit_packaged` on the kinds that are not scored.
+`gradient` is what the verb does, by the packaged weights; `fit_packaged` fits them on the kinds that are not scored.
 `gradient_fitted` is the same with weights fitted in this call, and `swapped` the other half of the kinds, with weights
 fitted on the first.
 """
@@ -134,7 +134,7 @@ def _counts(
     scored, fitted = planted.scored(size, is_swapped=is_swapped), planted.scored(size, is_swapped=not is_swapped)
     places = {plant.name: place for place, plant in enumerate(planted.counted)}
     weights = _fit(scores, [places[plant.name] for plant in fitted], fitted, indices)
-    # the packaged weights were fitted on the kinds that `swapped` scores
+    # packaged weights are fitted on the kinds that `swapped` scores
     methods = trace_methods.with_ensemble(scores) | {"gradient_fitted": combine(scores, weights)}
     if is_swapped:
         methods["gradient"] = methods.pop("gradient_fitted")

@@ -1,10 +1,10 @@
-"""The method gradient: gradients, hidden states and retrieval, combined with weights fitted on planted rows.
+"""The method gradient: gradients, hidden states and retrieval, combined with weights.
 
 Each part ranks all rows; the combination is the weighted mean of the ranks' normal quantiles. The weights come from
 the first of these that exists:
 
     SARTOR_HOME/trace/ADAPTER_ID/ensemble.json    fitted by `fit_weights` on rows planted for this adapter
-    PACKAGED                                      fitted on planted rows of half of the kinds of benchmarks/trace.py
+    PACKAGED                                      the same for all adapters; equal until they are fitted
 
 The rows' hidden states have to be there; where a run recorded sketches and nobody prepared the states, gradients rank
 alone, and the result says so.
@@ -58,7 +58,8 @@ class EnsembleWeights:
         return self.gradient, self.hidden_states, self.retrieval
 
 
-# Until benchmarks/trace.py has fitted them, all parts count the same.
+# Equal until they are fitted on planted rows of half of the kinds of benchmarks/trace_plants.yaml, which
+# `python benchmarks/trace.py --work trace-work --only weights --json` prints.
 PACKAGED = EnsembleWeights(1 / 3, 1 / 3, 1 / 3, "equal: not fitted on planted rows")
 
 
