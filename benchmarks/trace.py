@@ -8,14 +8,18 @@
 lds             trace_lds.py: {set: {method: {mean, min, low, high, by_query}, differences}}, the mean over replies of
                 the correlation of predicted and true changes, with intervals over replies; differences {ours: {peer}}
                 curves {lines}: by learning rate, rows of an update, epochs (--curves)
+weights         trace_planted.py: weights of the method gradient, fitted on the kinds that are not scored, for PACKAGED
+                of trace/ensemble.py
 planted         trace_planted.py: {method: {top1, top10, of, by_kind, ranks}}; unrolled on few rows, unrolled_among_all
                 for two replies among all; swapped: the halves of the kinds exchanged; discarded plants, and why
 by_source       trace_sources.py: bad replies whose mislabelled source `--by source` names, of `bad_replies`, by the
                 gradient method; by_source_methods: by each
 proof           trace_proof.py: {true: {right, of}, false: {right, of}}
 fix             trace_fix.py: fails_before, passes_fixed, fails_when_put_back, metric_stays, effects
-feature_overhead, bytes_per_row, retrieval_s, gradient_s, unrolled_tunings    trace_cost.py, with curves
+feature_overhead, bytes_per_row, retrieval_s, retrieval_first_s, gradient_s, unrolled_tunings    trace_cost.py, with
+                curves
 
+`gradient` is what `sartor trace --method gradient` ranks by; `gradient_alone` its sketches without hidden states.
 Rows are left out by the weight 0: divisor, order and seed unchanged. Only `fix` really removes them.
 A section that was not asked for is named under `absent`, and so is bergson where it is not installed.
 """
@@ -26,6 +30,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +49,24 @@ from trace_setup import SMALL, Size, recipe_of, texts_of, tune_traced
 
 from sartor.core.trace_store import find_traces, remove_traces
 from sartor.models.base import machine_facts
-from sartor.trace.ensemble import PACKAGED, combine
 
 ROOT = Path(__file__).resolve().parent.parent
 # section -> keys of the result
 SECTIONS = {
     "lds": ("lds",),
+    "weights": ("weights",),
     "planted": ("planted",),
     "source": ("by_source", "by_source_methods"),
     "proof": ("proof",),
     "fix": ("fix",),
-    "cost": ("feature_overhead", "bytes_per_row", "retrieval_s", "gradient_s", "unrolled_tunings"),
+    "cost": (
+        "feature_overhead",
+        "bytes_per_row",
+        "retrieval_s",
+        "retrieval_first_s",
+        "gradient_s",
+        "unrolled_tunings",
+    ),
 }
 SETS, SMALL_SETS = ("home-intents", "snips"), ("construction-faq", "snips")
 SMALL_ASSETS = ("home-intents", "construction-faq", "chitchat", "minilm")
@@ -70,6 +82,7 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
     sets = arguments.sets or (SMALL_SETS if arguments.small else SETS)
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "lds": lambda: _lds(sets, options, size, folder, is_small=arguments.small),
+        "weights": lambda: {"weights": asdict(trace_planted.fit_packaged(size, folder))},
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
         "source": lambda: by_source(size, folder),
         "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
@@ -111,8 +124,7 @@ def by_source(size: Size, folder: Path) -> dict[str, Any]:
     bad = parts.run("source: bad replies", lambda: trace_sources.bad_replies(traced, held_out, wrong, size))
     queries = [traced.query(*texts_of(row)) for row in bad]
     scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
-    scores = trace_methods.scores_of("source", scorers, traced, queries)
-    scores["ensemble"] = combine(scores, PACKAGED)
+    scores = trace_methods.with_ensemble(trace_methods.scores_of("source", scorers, traced, queries))
     counts = {
         name: sum(trace_sources.named_source(traced, line) == trace_sources.BAD for line in matrix)
         for name, matrix in scores.items()

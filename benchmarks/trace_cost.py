@@ -2,15 +2,21 @@
 
 The rows of the timed retrieval and gradients are generated, and so are the sketches: random numbers for up to
 RANDOM_ROWS rows, and zeros for more, which take as long to read, to compare and to rank but for the disk. `sketches`
-says which. Nothing else is left out of the seconds: they have the opening of base and adapter, the index of the words
-and the gradient of the reply.
+says which. Nothing else is left out of the seconds: those of gradients have the opening of base and adapter, the index
+of the words and the gradient of the reply. Those of retrieval are of the whole verb in a new process. The first trace
+of an adapter makes the index that later ones open: `retrieval_s` is of a later one, `retrieval_first_s` of the first.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +24,16 @@ from typing import Any
 import defaults
 import numpy as np
 import parts
-from trace_setup import Row, Size, filler, notice, queries_of, recipe_of, set_rows, texts_of, tune_traced
+from trace_setup import Row, Size, chat_row, filler, notice, queries_of, recipe_of, set_rows, texts_of, tune_traced
 
+import sartor
 from sartor.core.records import Example, Message, Origin
 from sartor.core.sketch_matrix import PIECE_ROWS, SCALES, SketchMatrix
 from sartor.core.trace_store import adapter_id, trace_folder
 from sartor.trace import prepare
 from sartor.trace.ensemble import part_scores
 from sartor.trace.replay import Replay
-from sartor.trace.retrieval import RetrievalIndex
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
+from sartor.trace.traced_adapter import TracedAdapter, TrainingRow
 from sartor.trace.traced_model import TracedModel
 from sartor.trace.unrolling import unroll
 from sartor.tune.gradient_features import RECORDED
@@ -35,6 +41,16 @@ from sartor.tune.gradient_features import RECORDED
 # tunings with and without recording, in turn
 PAIRS = 3
 RANDOM_ROWS = 10_000
+_TRACE = """
+import json, sys, time
+started_s = time.monotonic()
+import sartor
+adapter, dataset, prompt, reply = sys.argv[1:]
+result = sartor.trace(adapter, prompt, reply, data=dataset, likelihood=False)
+process_s = time.monotonic() - started_s
+assert result.examples
+print(json.dumps({"process_s": process_s, **result.seconds}))
+"""
 
 
 def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, Any]:
@@ -55,7 +71,9 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
     queries = queries_of(traced, held_out[:1])
     unrolled = parts.run("cost: unrolling", lambda: unroll(Replay.open(traced), queries, notice=notice).facts)
     retrieval = {
-        str(count): parts.run(f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count))
+        str(count): parts.run(
+            f"cost: retrieval, {count} rows", lambda count=count: retrieval_seconds(traced, count, size.later_traces)
+        )
         for count in sorted({size.retrieval_rows, *size.curve_rows})
     }
     other = tune_traced(folder / "recorded-1", {"home": train}, recipe)
@@ -70,6 +88,7 @@ def measure(options: defaults.Options, size: Size, folder: Path) -> dict[str, An
         "unrolled_tunings": unrolled["tunings"],
         "unrolling": {name: unrolled[name] for name in ("updates", "seconds", "stored_bytes")},
         "retrieval_s": retrieval[str(size.retrieval_rows)]["seconds"],
+        "retrieval_first_s": retrieval[str(size.retrieval_rows)]["first_s"],
         "retrieval_curve": retrieval,
         "gradient_s": gradient[str(size.gradient_rows)]["seconds"],
         "gradient_curve": gradient,
@@ -91,28 +110,59 @@ def row_bytes(traced: TracedAdapter) -> int:
     return round(sum(file.stat().st_size for file in files) / len(matrix.ids))
 
 
-def generated_rows(traced: TracedAdapter, count: int) -> TracedAdapter:
-    """Return the traced adapter with `count` generated rows in the place of its own: filler with a number each."""
+def generated_texts(count: int) -> Iterator[tuple[str, str]]:
+    """Yield `count` prompts and replies: filler with a number each."""
     texts = [texts_of(row) for part in filler(min(count, 2000)).values() for row in part]
-    rows = []
     for number in range(count):
         prompt, reply = texts[number % len(texts)]
-        messages = (Message.of("user", f"{prompt} {number}"), Message.of("assistant", f"{number} {reply}"))
-        example = Example(messages, (Origin("generated", str(number)),))
-        rows.append(TrainingRow(example, traced.dataset))
-    return replace(traced, rows=tuple(rows))
+        yield f"{prompt} {number}", f"{number} {reply}"
 
 
-def retrieval_seconds(traced: TracedAdapter, count: int) -> dict[str, float]:
-    """Return the seconds of retrieval for one reply among `count` generated rows, and of its index and its query."""
-    generated = generated_rows(traced, count)
-    query: list[TraceQuery] = queries_of(generated, [_asked()])
-    started = time.monotonic()
-    index = RetrievalIndex([row.example for row in generated.rows])
-    indexed = time.monotonic()
-    index.scores(query)
-    ended = time.monotonic()
-    return {"seconds": ended - started, "index_s": indexed - started, "query_s": ended - indexed}
+def generated_rows(traced: TracedAdapter, count: int) -> TracedAdapter:
+    """Return the traced adapter with `count` generated rows in the place of its own."""
+    rows = []
+    for number, (prompt, reply) in enumerate(generated_texts(count)):
+        messages = (Message.of("user", prompt), Message.of("assistant", reply))
+        rows.append(TrainingRow(Example(messages, (Origin("generated", str(number)),)), traced.dataset))
+    return replace(traced, rows=tuple(rows), row_key="")
+
+
+def retrieval_seconds(traced: TracedAdapter, count: int, later_traces: int) -> dict[str, Any]:
+    """Return the seconds of `sartor trace` by retrieval among `count` generated rows: first call, and later ones.
+
+    `first` and `later` are what the verb reports; `seconds` is the median of later calls, each in a new process, from
+    before the import of Sartor to the result. The reply's likelihood is not asked, for which the base is opened.
+    """
+    store = trace_folder(adapter_id(traced.artifact))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = {"path": str(Path(scratch) / "generated.jsonl"), "licence": "CC0-1.0", "use": ["commercial"]}
+        with Path(source["path"]).open("w", encoding="utf-8") as stream:
+            for texts in generated_texts(count):
+                stream.write(json.dumps(chat_row(*texts), ensure_ascii=False) + "\n")
+        recipe = {"sources": [source], "steps": [], "split": {"eval_fraction": 0.0}}
+        dataset = sartor.curate(recipe, Path(scratch) / "dataset").dataset
+        prompt, reply = texts_of(_asked())
+        call = [str(traced.artifact.path), str(dataset.path), prompt, reply]
+        found = [_timed_trace(call) for _ in range(1 + later_traces)]
+        stored = store / f"rows-{dataset.id[:16]}"
+        size = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
+        shutil.rmtree(stored, ignore_errors=True)
+    first, later = found[0], sorted(found[1:], key=lambda seconds: seconds["process_s"])
+    middle = later[len(later) // 2]
+    return {
+        "seconds": middle["process_s"],
+        "first_s": first["process_s"],
+        "first": first,
+        "later": middle,
+        "bytes_per_row": round(size / count),
+    }
+
+
+def _timed_trace(call: Sequence[str]) -> dict[str, float]:
+    """Return the seconds of a trace in a new process, its parts as the verb reports them."""
+    done = subprocess.run([sys.executable, "-c", _TRACE, *call], capture_output=True, text=True, check=True)
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def gradient_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:

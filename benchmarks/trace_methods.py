@@ -38,7 +38,7 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample
-from sartor.trace.ensemble import part_scores
+from sartor.trace.ensemble import PACKAGED, combine, part_scores
 from sartor.trace.prepare import prepare
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import unrolled_scores
@@ -191,6 +191,11 @@ def sketched(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
     """Return the scores of Sartor's gradients, hidden states and retrieval, from sketches that `prepare` made."""
     parts_of, _ = part_scores(traced, queries, notice=notice)
     return {name: np.asarray(scores, float) for name, scores in parts_of.items()}
+
+
+def with_ensemble(scores: Scores) -> Scores:
+    """Return the scores with those of the verb's method as `gradient`, and of its sketches as `gradient_alone`."""
+    return {**scores, "gradient_alone": scores["gradient"], "gradient": combine(scores, PACKAGED)}
 
 
 OURS: dict[str, Scorer] = {"unrolling": unrolled, "sketches": sketched}

@@ -1,14 +1,17 @@
 """Planted rows of trace.py: how well methods find them, and proof and truth about suspicions.
 
 Every plant that counts (trace_plants.py) is asked once. Its rank among the rows is that of the better of its two rows.
-The halves of the kinds are exchanged too: `swapped` has the other half, by an ensemble calibrated on the first.
+`gradient` is what the verb does, by the packaged weights; `fit_packaged` fits them on the kinds that are not scored.
+`gradient_fitted` is the same with weights fitted in this call, and `swapped` the other half of the kinds, with weights
+fitted on the first.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from trace_lds import Retrains
 from trace_plants import Plant
 from trace_setup import Row, Size, chat_row, notice, queries_of, recipe_of, row_indices, tune_traced
 
-from sartor.trace.ensemble import PARTS, combine, fit_weights
+from sartor.trace.ensemble import PACKAGED, PARTS, EnsembleWeights, combine, fit_weights
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 
 F64 = NDArray[np.float64]
@@ -93,10 +96,7 @@ def make_few(planted: PlantedSet, size: Size, folder: Path) -> TracedAdapter:
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
-    """Return the counts of each method, and of unrolling on few rows and for two replies among all.
-
-    `gradient` is the ensemble with weights fitted on the kinds that are not scored.
-    """
+    """Return the counts of each method, and of unrolling on few rows and for two replies among all."""
     planted = make_planted(size, folder)
     traced, queries = planted.traced, planted.queries(planted.counted)
     scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
@@ -133,17 +133,58 @@ def _counts(
     indices = row_indices(planted.traced)
     scored, fitted = planted.scored(size, is_swapped=is_swapped), planted.scored(size, is_swapped=not is_swapped)
     places = {plant.name: place for place, plant in enumerate(planted.counted)}
-    # each of a plant's rows is a cause of its reply
-    pairs = [(places[plant.name], indices[pair]) for plant in fitted for pair in plant.rows]
-    ours = {name: scores[name][[place for place, _ in pairs]] for name in PARTS}
-    weights = fit_weights(ours, [row for _, row in pairs], origin="kinds that are not scored")
-    methods = {**scores, "gradient_alone": scores["gradient"], "gradient": combine(scores, weights)}
+    weights = _fit(scores, [places[plant.name] for plant in fitted], fitted, indices)
+    # packaged weights are fitted on the kinds that `swapped` scores
+    methods = trace_methods.with_ensemble(scores) | {"gradient_fitted": combine(scores, weights)}
+    if is_swapped:
+        methods["gradient"] = methods.pop("gradient_fitted")
     result: dict[str, dict[str, Any]] = {}
     for name, matrix in methods.items():
         ranks = trace_plants.plant_ranks(matrix[[places[plant.name] for plant in scored]], scored, indices)
         result[name] = {**trace_plants.summary(ranks), "by_kind": trace_plants.by_kind(scored, ranks), "ranks": ranks}
-    result["gradient"]["weights"] = asdict(weights)
+    result["gradient" if is_swapped else "gradient_fitted"]["weights"] = asdict(weights)
+    result["gradient"].setdefault("weights", asdict(PACKAGED))
     return result
+
+
+def fit_packaged(size: Size, folder: Path) -> EnsembleWeights:
+    """Return weights fitted on the closed plants of the kinds that are not scored, for trace/ensemble.py.
+
+    The rows that are ranked are those of these plants and a sample of the others. Whether each plant has an effect is
+    not asked, which would take retrains.
+    """
+    plants = trace_plants.read_plants(size.asked_plants)
+    reasons = parts.run("plants: wording", lambda: trace_plants.split_closed(plants, size)[1])
+    closed = [plant for plant in plants if plant.name not in reasons]
+    traced = tune_planted(folder / "planted", trace_plants.planted_rows(size.planted_rows, closed), size)
+    fitted = [plant for plant in closed if plant.kind not in trace_plants.scored_kinds()]
+    traced = _sampled(traced, fitted, size.fitted_rows)
+    queries = queries_of(traced, asked(fitted))
+    scores = trace_methods.scores_of("weights", {"sketches": trace_methods.sketched}, traced, queries)
+    return _fit(scores, range(len(fitted)), fitted, row_indices(traced))
+
+
+def _sampled(traced: TracedAdapter, plants: Sequence[Plant], count: int) -> TracedAdapter:
+    """Return the traced adapter with the rows of the plants and a sample of its other rows, `count` in all."""
+    indices = row_indices(traced)
+    planted = {indices[pair] for plant in plants for pair in plant.rows}
+    others = sorted(set(range(len(traced.rows))) - planted)
+    chosen = sorted([*planted, *random.Random(2).sample(others, max(0, min(count - len(planted), len(others))))])
+    return replace(traced, rows=tuple(traced.rows[index] for index in chosen), row_key="")
+
+
+def _fit(
+    scores: trace_methods.Scores,
+    places: Sequence[int],
+    plants: Sequence[Plant],
+    indices: dict[tuple[str, str], int],
+) -> EnsembleWeights:
+    """Return the weights that rank these plants best. places: of each plant's reply in the scores (Q, N)."""
+    # each of a plant's rows is a cause of its reply
+    pairs = [(place, indices[pair]) for place, plant in zip(places, plants, strict=True) for pair in plant.rows]
+    ours = {name: scores[name][[place for place, _ in pairs]] for name in PARTS}
+    kinds = sorted({plant.kind for plant in plants})
+    return fit_weights(ours, [row for _, row in pairs], origin=f"planted rows of the kinds {', '.join(kinds)}")
 
 
 def _unrolled(traced: TracedAdapter, plants: Sequence[Plant], label: str) -> dict[str, Any]:

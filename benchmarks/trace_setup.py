@@ -31,11 +31,13 @@ class Size:
     rows, updates, batch_rows, queries, retrains: of a set whose LDS is measured. group: queries that are unrolled at
         once. curve_points: of a curve at most.
     planted_rows: with the plants among them; few_rows: of the smaller planted set, for unrolling.
+    fitted_rows: among which the weights of the method gradient are fitted, plants included.
     plants: that are scored. asked_plants: a kind's plants that are tried.
     closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply.
     source_rows: rows of each of ten sources. bad_replies: that are traced to their source.
     suspicions: true ones, and as many false ones. controls: matched sets of each. truth_seeds: of their truth.
-    retrieval_rows, gradient_rows, curve_rows: rows of the timed calls.
+    retrieval_rows, gradient_rows, curve_rows: rows of the timed calls. later_traces: after the first, of which the
+        median counts.
     recipe: of every tuning, over the benchmark's own.
     """
 
@@ -48,6 +50,7 @@ class Size:
     curve_points: int = 8
     planted_rows: int = 2000
     few_rows: int = 200
+    fitted_rows: int = 200
     plants: int = 20
     asked_plants: int = 5
     closed_rank: int = 100
@@ -59,6 +62,7 @@ class Size:
     truth_seeds: tuple[int, ...] = (101, 102)
     retrieval_rows: int = 100_000
     gradient_rows: int = 10_000
+    later_traces: int = 3
     curve_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -73,6 +77,7 @@ SMALL = Size(
     curve_points=1,
     planted_rows=150,
     few_rows=40,
+    fitted_rows=60,
     plants=2,
     asked_plants=1,
     closed_rank=0,
@@ -84,6 +89,7 @@ SMALL = Size(
     truth_seeds=(101,),
     retrieval_rows=500,
     gradient_rows=60,
+    later_traces=1,
     curve_rows=(100, 400),
 )
 

@@ -23,6 +23,7 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.tuned_model import open_tuned
 from sartor.trace.credit import sum_by_source
+from sartor.trace.retrieval import RowSources
 from sartor.trace.traced_adapter import TracedAdapter
 
 F64 = NDArray[np.float64]
@@ -83,4 +84,4 @@ def bad_replies(traced: TracedAdapter, held_out: Sequence[Row], wrong: str, size
 
 def named_source(traced: TracedAdapter, scores: F64) -> str:
     """Return the name of the source with the largest sum of scores."""
-    return Path(sum_by_source(traced.rows, scores)[0].source).stem
+    return Path(sum_by_source(RowSources.of([row.example for row in traced.rows]), scores)[0].source).stem

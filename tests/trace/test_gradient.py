@@ -202,3 +202,20 @@ def test_damaged_sketches_are_named(traced: TracedAdapter) -> None:
     (folder_of(traced) / "final" / "ids.txt").write_text("other\n")
     with pytest.raises(ArtifactError, match="are damaged"):
         gradient_scores(traced, [own_query(traced, 0)])
+
+
+def test_verb_ranks_by_the_ensemble_where_states_are(tune_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """What a run recorded ranks alone, and the result says so; prepared hidden states join it."""
+    sartor.tune({**tune_recipe, "trace": {"features": True}}, tmp_path / "a", show=False)
+    asked = own_query(open_traced(tmp_path / "a"), 3)
+    words = {"prompt": asked.prompt[-1].text, "reply": asked.reply, "method": "gradient", "likelihood": False}
+    alone = sartor.trace(tmp_path / "a", **words)
+    assert alone.facts["ensemble"] is None and f"{tmp_path / 'a'} --prepare" in alone.notes[0]
+    plain = gradient_scores(alone.traced, [asked])
+    assert alone.examples[0].score == plain.scores.max()
+    sartor.trace(tmp_path / "a", prepare=True)
+    joined = sartor.trace(tmp_path / "a", **words)
+    said = joined.as_json()["facts"]
+    assert said["ensemble"]["origin"] == ensemble.PACKAGED.origin and joined.notes == []
+    assert sum(said["ensemble"][name] for name in ensemble.PARTS) == pytest.approx(1)
+    assert joined.examples[0].row.example.id == joined.traced.ids[3]

@@ -29,7 +29,7 @@ def result_of(examples: list[Example], query: TraceQuery, **changes: Any) -> Tra
     dataset = Artifact(Path("/data/faq"), {"kind": "dataset", "id": "d" * 64})
     rows = tuple(TrainingRow(example, dataset) for example in examples)
     traced = TracedAdapter(Artifact(Path("/adapters/faq"), {"kind": "adapter", "id": "a" * 64}), dataset, rows)
-    matches = RetrievalIndex(examples).matches(query, range(len(rows)))
+    matches = RetrievalIndex.of(examples).matches(query, range(len(rows)))
     shown = [
         TracedRow(item, match.score, match, RowHistory(2, ("Ada",)), ("c" * 32,))
         for item, match in zip(rows, matches, strict=True)

@@ -54,8 +54,9 @@ MANIFESTS: dict[str, str] = {
     "duplicates": "duplicates.json",
     "export": "parity.json",
 }
+REVIEW = "review.jsonl"
 # Written after the manifest: a signature signs the manifest, and review decisions come later.
-UNLISTED = {"signature", "review.jsonl"}
+UNLISTED = {"signature", REVIEW}
 # Hidden files that Sartor itself keeps in an artefact: the record of a server's copy, and what a review is written by.
 _HIDDEN = re.compile(r"\.admitted\.json|\.{1,2}(admitted\.json|review\.jsonl)\.(part-.*|lock)")
 # Fills a new directory, and returns the facts for its manifest

@@ -3,10 +3,12 @@
     origin.json       the Datasets and the path of the adapter
     calibration.json  measured trust of each method (trace/calibration.py)
     LABEL/            sketches of the rows at one set of weights (sketch_matrix.py), and those weights
+    retrieval-KEY/    the rows and their index of words (trace/retrieval_store.py)
 
-Sketches of gradients and states of training lead back to the rows' text. So every folder has mode 0700 and every file
-0600. Nothing here is part of an artefact, and so of no Release or export. `sartor revoke` lists the folders that it
-reaches; `sartor personal forget` and `sartor edge forget` remove them whole, since a sketch can be computed again.
+Sketches of gradients and states of training lead back to the rows' text, and the index holds it. So every folder has
+mode 0700 and every file 0600. Nothing here is part of an artefact, and so of no Release or export. `sartor revoke`
+lists the folders that it reaches; `sartor personal forget` and `sartor edge forget` remove them whole, since all of it
+can be computed again.
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ def adapter_id(artifact: Artifact) -> str:
     return next((str(parent["id"]) for parent in parents if parent["kind"] == "adapter"), artifact.id)
 
 
+def trace_path(adapter_id: str) -> Path:
+    """Return the path of an adapter's folder, which need not exist."""
+    return home() / TRACE / adapter_id
+
+
 def trace_folder(adapter_id: str) -> Path:
     """Return the folder of an adapter, created with mode 0700 if absent."""
-    path = home() / TRACE / adapter_id
+    path = trace_path(adapter_id)
     make_private_folder(path)
     return path
 

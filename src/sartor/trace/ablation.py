@@ -46,7 +46,7 @@ from sartor.trace.ablation_proof import (
     judged_fields,
 )
 from sartor.trace.replay import Replay
-from sartor.trace.retrieval import RetrievalIndex
+from sartor.trace.retrieval_store import open_index
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples, open_traced
 
 Notice = Callable[[str], object]
@@ -225,7 +225,7 @@ def plan_ablation(
             f"all {len(suspects)} training rows are suspected: no row is left to tune on or to compare with",
             "name fewer --examples",
         )
-    retrieval = RetrievalIndex([row.example for row in traced.rows])
+    retrieval = open_index(traced)
     scores, equal_rows = retrieval.scores([query])[0], retrieval.equal_rows
     is_other = ~np.isin(np.arange(len(traced.rows)), suspects)
     repeats = np.isin(equal_rows, equal_rows[suspects])

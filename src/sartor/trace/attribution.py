@@ -26,9 +26,11 @@ class Attribution:
         left out. Others have no unit.
     approximate: the reason why the scores are those of a tuning that differs from the one that ran; empty otherwise.
     facts: further values for the JSON, such as the difference of the replayed loss.
+    notes: what else a reader has to know, each a sentence.
     """
 
     method: Method
     scores: np.ndarray[Any, np.dtype[np.float64]]
     approximate: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -28,10 +28,10 @@ from sartor.core import records
 from sartor.core.errors import ConfigError, SartorError, StoppedError
 from sartor.core.trace_store import read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
-from sartor.trace.gradient import gradient_scores
+from sartor.trace.ensemble import ensemble_scores
 from sartor.trace.measured_trust import CALIBRATION
 from sartor.trace.replay import Replay
-from sartor.trace.retrieval import retrieval_scores
+from sartor.trace.retrieval_store import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples
 from sartor.trace.unrolling import unroll
 
@@ -118,7 +118,7 @@ def calibrate(
     if not queries:
         raise ConfigError(f"{traced.dataset.path} holds out no row whose reply is text", "--queries FILE.jsonl")
     replay = Replay.open(traced, notice=notice)
-    folder = record_origin(traced.artifact, [traced.dataset.id, *(row.dataset.id for row in traced.rows)])
+    folder = record_origin(traced.artifact, [dataset.id for dataset in traced.datasets])
     subsets = leave_out_subsets(len(traced.rows), runs)
     losses = _retrained_losses(replay, queries, subsets, folder / RUNS, notice)
     changes = losses[1:] - losses[0]
@@ -136,7 +136,7 @@ def default_scorers(replay: Replay, notice: Notice) -> dict[Method, Scorer]:
     traced = replay.traced
     return {
         Method.RETRIEVAL: lambda queries: retrieval_scores(traced, queries),
-        Method.GRADIENT: lambda queries: gradient_scores(traced, queries, notice=notice),
+        Method.GRADIENT: lambda queries: ensemble_scores(traced, queries, prepares=True, notice=notice),
         Method.UNROLLED: lambda queries: unroll(replay, queries, notice=notice),
     }
 
@@ -192,7 +192,7 @@ def _retrained_losses(
     notice: Notice,
 ) -> F64:
     """Return (runs + 1, Q) losses of the replies: after the whole tuning, then after each retrain."""
-    ids = [row.example.id for row in replay.traced.rows]
+    ids = replay.traced.ids
     tokens = [replay.encode(query).ids for query in queries]
     key = records.digest({"schema": SCHEMA, "rows": ids, "queries": tokens})
     result, is_timed = [], False

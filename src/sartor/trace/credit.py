@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import fuzz
 
-from sartor.core.artifacts import Artifact
+from sartor.core.artifacts import REVIEW, Artifact
 from sartor.core.errors import SartorError
+from sartor.core.lazy_import import import_module
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
-from sartor.curate.review import review_file
 from sartor.trace.attribution import Method
-from sartor.trace.retrieval import RetrievalIndex, media_of, prompt_text, reply_text
+from sartor.trace.retrieval import RetrievalIndex, RowSources, media_of, prompt_text, reply_text
 from sartor.trace.traced_adapter import TrainingRow
 
 F64 = NDArray[np.float64]
@@ -28,7 +28,6 @@ I64 = NDArray[np.int64]
 NEAR_PERCENT = 90.0
 # groups of equal rows among which near-duplicates are looked for, for each row that is shown
 _CANDIDATES = 5
-UNKNOWN_SOURCE = "unknown"
 
 
 @dataclass(frozen=True)
@@ -119,19 +118,15 @@ def _are_near(first: Example, second: Example) -> bool:
     return fuzz.ratio(prompt_text(first.messages).lower(), prompt_text(second.messages).lower()) >= NEAR_PERCENT
 
 
-def sum_by_source(rows: Sequence[TrainingRow], scores: F64) -> list[SourceCredit]:
+def sum_by_source(sources: RowSources, scores: F64) -> list[SourceCredit]:
     """Return the sum of the scores (N,) of each source's rows, highest first."""
-    totals: defaultdict[str, float] = defaultdict(float)
-    counts: defaultdict[str, int] = defaultdict(int)
-    licences: dict[str, str] = {}
-    for row, score in zip(rows, scores, strict=True):
-        by_source = {origin.source: origin.licence for origin in row.example.origins} or {UNKNOWN_SOURCE: ""}
-        for source, licence in by_source.items():
-            totals[source] += float(score) / len(by_source)
-            counts[source] += 1
-            licences.setdefault(source, licence)
+    parts = np.bincount(sources.owners, minlength=len(scores))
+    shares = scores[sources.owners] / parts[sources.owners]
+    totals = np.bincount(sources.ids, weights=shares, minlength=len(sources.names)).tolist()
+    counts = np.bincount(sources.ids, minlength=len(sources.names)).tolist()
     credits = [
-        SourceCredit(source, licences[source], score=total, rows=counts[source]) for source, total in totals.items()
+        SourceCredit(source, licence, score=total, rows=count)
+        for (source, licence), total, count in zip(sources.names, totals, counts, strict=True)
     ]
     return sorted(credits, key=lambda credit: -credit.score)
 
@@ -168,9 +163,10 @@ def read_histories(rows: Sequence[TrainingRow]) -> dict[str, RowHistory]:
 
 def _reviewers(dataset: Artifact, examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
     """Return the people who decided about each row, in the order of their decisions."""
-    file = dataset.path / review_file.FILE
+    file = dataset.path / REVIEW
     if not file.is_file():
         return {}
+    review_file = import_module("sartor.curate.review.review_file")  # imports the steps of curation: half a second
     lines = review_file.read_review_file(file, content_digest=review_file.content_of(dataset))
     # an edited row has another id than the one that was decided about, which is its parent
     shown: dict[str, str] = {}

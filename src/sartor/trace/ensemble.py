@@ -1,11 +1,13 @@
-"""Combination of gradients, hidden states and retrieval, with weights fixed on planted rows.
+"""The method gradient: gradients, hidden states and retrieval, combined with weights.
 
 Each part ranks all rows; the combination is the weighted mean of the ranks' normal quantiles. The weights come from
 the first of these that exists:
 
     SARTOR_HOME/trace/ADAPTER_ID/ensemble.json    fitted by `fit_weights` on rows planted for this adapter
-    PACKAGED                                      fitted on planted rows of half of the kinds of benchmarks/trace.py
-    equal weights
+    PACKAGED                                      the same for all adapters; equal until they are fitted
+
+The rows' hidden states have to be there; where a run recorded sketches and nobody prepared the states, gradients rank
+alone, and the result says so.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,9 @@ from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
 from sartor.trace import prepare as preparation
 from sartor.trace.attribution import Attribution, Method
-from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized
-from sartor.trace.retrieval import retrieval_scores
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized, sketched_labels
+from sartor.trace.retrieval_store import retrieval_scores
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, rows_folder
 from sartor.trace.traced_model import TracedModel
 
 Notice = Callable[[str], object]
@@ -56,7 +58,8 @@ class EnsembleWeights:
         return self.gradient, self.hidden_states, self.retrieval
 
 
-# Until benchmarks/trace.py has fitted them, all parts count the same.
+# Equal until they are fitted on planted rows of half of the kinds of benchmarks/trace_plants.yaml, which
+# `python benchmarks/trace.py --work trace-work --only weights --json` prints.
 PACKAGED = EnsembleWeights(1 / 3, 1 / 3, 1 / 3, "equal: not fitted on planted rows")
 
 
@@ -65,12 +68,20 @@ def ensemble_scores(
     queries: Sequence[TraceQuery],
     *,
     weights: EnsembleWeights | None = None,
+    prepares: bool = False,
     notice: Notice = lambda line: None,
 ) -> Attribution:
-    """Return the combined scores (Q, N). Raises what `gradient_scores` raises.
+    """Return the combined scores (Q, N), or those of gradients alone. Raises what `gradient_scores` raises.
 
     weights: by default those of `weights_of`.
+    prepares: make hidden states that are absent, instead of leaving them out.
     """
+    folder = rows_folder(traced)
+    has_states = preparation.is_complete(traced, SketchMatrix.open(folder / preparation.HIDDEN))
+    if not has_states and not prepares and sketched_labels(traced, folder):
+        alone = gradient_scores(traced, queries, notice=notice)
+        note = f"gradients rank alone; sartor trace {traced.artifact.path} --prepare adds what hidden states show"
+        return replace(alone, facts={**alone.facts, "ensemble": None}, notes=(note,))
     weights = weights or weights_of(traced)
     parts, facts = part_scores(traced, queries, notice=notice)
     scores = combine(parts, weights)
@@ -98,7 +109,7 @@ def hidden_scores(
 
     Rows that have no hidden states yet get them.
     """
-    folder = preparation.rows_folder(traced)
+    folder = rows_folder(traced)
     matrix = SketchMatrix.open(folder / preparation.HIDDEN)
     if not preparation.is_complete(traced, matrix):
         preparation.prepare(traced, model=model, labels=[preparation.HIDDEN], notice=notice)
@@ -106,7 +117,7 @@ def hidden_scores(
     assert matrix is not None
     changes = hidden_states.changes(model, [model.query(query) for query in queries])
     places = {id: place for place, id in enumerate(matrix.ids)}
-    wanted = [places[row.example.id] for row in traced.rows]
+    wanted = [places[id] for id in traced.ids]
     count = len(hidden_states.chosen_layers(model))
     cosines = np.zeros((count, len(queries), len(matrix.ids)), np.float32)
     for piece, rows in matrix.pieces():
@@ -157,7 +168,7 @@ def ranks_of(scores: Array, true_rows: Sequence[int]) -> Array:
 
 def keep_weights(traced: TracedAdapter, weights: EnsembleWeights) -> None:
     """Write weights that were fitted for this adapter to its folder of the trace store."""
-    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
+    folder = trace_store.record_origin(traced.artifact, [dataset.id for dataset in traced.datasets])
     trace_store.write_trace_file(folder / FILE, json.dumps(asdict(weights)).encode())
 
 

@@ -20,7 +20,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import prepare as preparation
 from sartor.trace.attribution import Attribution, Method
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, rows_folder
 from sartor.trace.traced_model import TracedModel
 from sartor.tune.gradient_features import RECORDED, read_moments
 
@@ -46,7 +46,7 @@ def gradient_scores(
     Raises ConfigError if there are none and the rows are more than MAX_UNPREPARED_ROWS, or if a reply is longer than
     the base's context; SourceError for a reply that the template refuses; and what `TracedModel.open` raises.
     """
-    folder = preparation.rows_folder(traced)
+    folder = rows_folder(traced)
     labels = sketched_labels(traced, folder)
     if not labels and len(traced.rows) > MAX_UNPREPARED_ROWS:
         raise ConfigError(
@@ -112,7 +112,7 @@ def layer_cosines(traced: TracedAdapter, folder: Path, sketches: Array, model: T
     layers = list(model.layout.layers.values())
     # the matrix may have other rows beside those of `traced`, in another order
     places = {id: place for place, id in enumerate(matrix.ids)}
-    wanted = np.array([places[row.example.id] for row in traced.rows])
+    wanted = np.array([places[id] for id in traced.ids])
     cosines = np.zeros((len(layers), len(sketches), len(matrix.ids)), np.float32)
     for piece, rows in matrix.pieces():
         for index, layer in enumerate(layers):

@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from sartor.core import trace_store
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import make_private_folder, writer_lock
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
-from sartor.trace.traced_adapter import TracedAdapter
+from sartor.trace.traced_adapter import TracedAdapter, rows_folder
 from sartor.trace.traced_model import TracedModel
 from sartor.tune.gradient_features import (
     KEPT_AT,
@@ -106,15 +105,6 @@ def prepare(
     return Preparation(folder, tuple(labels), len(traced.rows), row_bytes, time.monotonic() - started_s)
 
 
-def rows_folder(traced: TracedAdapter) -> Path:
-    """Return the folder for what is computed from the rows of `traced`, its origin recorded.
-
-    Rows of a Dataset that the caller named have a folder of their own, beside those of the tuning.
-    """
-    folder = trace_store.record_origin(traced.artifact, sorted({row.dataset.id for row in traced.rows}))
-    return folder if traced.is_own else folder / f"rows-{traced.dataset.id[:16]}"
-
-
 def prepared_labels(traced: TracedAdapter, folder: Path) -> list[str]:
     """Return the sets of weights in `folder` with a sketch of every row of `traced`."""
     return [label for label in (FINAL, *STATES) if is_complete(traced, SketchMatrix.open(folder / label))]
@@ -125,7 +115,7 @@ def is_complete(traced: TracedAdapter, matrix: SketchMatrix | None) -> bool:
     if matrix is None:
         return False
     written = {id for id, is_written in zip(matrix.ids, matrix.written(), strict=True) if is_written}
-    return all(row.example.id in written for row in traced.rows)
+    return written.issuperset(traced.ids)
 
 
 def moments_at(model: TracedModel, folder: Path) -> Moments:
@@ -148,8 +138,7 @@ def open_hidden(traced: TracedAdapter, folder: Path, model: TracedModel) -> Sket
     """Return the matrix of hidden states, created if absent."""
     layers = hidden_states.chosen_layers(model)
     size = len(layers) * model.model.config.get_text_config().hidden_size
-    ids = [row.example.id for row in traced.rows]
-    return SketchMatrix.create(folder / HIDDEN, ids, size, {"layers": layers})
+    return SketchMatrix.create(folder / HIDDEN, traced.ids, size, {"layers": layers})
 
 
 def hidden_rows(model: TracedModel, indices: Sequence[int]) -> Any:
@@ -161,7 +150,7 @@ def _sketch(model: TracedModel, folder: Path, label: str, notice: Notice) -> Ske
     put_weights(model, folder)
     sketcher = model.sketcher(moments_at(model, folder))
     fields = {"layout": model.layout.as_json(), "label": label}
-    matrix = SketchMatrix.create(folder, [row.example.id for row in model.traced.rows], model.layout.size, fields)
+    matrix = SketchMatrix.create(folder, model.traced.ids, model.layout.size, fields)
     return _write_rows(
         matrix, lambda indices: model.sketches([model.row(index) for index in indices], sketcher), label, notice
     )
@@ -194,6 +183,6 @@ def _estimate(traced: TracedAdapter, folder: Path, labels: Sequence[str]) -> str
     run = traced.manifest.get("run", {})
     recipe = traced.manifest.get("recipe", {})
     total_epochs = recipe.get("budget", {}).get("epochs")
-    if not run.get("wall_s") or not total_epochs:
+    if not run.get("wall_s") or not total_epochs or not traced.is_own:
         return line
     return f"{line}, about {epochs * run['wall_s'] / total_epochs:,.0f} s on the machine of the tuning"

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import PurePosixPath
@@ -24,29 +24,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
-from sartor.core import parquet_io
-from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Message, Part
 from sartor.media import content_parts
 from sartor.text import example_text
-from sartor.trace.attribution import Attribution, Method
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.traced_adapter import TraceQuery
+from sartor.trace.word_index import SPAN_WORDS, PackedTexts, WordIndex
 
-F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
-U64 = NDArray[np.uint64]
+U8 = NDArray[np.uint8]
 
-# Okapi BM25's usual constants: saturation of a word's count, and weight of a text's length
-K1, B = 1.2, 0.75
-# words of a run; shorter ones are shared by chance
-SPAN_WORDS = 3
+UNKNOWN_SOURCE = "unknown"
 # first words of two texts in which shared runs are looked for; the scores read the whole texts
 COMPARED_WORDS = 2_000
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the product with it is a bijection of 64-bit integers
 
 
 @dataclass(frozen=True)
@@ -80,135 +72,105 @@ class RowMatch:
     is_rejected: bool = False
 
 
-class WordIndex:
-    """Index of D texts by word and by run of SPAN_WORDS words.
+@dataclass(frozen=True, eq=False)
+class MediaIndex:
+    """Rows by the images and recordings that they hold.
 
-    tokens: (W,) word ids of all texts, laid end to end; starts: (D + 1,) where each text begins.
+    digest_bytes, digest_starts: M digests in order, laid end to end (`PackedTexts`).
+    rows: (E,) the rows that hold each medium, one medium after another; row_starts: (M + 1,) where each begins.
     """
 
-    def __init__(self, texts: Iterable[str], *, with_runs: bool = True) -> None:
-        """Index the texts; without runs of words if only `similarities` is wanted."""
-        vocabulary: defaultdict[str, int] = defaultdict()
-        vocabulary.default_factory = vocabulary.__len__  # a new word gets the next id
-        tokens, starts = array("i"), array("q", [0])
-        for text in texts:
-            tokens.extend(map(vocabulary.__getitem__, example_text.words(text)))
-            starts.append(len(tokens))
-        self._vocabulary = dict(vocabulary)
-        self.tokens: I32 = np.array(tokens, dtype=np.int32)
-        self.starts: I64 = np.array(starts, dtype=np.int64)
-        self.count = len(self.starts) - 1
-        lengths = np.diff(self.starts)
-        self._mean_length = max(float(lengths.mean()) if self.count else 0.0, 1.0)
-        self._weights, self._rarity = self._word_weights(lengths)
-        self._run_codes, self._run_texts = self._runs(lengths if with_runs else lengths[:0])
+    digest_bytes: U8
+    digest_starts: I64
+    rows: I32
+    row_starts: I64
 
-    def _word_weights(self, lengths: I64) -> tuple[Any, F64]:
-        """Return the BM25 weights (D, V) as a sparse matrix by columns, and the rarity (V,) of each word."""
-        shape = (self.count, max(len(self._vocabulary), 1))
-        ones = np.ones(len(self.tokens), dtype=np.float32)
-        # a copy: sum_duplicates sorts the words of each text in place
-        counts = sparse.csr_matrix((ones, self.tokens.copy(), self.starts.copy()), shape=shape)
-        counts.sum_duplicates()
-        # rarity log(1 + (D - n + 1/2) / (n + 1/2)) of a word in n texts: Robertson and Sparck Jones's weight, kept
-        # above 0 for words in most texts
-        n = np.bincount(counts.indices, minlength=shape[1])
-        rarity = np.log1p((self.count - n + 0.5) / (n + 0.5))
-        length_of_entry = np.repeat(lengths, np.diff(counts.indptr))
-        counts.data = (rarity[counts.indices] * self._saturated(counts.data, length_of_entry)).astype(np.float32)
-        return counts.tocsc(), rarity
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> MediaIndex:
+        """Index the media of rows."""
+        found: dict[bytes, list[int]] = {}
+        for index, example in enumerate(examples):
+            for digest in dict.fromkeys(media_digest(part) for part in media_of(example.messages)):
+                found.setdefault(digest.encode(), []).append(index)
+        ordered = sorted(found)
+        digests = PackedTexts.of(ordered)
+        rows = [row for digest in ordered for row in found[digest]]
+        starts = np.cumsum([0, *(len(found[digest]) for digest in ordered)], dtype=np.int64)
+        return cls(digests.content, digests.starts, np.array(rows, dtype=np.int32), starts)
 
-    def _saturated(self, counts: Any, lengths: Any) -> Any:
-        """Return tf (K1 + 1) / (tf + K1 (1 - B + B length / mean length)) of counts tf in texts of these lengths."""
-        return counts * (K1 + 1) / (counts + K1 * (1 - B + B * lengths / self._mean_length))
-
-    def _runs(self, lengths: I64) -> tuple[U64, I32]:
-        """Return the codes of all runs, sorted, and the text of each."""
-        owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        codes = _run_codes(self.tokens[: len(owners)])
-        # a run that begins in one text and ends in the next is none
-        is_inside = owners[: len(codes)] == owners[len(owners) - len(codes) :]
-        codes, owners = codes[is_inside], owners[: len(codes)][is_inside]
-        order = np.argsort(codes, kind="stable")
-        return codes[order], owners[order]
-
-    def similarities(self, text: str) -> F64 | None:
-        """Return the likeness (D,) of each text to `text` by BM25; None if it has no word.
-
-        Words that no text holds count in full, so that few shared words among many are a small likeness.
-        """
-        counts = Counter(example_text.words(text))
-        if not counts:
-            return None
-        repeats = np.array(list(counts.values()), dtype=np.float64)
-        ids = np.array([self._vocabulary.get(word, -1) for word in counts], dtype=np.int64)
-        unseen_rarity = np.log1p((self.count + 0.5) / 0.5)
-        rarity = np.where(ids >= 0, self._rarity[ids], unseen_rarity)
-        own_score = float((repeats * rarity * self._saturated(repeats, counts.total())).sum())
-        is_known = ids >= 0
-        scores = self._weights[:, ids[is_known]] @ repeats[is_known]
-        return np.clip(np.asarray(scores, dtype=np.float64) / own_score, 0, 1)
-
-    def span_fractions(self, text: str) -> F64 | None:
-        """Return the fraction (D,) of the text's runs that each indexed text holds, weighted by their rarity.
-
-        None if it has fewer than SPAN_WORDS words.
-        """
-        words = example_text.words(text)
-        if len(words) < SPAN_WORDS:
-            return None
-        fractions, total = np.zeros(self.count), 0.0
-        for run in {tuple(words[start : start + SPAN_WORDS]) for start in range(len(words) - SPAN_WORDS + 1)}:
-            holders = np.unique(self.holders(run))
-            rarity = float(np.log1p((self.count - len(holders) + 0.5) / (len(holders) + 0.5)))
-            fractions[holders] += rarity
-            total += rarity
-        return fractions / total
-
-    def holders(self, run: Sequence[str]) -> I32:
-        """Return the texts that hold a run of SPAN_WORDS words, one entry for each time."""
-        ids = [self._vocabulary.get(word, -1) for word in run]
-        if min(ids) < 0:
-            return self._run_texts[:0]
-        code = _run_codes(np.array(ids, dtype=np.int32))[0]
-        low, high = np.searchsorted(self._run_codes, code, "left"), np.searchsorted(self._run_codes, code, "right")
-        return self._run_texts[low:high]
-
-    def key(self, text: int) -> bytes:
-        """Return the words of an indexed text as bytes: equal for equal words."""
-        return self.tokens[self.starts[text] : self.starts[text + 1]].tobytes()
+    def holders(self, digest: str) -> I32:
+        """Return the rows that hold the medium with this digest."""
+        digests = PackedTexts(self.digest_bytes, self.digest_starts)
+        place = bisect_left(digests, digest.encode())
+        if place == len(digests) or digests[place] != digest.encode():
+            return self.rows[:0]
+        return self.rows[self.row_starts[place] : self.row_starts[place + 1]]
 
 
-def _run_codes(tokens: I32) -> U64:
-    """Return the hash of each run of SPAN_WORDS word ids, (max(0, W - SPAN_WORDS + 1),)."""
-    count = max(0, len(tokens) - SPAN_WORDS + 1)
-    codes = np.zeros(count, dtype=np.uint64)
-    for offset in range(SPAN_WORDS):
-        codes = (codes + tokens[offset : offset + count].astype(np.uint64) + np.uint64(1)) * _MIX  # modulo 2^64
-        codes ^= codes >> np.uint64(29)
-    return codes
+@dataclass(frozen=True, eq=False)
+class RowSources:
+    """Sources of N rows.
+
+    names: source and licence of each of S sources, the latter by the first row.
+    owners: (E,) the row of each entry, in order; ids: (E,) index in `names`. A row has an entry for each source.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    owners: I32
+    ids: I32
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> RowSources:
+        """Return the sources of these rows."""
+        numbers: dict[str, int] = {}
+        licences: list[str] = []
+        owners, ids = array("i"), array("i")
+        for row, example in enumerate(examples):
+            by_source = {origin.source: origin.licence for origin in example.origins} or {UNKNOWN_SOURCE: ""}
+            for source, licence in by_source.items():
+                number = numbers.setdefault(source, len(numbers))
+                licences += [licence] if number == len(licences) else []
+                owners.append(row)
+                ids.append(number)
+        names = tuple(zip(numbers, licences, strict=True))
+        return cls(names, np.array(owners, dtype=np.int32), np.array(ids, dtype=np.int32))
 
 
+@dataclass(frozen=True, eq=False)
 class RetrievalIndex:
     """Index of N rows by the words of their prompts and replies, the runs of their replies, and their media.
 
     examples: (N,) the rows.
+    replies: texts of the rows' replies in their order, then the rejected ones.
+    rejected_rows: the row of each rejected reply.
     equal_rows: (N,) the first row with the same words in prompt and replies, and the same media, as each row.
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-        self._prompts = WordIndex((prompt_text(example.messages) for example in examples), with_runs=False)
+    examples: Sequence[Example]
+    prompts: WordIndex
+    replies: WordIndex
+    media: MediaIndex
+    sources: RowSources
+    rejected_rows: I64
+    equal_rows: I64
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> RetrievalIndex:
+        """Index these rows."""
+        prompts = WordIndex.of((prompt_text(example.messages) for example in examples), with_runs=False)
         rejected = [(index, example) for index, example in enumerate(examples) if example.rejected]
-        # replies of the rows first, in their order; then the rejected ones
-        self._rejected_rows = np.array([index for index, _ in rejected], dtype=np.int64)
         texts = [reply_text(example.messages) for example in examples]
-        self._replies = WordIndex([*texts, *(reply_text(example.rejected) for _, example in rejected)])
-        self._media: dict[str, list[int]] = {}
-        for index, example in enumerate(examples):
-            for digest in {media_digest(part) for part in media_of(example.messages)}:
-                self._media.setdefault(digest, []).append(index)
-        self.equal_rows = self._equal_rows()
+        replies = WordIndex.of([*texts, *(reply_text(example.rejected) for _, example in rejected)])
+        rejected_rows = np.array([index for index, _ in rejected], dtype=np.int64)
+        return cls(
+            examples,
+            prompts=prompts,
+            replies=replies,
+            media=MediaIndex.of(examples),
+            sources=RowSources.of(examples),
+            rejected_rows=rejected_rows,
+            equal_rows=_equal_rows(examples, prompts, replies, rejected_rows),
+        )
 
     def scores(self, queries: Sequence[TraceQuery]) -> F64:
         """Return the scores (Q, N) of all rows, in 0..1."""
@@ -226,7 +188,7 @@ class RetrievalIndex:
     def matches(self, query: TraceQuery, rows: Sequence[int]) -> Iterator[RowMatch]:
         """Yield the likenesses of these rows, and what each shares with the query."""
         parts = self._likenesses(query)
-        own = self._replies.similarities(query.reply)
+        own = self.replies.similarities(query.reply)
         for row in rows:
             example = self.examples[row]
             values = {name: float(part[row]) for name, part in parts.items()}
@@ -243,22 +205,12 @@ class RetrievalIndex:
                 is_rejected=is_rejected,
             )
 
-    def _equal_rows(self) -> I64:
-        first: dict[tuple[Any, ...], int] = {}
-        owners = np.empty(len(self.examples), dtype=np.int64)
-        rejected = {int(row): len(self.examples) + index for index, row in enumerate(self._rejected_rows)}
-        for row, example in enumerate(self.examples):
-            media = tuple(part.media for part in media_of(example.messages))
-            other = self._replies.key(rejected[row]) if row in rejected else b""
-            owners[row] = first.setdefault((self._prompts.key(row), self._replies.key(row), other, media), row)
-        return owners
-
     def _likenesses(self, query: TraceQuery) -> dict[str, F64]:
         """Return the likenesses (N,) by name that this query has."""
         values = {
-            "prompt": self._prompts.similarities(prompt_text(query.prompt)),
-            "reply": self._by_row(self._replies.similarities(query.reply)),
-            "spans": self._by_row(self._replies.span_fractions(query.reply)),
+            "prompt": self.prompts.similarities(prompt_text(query.prompt)),
+            "reply": self._by_row(self.replies.similarities(query.reply)),
+            "spans": self._by_row(self.replies.span_fractions(query.reply)),
             "media": self._media_fractions(query),
         }
         return {name: value for name, value in values.items() if value is not None}
@@ -268,37 +220,32 @@ class RetrievalIndex:
         if values is None:
             return None
         result = values[: len(self.examples)].copy()
-        np.maximum.at(result, self._rejected_rows, values[len(self.examples) :])
+        np.maximum.at(result, self.rejected_rows, values[len(self.examples) :])
         return result
 
     def _media_fractions(self, query: TraceQuery) -> F64 | None:
-        digests = {media_digest(part) for part in media_of(query.prompt)}
+        digests = dict.fromkeys(media_digest(part) for part in media_of(query.prompt))
         if not digests:
             return None
         fractions = np.zeros(len(self.examples))
         for digest in digests:
-            fractions[self._media.get(digest, [])] += 1 / len(digests)
+            fractions[self.media.holders(digest)] += 1 / len(digests)
         return fractions
 
     def _rows_with(self, run: Sequence[str]) -> int:
-        return len(np.unique(self._replies.holders(run)))
+        return len(np.unique(self.replies.holders(run)))
 
 
-def retrieval_scores(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Attribution:
-    """Return the scores of the training rows for queries by shared words."""
-    index = RetrievalIndex([row.example for row in traced.rows])
-    return Attribution(Method.RETRIEVAL, index.scores(queries))
-
-
-def nearest_rows(dataset: Artifact, query: TraceQuery, top: int) -> list[tuple[float, Example]]:
-    """Return the `top` training Examples of a Dataset with the highest scores, each with its score, best first.
-
-    Rows that share nothing with the query are left out.
-    """
-    examples = list(parquet_io.read_examples(dataset, "train"))
-    scores = RetrievalIndex(examples).scores([query])[0]
-    best = np.argsort(-scores, kind="stable")[:top]
-    return [(float(scores[index]), examples[index]) for index in best if scores[index] > 0]
+def _equal_rows(examples: Sequence[Example], prompts: WordIndex, replies: WordIndex, rejected_rows: I64) -> I64:
+    """Return the first row (N,) with the same words and media as each row."""
+    first: dict[tuple[Any, ...], int] = {}
+    owners = np.empty(len(examples), dtype=np.int64)
+    rejected = {int(row): len(examples) + index for index, row in enumerate(rejected_rows)}
+    for row, example in enumerate(examples):
+        media = tuple(part.media for part in media_of(example.messages))
+        other = replies.key(rejected[row]) if row in rejected else b""
+        owners[row] = first.setdefault((prompts.key(row), replies.key(row), other, media), row)
+    return owners
 
 
 def prompt_text(messages: Sequence[Message]) -> str:

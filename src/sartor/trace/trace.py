@@ -1,7 +1,7 @@
 """The verb trace: which training rows made the model say that.
 
     retrieval   rows that share words with the prompt and the reply: a look-up, shown beside every other method
-    gradient    rows whose gradients resemble the reply's
+    gradient    rows whose gradients and hidden states resemble the reply's
     unrolled    predicted rise of the reply's loss if the row is left out of the whole tuning
 
 How far a method can be trusted for one adapter is measured, not assumed: its linear datamodelling score (LDS, Spearman
@@ -33,6 +33,7 @@ from sartor.trace.attribution import Attribution, Method
 from sartor.trace.credit import RowGroup, RowHistory, SourceCredit, rank_groups, read_histories, sum_by_source
 from sartor.trace.measured_trust import measured_lds
 from sartor.trace.retrieval import RetrievalIndex, RowMatch, prompt_text, reply_text
+from sartor.trace.retrieval_store import open_index, retrieval_scores
 from sartor.trace.served_replies import ServedReply, check_served
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow, open_traced, read_queries
 
@@ -44,7 +45,7 @@ LEAST_LDS = 0.2
 TOP = 10
 # module and function of each method but retrieval; they import torch, which a look-up does without
 _SCORERS = {
-    Method.GRADIENT: ("sartor.trace.gradient", "gradient_scores"),
+    Method.GRADIENT: ("sartor.trace.ensemble", "ensemble_scores"),
     Method.UNROLLED: ("sartor.trace.unrolling", "unrolled_scores"),
 }
 _CELL = 90  # characters of a text in the table for the terminal
@@ -131,7 +132,7 @@ class TraceResult:
     notes: what else a reader has to know.
     facts: further values of the method.
     rows: number of training rows that were searched.
-    seconds: read (the rows), index (made once for all queries), retrieval, the method, and wall.
+    seconds: read (the rows), index (opened, or made by the first trace), retrieval, the method, and wall.
     """
 
     traced: TracedAdapter = field(repr=False)
@@ -298,7 +299,7 @@ def trace(
     receipt: file of the receipt of a served reply, whose digests the words are compared with. team: its TEAM.yaml, if
         it did not serve on this machine.
     system: system prompt; None for that of most training rows.
-    data: a Dataset whose rows are searched by retrieval, where those of the tuning are not here.
+    data: a Dataset whose rows are ranked, by retrieval or gradient, where those of the tuning are not here.
     scores, queries: write the scores of all rows for each line of `queries` to `scores`, and return a ScoreMatrix.
     prepare: make what `gradient` needs, and return what was made. calibrate: measure the LDS of each method by
         `runs` retrains that leave rows out, on `queries` or held-out rows, and return it.
@@ -365,7 +366,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     """Return the training rows behind one reply. Raises as `trace`."""
     _check_rows(traced, options.method)
     seconds, notes, start = {}, [], time.monotonic()
-    index = RetrievalIndex([row.example for row in traced.rows])
+    index = open_index(traced, notice)
     seconds["index"] = time.monotonic() - start
     start = time.monotonic()
     retrieval = Attribution(Method.RETRIEVAL, index.scores([query]))
@@ -391,7 +392,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     used = attribution.method
     if used is Method.RETRIEVAL and lds.get(used, 1.0) < LEAST_LDS:
         notes.append("for this adapter, rows that share words with a reply are hardly those that cause it")
-    notes += sorted({row.history.problem for row in ranked if row.history.problem})
+    notes += [*attribution.notes, *sorted({row.history.problem for row in ranked if row.history.problem})]
     return TraceResult(
         traced,
         query,
@@ -400,7 +401,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
         examples=ranked,
         retrieval=[] if used is Method.RETRIEVAL else nearest,
         refused=refused,
-        by_source=sum_by_source(traced.rows, attribution.scores[0]) if options.by else (),
+        by_source=sum_by_source(index.sources, attribution.scores[0]) if options.by else (),
         base_says_it=measured.base_says_it if measured else None,
         likelihood=measured.as_json() if measured else {},
         approximate=attribution.approximate,
@@ -419,10 +420,10 @@ def _method(method: Method | str) -> Method:
 
 def _check_rows(traced: TracedAdapter, method: Method) -> None:
     """Raise ConfigError if a method needs the tuning's own rows and another Dataset's were named."""
-    if method is not Method.RETRIEVAL and not traced.is_own:
+    if method is Method.UNROLLED and not traced.is_own:
         raise ConfigError(
             f"{method} needs the rows of the tuning in their order, and those of {traced.dataset.path} were named",
-            "--method retrieval, which works for any rows; or leave --data out",
+            "--method retrieval or --method gradient, which work for any rows; or leave --data out",
         )
 
 
@@ -467,17 +468,17 @@ def _prepared(
     traced: TracedAdapter, queries: Path | str | None, *, runs: int, is_calibration: bool, notice: Notice
 ) -> Any:
     """Make what the method gradient needs, or measure the LDS of each method."""
-    _check_rows(traced, Method.GRADIENT)
     if not is_calibration:
+        open_index(traced, notice)
         return import_module("sartor.trace.prepare").prepare(traced, notice=notice)
+    _check_rows(traced, Method.UNROLLED)
     asked = read_queries(Path(queries), traced) if queries is not None else None
     return import_module("sartor.trace.calibration").calibrate(traced, asked, runs=runs, notice=notice)
 
 
 def _scores(traced: TracedAdapter, queries: Sequence[TraceQuery], method: Method, notice: Notice) -> Attribution:
     if method is Method.RETRIEVAL:
-        index = RetrievalIndex([row.example for row in traced.rows])
-        return Attribution(method, index.scores(queries))
+        return retrieval_scores(traced, queries, notice)
     module, name = _SCORERS[method]
     attribution: Attribution = getattr(import_module(module), name)(traced, queries, notice=notice)
     return attribution
@@ -528,6 +529,8 @@ def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Meth
     _check_rows(traced, method)
     start = time.monotonic()
     attribution = _scores(traced, read_queries(queries, traced), method, notice)
+    for note in attribution.notes:
+        notice(note)
     lds = _measured_lds(traced).get(method)
     if lds is not None and lds < LEAST_LDS:
         notice(f"{method} has an LDS of {lds:.2f} for this adapter, below {LEAST_LDS}: its scores rank nothing")
@@ -535,7 +538,7 @@ def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Meth
     buffer = io.BytesIO()
     np.save(buffer, attribution.scores, allow_pickle=False)
     write_file_atomic(file, buffer.getvalue(), mode=_PRIVATE)
-    write_file_atomic(ids, records.canonical([row.example.id for row in traced.rows]), mode=_PRIVATE)
+    write_file_atomic(ids, records.canonical(traced.ids), mode=_PRIVATE)
     return ScoreMatrix(
         str(file),
         ids=str(ids),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, parquet_io, strict_json
+from sartor.core import catalogue, config, parquet_io, records, strict_json, trace_store
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import TEST, hold_out
 from sartor.media import content_parts
+from sartor.trace import stored_rows
+from sartor.trace.stored_rows import StoredExamples
 from sartor.tune.recipe import ResolvedRecipe
 
 
@@ -30,6 +34,33 @@ class TrainingRow:
     example: Example
     dataset: Artifact
     is_rehearsal: bool = False
+
+
+class StoredRows(Sequence[TrainingRow]):
+    """Training rows in the trace store, which are read one at a time.
+
+    parts: Datasets in the order of their rows, each with whether it is read against forgetting.
+    """
+
+    def __init__(self, examples: StoredExamples, parts: Sequence[tuple[Artifact, bool]]) -> None:
+        self.examples, self._parts = examples, parts
+        self._ends = list(itertools.accumulate(examples.header["counts"]))
+
+    @property
+    def datasets(self) -> list[Artifact]:
+        """Datasets that have rows, each once, in the order of the rows."""
+        counted = zip(self._parts, self.examples.header["counts"], strict=True)
+        return list({dataset.id: dataset for (dataset, _), count in counted if count}.values())
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        place = range(len(self))[index]
+        dataset, is_rehearsal = self._parts[bisect.bisect_right(self._ends, place)]
+        return TrainingRow(self.examples[place], dataset, is_rehearsal)
 
 
 @dataclass(frozen=True)
@@ -58,13 +89,17 @@ class TracedAdapter:
     dataset: its own Dataset.
     rows: (N,) rows that the tuning learnt from, then those of rehearsal. Rows that it left out are not among them.
     is_own: whether they are the rows of its tuning; false for those of a Dataset that the caller named, which
-        retrieval alone can search.
+        retrieval and gradients can rank, and unrolling cannot.
+    row_key: digest of what the rows depend on, under which their index is stored; empty for rows that are not stored.
+    part_counts: number of rows of each Dataset, in the order of the rows.
     """
 
     artifact: Artifact
     dataset: Artifact
-    rows: tuple[TrainingRow, ...]
+    rows: Sequence[TrainingRow]
     is_own: bool = True
+    row_key: str = ""
+    part_counts: tuple[int, ...] = ()
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -77,9 +112,36 @@ class TracedAdapter:
         return _recipe_of(self.artifact)
 
     @cached_property
+    def known_recipe(self) -> ResolvedRecipe | None:
+        """Recipe of the tuning; None if it is unknown or of federated rounds."""
+        try:
+            return self.recipe
+        except ArtifactError:
+            return None
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Ids (N,) of the rows' Examples."""
+        if isinstance(self.rows, StoredRows):
+            return self.rows.examples.ids
+        return [row.example.id for row in self.rows]
+
+    @cached_property
     def indices(self) -> dict[str, int]:
         """Index in `rows` of each Example's id."""
-        return {row.example.id: index for index, row in enumerate(self.rows)}
+        return {id: index for index, id in enumerate(self.ids)}
+
+    @cached_property
+    def datasets(self) -> list[Artifact]:
+        """Datasets of the rows, each once, in the order of the rows."""
+        if isinstance(self.rows, StoredRows):
+            return self.rows.datasets
+        return list({row.dataset.id: row.dataset for row in self.rows}.values())
+
+    @property
+    def index_folder(self) -> Path:
+        """Folder of the stored rows and their index, which need not exist."""
+        return _index_folder(self.artifact, self.dataset, self.row_key, is_own=self.is_own)
 
     def find_rows(self, ids: Sequence[str]) -> list[int]:
         """Return the indices in `rows` of Examples by id, or by a unique beginning of an id.
@@ -130,11 +192,15 @@ class TracedAdapter:
     @cached_property
     def system_prompt(self) -> str:
         """System prompt of most rows of the task; empty if most have none."""
+        if isinstance(self.rows, StoredRows):
+            return str(self.rows.examples.header["system_prompt"])
         return _most_common([_system_of(row.example) for row in self.rows if not row.is_rehearsal])
 
     @cached_property
     def tools(self) -> str:
         """JSON text of the tools that most rows of the task declare; empty if most have none."""
+        if isinstance(self.rows, StoredRows):
+            return str(self.rows.examples.header["tools"])
         return _most_common([row.example.tools for row in self.rows if not row.is_rehearsal])
 
 
@@ -146,26 +212,48 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
     """
     artifact = open_artifact(path, ("adapter", "release"))
     if data is not None:
-        named = open_artifact(data, "dataset")
-        rows = [TrainingRow(example, named) for example in parquet_io.read_examples(named, "train")]
-        return _with_rows(artifact, named, rows, is_own=False)
+        return _with_rows(dataset_rows(artifact, open_artifact(data, "dataset")))
     recipe, manifest = _recipe_of(artifact), adapter_manifest(artifact)
     left_out = {id for ids in manifest.get("left_out", {}).values() for id in ids}
-    rows, own_dataset = [], None
+    parts = []
     for parent in [parent for parent in manifest["parents"] if parent["kind"] == "dataset"]:
         is_rehearsal = parent.get("role") == ancestry.REHEARSAL
         sibling = artifact.path.parent / Path(parent["path"]).name
         found = catalogue.locate(parent["id"], parent["path"], str(sibling))
         if found is None and is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
             continue
-        dataset = _open_dataset(artifact, parent, found)
-        if not is_rehearsal:
-            own_dataset = own_dataset or dataset
-        examples = [example for example in _learnt(dataset, recipe, is_rehearsal) if example.id not in left_out]
-        rows += [TrainingRow(example, dataset, is_rehearsal) for example in examples]
-    if own_dataset is None:
-        raise ArtifactError(f"{artifact.path} names no Dataset that it was tuned on", _by_retrieval(artifact))
-    return _with_rows(artifact, own_dataset, rows, is_own=True)
+        parts.append((_open_dataset(artifact, parent, found), is_rehearsal))
+    if all(is_rehearsal for _, is_rehearsal in parts):
+        raise ArtifactError(f"{artifact.path} names no Dataset that it was tuned on", _by_named_rows(artifact))
+
+    def learnt(dataset: Artifact, is_rehearsal: bool) -> Iterator[Example]:
+        return (example for example in _learnt(dataset, recipe, is_rehearsal) if example.id not in left_out)
+
+    choices = [recipe.data.eval_fraction, recipe.seed, sorted(left_out)]
+    return _with_rows(_open_rows(artifact, parts, choices, learnt, is_own=True))
+
+
+def dataset_rows(artifact: Artifact, dataset: Artifact) -> TracedAdapter:
+    """Return an opened Adapter or Release with the training rows of a Dataset, not necessarily those of its tuning."""
+    return _open_rows(
+        artifact, [(dataset, False)], ["named"], lambda part, _: parquet_io.read_examples(part, "train"), is_own=False
+    )
+
+
+def _with_rows(traced: TracedAdapter) -> TracedAdapter:
+    if not traced.rows:
+        dataset = traced.dataset.path
+        raise ArtifactError(f"no row of {dataset} was learnt from", f"sartor show {dataset} shows its rows")
+    return traced
+
+
+def rows_folder(traced: TracedAdapter) -> Path:
+    """Return the folder for what is computed from the rows of `traced`, its origin recorded.
+
+    Rows of a Dataset that the caller named have a folder of their own, beside those of the tuning.
+    """
+    trace_store.record_origin(traced.artifact, sorted(dataset.id for dataset in traced.datasets))
+    return traced.index_folder.parent
 
 
 def adapter_manifest(artifact: Artifact) -> dict[str, Any]:
@@ -179,10 +267,35 @@ def adapter_manifest(artifact: Artifact) -> dict[str, Any]:
     return manifest
 
 
-def _with_rows(artifact: Artifact, dataset: Artifact, rows: Sequence[TrainingRow], *, is_own: bool) -> TracedAdapter:
-    if not rows:
-        raise ArtifactError(f"no row of {dataset.path} was learnt from", f"sartor show {dataset.path} shows its rows")
-    return TracedAdapter(artifact, dataset, tuple(rows), is_own)
+def _open_rows(
+    artifact: Artifact,
+    parts: Sequence[tuple[Artifact, bool]],
+    choices: Sequence[Any],
+    read: Callable[[Artifact, bool], Iterable[Example]],
+    *,
+    is_own: bool,
+) -> TracedAdapter:
+    """Return the traced adapter with its stored rows, or with those that `read` gives if none are stored.
+
+    parts: Datasets in the order of their rows, each with whether it is read against forgetting.
+    choices: what else the rows depend on.
+    """
+    dataset = next(dataset for dataset, is_rehearsal in parts if not is_rehearsal)
+    listed = [[part.id, is_rehearsal] for part, is_rehearsal in parts]
+    key = records.digest([stored_rows.SCHEMA, listed, choices])
+    examples = StoredExamples.open(_index_folder(artifact, dataset, key, is_own=is_own))
+    rows: Sequence[TrainingRow]
+    if examples is not None and len(examples.header["counts"]) == len(parts):
+        rows, counts = StoredRows(examples, parts), list(examples.header["counts"])
+    else:
+        by_part = [[TrainingRow(example, *part) for example in read(*part)] for part in parts]
+        rows, counts = tuple(itertools.chain.from_iterable(by_part)), [len(part) for part in by_part]
+    return TracedAdapter(artifact, dataset, rows, is_own=is_own, row_key=key, part_counts=tuple(counts))
+
+
+def _index_folder(artifact: Artifact, dataset: Artifact, key: str, *, is_own: bool) -> Path:
+    folder = trace_store.trace_path(trace_store.adapter_id(artifact))
+    return (folder if is_own else folder / f"rows-{dataset.id[:16]}") / f"retrieval-{key[:16]}"
 
 
 def _recipe_of(artifact: Artifact) -> ResolvedRecipe:
@@ -190,21 +303,22 @@ def _recipe_of(artifact: Artifact) -> ResolvedRecipe:
     if "federated" in manifest.get("run", {}):
         raise ArtifactError(
             f"{artifact.path} was tuned by federated rounds: no machine has the rows of all clients",
-            f"{_by_retrieval(artifact)}: each client searches its own",
+            f"{_by_named_rows(artifact)}: each client its own",
         )
     try:
         return config.load_any(ResolvedRecipe, manifest["recipe"])
     except (KeyError, ConfigError):
         raise ArtifactError(
-            f"{artifact.path} has no recipe of `sartor tune`, so that the order of its rows is unknown and neither "
-            "gradients nor unrolling can trace it",
-            _by_retrieval(artifact),
+            f"{artifact.path} has no recipe of `sartor tune`, so that its rows and their order are unknown and "
+            "unrolling cannot trace it",
+            _by_named_rows(artifact),
         ) from None
 
 
-def _by_retrieval(artifact: Artifact) -> str:
+def _by_named_rows(artifact: Artifact) -> str:
     return (
-        f"sartor trace {artifact.path} --data DATASET searches the rows of a Dataset by retrieval, which still works"
+        f"sartor trace {artifact.path} --data DATASET ranks the rows of a Dataset by retrieval, or with --method "
+        "gradient"
     )
 
 
@@ -218,7 +332,7 @@ def _open_dataset(artifact: Artifact, parent: Mapping[str, str], path: Path | No
             problem = f"was changed: {error.problem}"
     raise ArtifactError(
         f"the Dataset {parent['id'][:16]} that {artifact.path.name} was tuned on ({parent['path']}) {problem}",
-        f"sartor index DIR finds one that was moved; {_by_retrieval(artifact)}",
+        f"sartor index DIR finds one that was moved; {_by_named_rows(artifact)}",
     )
 
 

@@ -14,10 +14,11 @@ import torch
 from sartor.core import reply_markup
 from sartor.core.errors import ModelError, SourceError
 from sartor.models import adapters, packing
-from sartor.models.base import Base, open_base
+from sartor.models.base import Base
 from sartor.models.losses.loss_backend import PACK_TOKENS, LossBackend, LossOptions
 from sartor.models.losses.row_gradients import RowGradientObserver
 from sartor.models.packing import TokenizedExample
+from sartor.models.tuned_model import open_tuned
 from sartor.trace.query_encoding import encode_query
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune.dataset_encoding import encode_preference
@@ -66,22 +67,21 @@ class TracedModel:
 
     @classmethod
     def open(cls, traced: TracedAdapter, notice: Notice = lambda line: None) -> TracedModel:
-        """Open base and adapter. Raises what `open_recipe_base` and `adapters.open_adapter` raise."""
-        if "recipe" in traced.manifest:
-            base = open_recipe_base(traced.recipe, notice)
-        else:  # tuned elsewhere
-            base = open_base(traced.manifest["base"]["name"], notice=notice)
+        """Open base and adapter. Raises what `open_recipe_base`, `open_tuned` and `adapters.open_adapter` raise."""
+        if traced.known_recipe is None:  # tuned elsewhere, or by federated rounds
+            return cls(traced, *open_tuned(traced.artifact, notice))
+        base = open_recipe_base(traced.known_recipe, notice)
         return cls(traced, base, adapters.open_adapter(base.model, traced.artifact.path))
 
     @property
     def seed(self) -> int:
         """Seed of the projections: the tuning's, 0 if it is not known."""
-        return self.traced.recipe.seed if "recipe" in self.traced.manifest else 0
+        return self.traced.known_recipe.seed if self.traced.known_recipe else 0
 
     @property
     def objective(self) -> Sft | Dpo | Kto:
         """Objective of the tuning; sft if it is not known."""
-        return self.traced.recipe.objective if "recipe" in self.traced.manifest else Sft()
+        return self.traced.known_recipe.objective if self.traced.known_recipe else Sft()
 
     @cached_property
     def backend(self) -> LossBackend:

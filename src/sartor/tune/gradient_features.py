@@ -208,6 +208,10 @@ class GradientSketcher:
                 scaled.append((signs * means.pow(-0.25) * factor).T.contiguous())
             self._projections[name] = (scaled[0], scaled[1])
 
+    def is_sketched(self, factor: torch.nn.Parameter) -> bool:
+        """Return whether a factor has a place in a row's sketch."""
+        return id(factor) in self._layouts
+
     def sketch(
         self, factor: torch.nn.Parameter, left: torch.Tensor, right: torch.Tensor
     ) -> tuple[slice, torch.Tensor] | None:

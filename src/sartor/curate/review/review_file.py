@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from sartor.core import strict_json
-from sartor.core.artifacts import Artifact, check_file
+from sartor.core.artifacts import REVIEW, Artifact, check_file
 from sartor.core.errors import SartorError, SourceError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import canonical
@@ -19,7 +19,7 @@ from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS
 from sartor.curate.review.review_items import SCHEMA, Decision, ReviewItem, decision_of, item_of
 from sartor.curate.steps.label_errors import EVIDENCE
 
-FILE = "review.jsonl"
+FILE = REVIEW
 LABELS = f"evidence/{EVIDENCE}.parquet"
 MOST_LINE_BYTES = 4 << 20
 

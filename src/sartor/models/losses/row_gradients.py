@@ -39,6 +39,10 @@ class TokenSketcher(Protocol):
         """Numbers of a row's sketch, K."""
         ...
 
+    def is_sketched(self, factor: torch.nn.Parameter) -> bool:
+        """Return whether `sketch` returns something for a factor."""
+        ...
+
     def sketch(
         self, factor: torch.nn.Parameter, left: torch.Tensor, right: torch.Tensor
     ) -> tuple[slice, torch.Tensor] | None:
@@ -127,6 +131,8 @@ class RowGradientObserver:
         tokens = pack.by_length.get(len(x))
         if tokens is None:  # a module of a media tower, whose tokens are no rows of the pack
             return
+        if not any(self.sketcher.is_sketched(pair.a) or self.sketcher.is_sketched(pair.b) for pair in factors):
+            return
         # (S, .) of the tokens that count, in fp32
         x, low_rank = x[tokens.index].float(), low_rank[tokens.index].float()
         dy, lowered = (part[tokens.index].float().mul_(tokens.weights) for part in (dy, lowered))
@@ -187,7 +193,8 @@ class RowGradientObserver:
 
             output.register_hook(add)
 
-        return [part["default"].register_forward_hook(listen) for part in (layer.lora_A, layer.lora_B)]
+        modules = [part["default"] for part in (layer.lora_A, layer.lora_B)]
+        return [module.register_forward_hook(listen) for module in modules if self.sketcher.is_sketched(module.weight)]
 
 
 def _parts_of(backend: Any) -> tuple[list[Projection], list[Any]]:

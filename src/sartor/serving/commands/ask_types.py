@@ -16,7 +16,8 @@ from sartor.core.records import Message, Part, PartKind
 from sartor.media import audio as sounds
 from sartor.media import content_parts
 from sartor.media import images as pictures
-from sartor.trace.retrieval import nearest_rows, prompt_text
+from sartor.trace.retrieval import prompt_text
+from sartor.trace.retrieval_store import nearest_rows
 from sartor.trace.traced_adapter import TraceQuery
 
 STDIN = "-"
@@ -187,7 +188,7 @@ def nearest_examples(
     if dataset is None:
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
     query = TraceQuery((AskPrompt(prompt, tuple(media)).message,), reply)
-    nearest = nearest_rows(dataset, query, top)
+    nearest = nearest_rows(release, dataset, query, top)
     if not nearest:
         return [], "no training row shares a word with the question or the reply"
     return [
