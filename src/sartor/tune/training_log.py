@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,20 @@ class TrainingLog:
     """Writer of `log.jsonl` and of the progress line (stderr). Use it as a context manager.
 
     lines, wall_s: log and seconds of a resumed run up to its checkpoint; the log and the clock continue there.
+    on_line: receives each further line once it is written.
     """
 
     def __init__(
-        self, file: Path, *, show: bool = True, lines: Sequence[dict[str, Any]] = (), wall_s: float = 0.0
+        self,
+        file: Path,
+        *,
+        show: bool = True,
+        lines: Sequence[dict[str, Any]] = (),
+        wall_s: float = 0.0,
+        on_line: Callable[[Mapping[str, Any]], object] = lambda line: None,
     ) -> None:
         self.lines: list[dict[str, Any]] = list(lines)
+        self._on_line = on_line
         self._stream = file.open("w", encoding="utf-8")
         self._stream.writelines(json.dumps(line) + "\n" for line in self.lines)
         self._began = time.monotonic() - wall_s
@@ -58,6 +66,7 @@ class TrainingLog:
         self.lines.append(line)
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
+        self._on_line(line)
 
     def show(self, fraction: float, loss: float, tokens_per_s: float) -> None:
         """Update the progress line: loss, speed, memory, time left."""
