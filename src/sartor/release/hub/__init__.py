@@ -1,0 +1,1 @@
+"""Push of Datasets, Adapters and exports to a Hugging Face hub, and their return."""
