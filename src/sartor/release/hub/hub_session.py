@@ -2,7 +2,8 @@
 
 The token goes to the hub's own origin, by TLS or on loopback, and to no other: not by a redirect, by a link to a next
 page or by the address of an upload. Answers are bounded and uncompressed, waits are bounded, and so is the number of
-requests. An error is one of Sartor's, without the token.
+requests. An error is one of Sartor's, without the token. Xet, whose library has an HTTP client of its own, is off:
+files go by Git LFS over HTTP.
 
 `huggingface_hub` has one HTTP client for a process, so the limits hold for every request of the process until the
 session ends.
@@ -188,7 +189,7 @@ def hub_session(access: HubAccess, repo_id: str, max_requests: int) -> Iterator[
 
     Raises KeyRefusedError (401, 403), ConflictError (409, 412), BusyError (429), HubError for every other failure.
     """
-    from huggingface_hub import HfApi, set_client_factory
+    from huggingface_hub import HfApi, constants, set_client_factory
     from huggingface_hub.utils import (
         _http,
         are_progress_bars_disabled,
@@ -200,6 +201,7 @@ def hub_session(access: HubAccess, repo_id: str, max_requests: int) -> Iterator[
     guard = HubGuard(access, max_requests)
     factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # a user's own, with its proxy
     verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    is_xet_off, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     set_client_factory(guard.guarded(factory))
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -211,6 +213,7 @@ def hub_session(access: HubAccess, repo_id: str, max_requests: int) -> Iterator[
         raise _translated(error, access, repo_id) from None
     finally:
         set_client_factory(factory)
+        constants.HF_HUB_DISABLE_XET = is_xet_off
         logging.set_verbosity(verbosity)
         if had_bars:
             enable_progress_bars()
