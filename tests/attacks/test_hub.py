@@ -163,7 +163,7 @@ def test_token_with_a_line_end_is_refused_without_it(
 ) -> None:
     monkeypatch.setenv("OTHER", "hf_abc\r\nX-Other: 1")
     with pytest.raises(ConfigError) as refused:
-        sartor.push(adapter, "acme/x", token_from="OTHER")
+        sartor.push(adapter, "acme/x", token_env="OTHER")
     assert "hf_abc" not in str(refused.value) and hub.asked == []
 
 

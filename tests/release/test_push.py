@@ -24,7 +24,7 @@ from sartor.core.errors import (
     ConflictError,
     KeyRefusedError,
     LicenceError,
-    RefusedError,
+    PrivacyError,
     SartorError,
 )
 from sartor.core.filesystem import file_digest
@@ -46,7 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def curated(folder: Path, rows: list[dict[str, Any]], name: str = "faq", **source: Any) -> Path:
     """A Dataset of rows, one of which is dropped: it is there twice, the second time with a secret after it in another row."""
     file = write_jsonl(folder / f"{name}.jsonl", rows)
-    steps = [{"regex_rules": {"rules": [{"match": "vault", "action": "drop"}]}}]
+    steps = [{"rules": [{"match": "vault", "action": "drop"}]}]
     recipe = {
         "sources": [{"path": str(file), "licence": "CC-BY-4.0", **source}],
         "steps": steps,
@@ -303,7 +303,7 @@ def test_what_users_said_stays(tmp_path: Path, adapter: Path, classified: Path, 
         with_manifest(classified, tmp_path / "rows", sources=inbox),
         with_manifest(adapter, tmp_path / "own", run=run),
     ):
-        with pytest.raises(RefusedError):
+        with pytest.raises(PrivacyError):
             sartor.push(path, "acme/x")
     assert hub.asked == []
 
@@ -312,7 +312,7 @@ def test_row_of_an_inbox_that_no_source_names_stays(
     tmp_path: Path, classified: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(published_dataset, "INBOX", str(tmp_path))
-    with pytest.raises(RefusedError, match="which stays there"):
+    with pytest.raises(PrivacyError, match="which stays there"):
         sartor.push(classified, "acme/x")
     assert hub.asked == []
 
@@ -321,7 +321,7 @@ def test_what_lies_in_sartor_home_stays(
     adapter: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SARTOR_HOME", str(adapter.parent))
-    with pytest.raises(RefusedError, match="SARTOR_HOME"):
+    with pytest.raises(PrivacyError, match="SARTOR_HOME"):
         sartor.push(adapter, "acme/x")
 
 
@@ -350,7 +350,7 @@ def test_without_a_token_nothing_is_asked(
     with pytest.raises(KeyRefusedError, match="no token"):
         sartor.push(adapter, "acme/x")
     with pytest.raises(ConfigError, match="OTHER is not set"):
-        sartor.push(adapter, "acme/x", token_from="OTHER")
+        sartor.push(adapter, "acme/x", token_env="OTHER")
     assert hub.asked == []
 
 

@@ -440,7 +440,7 @@ def push(
     *,
     private: REPLACE = False,
     revision: str = "main",
-    token_from: str = "",
+    token_env: str = "",
     replace: REPLACE = False,
 ) -> Any:
     """Push a Dataset, an Adapter or an export with its card to a Hugging Face hub (HF_ENDPOINT).
@@ -452,26 +452,26 @@ def push(
         repo_id: OWNER/NAME; created if it is absent
         private: create it as a private repository
         revision: branch, created if absent
-        token_from: environment variable with the token; by default HF_TOKEN, else that of `hf auth login`
+        token_env: environment variable with the token; by default HF_TOKEN, else that of `hf auth login`
         replace: replace other content of the repository
     """
     return sartor.push(
-        path, repo_id, private=private, revision=revision, token_from=token_from, replace=replace, notice=notice
+        path, repo_id, private=private, revision=revision, token_env=token_env, replace=replace, notice=notice
     )
 
 
 @app.command
-def pull(repo: str, /, *, out: Path, revision: str = "main", token_from: str = "", replace: REPLACE = False) -> Any:
+def pull(repo: str, /, *, out: Path, revision: str = "main", token_env: str = "", replace: REPLACE = False) -> Any:
     """Fetch an artefact that `sartor push` wrote, and check every file against its manifest.
 
     Args:
         repo: OWNER/NAME of a model repository, or datasets/OWNER/NAME
         out: directory of the artefact
         revision: branch, tag or commit
-        token_from: environment variable with the token, for a private repository
+        token_env: environment variable with the token, for a private repository
         replace: replace an existing artefact
     """
-    return sartor.pull(repo, out, revision=revision, token_from=token_from, replace=replace, notice=notice)
+    return sartor.pull(repo, out, revision=revision, token_env=token_env, replace=replace, notice=notice)
 
 
 @app.command

@@ -60,7 +60,7 @@ class HubAccess:
         return printable(first.replace(self.token, "***") if self.token else first)[:200]
 
 
-def open_access(token_from: str = "", *, needs_token: bool) -> HubAccess:
+def open_access(token_env: str = "", *, needs_token: bool) -> HubAccess:
     """Return the hub of HF_ENDPOINT, and the token of a variable; by default HF_TOKEN or that of `hf auth login`.
 
     Raises ConfigError for a plain HTTP address beyond loopback, an unset variable or a token that is none;
@@ -79,16 +79,16 @@ def open_access(token_from: str = "", *, needs_token: bool) -> HubAccess:
             f"HF_ENDPOINT is {endpoint}: over plain HTTP everybody on the way could read the token",
             f"export HF_ENDPOINT=https://{parts.netloc}",
         )
-    if token_from and not os.environ.get(token_from):
+    if token_env and not os.environ.get(token_env):
         raise ConfigError(
-            f"the environment variable {token_from} is not set", f"read -rs {token_from}; export {token_from}"
+            f"the environment variable {token_env} is not set", f"read -rs {token_env}; export {token_env}"
         )
-    token = (os.environ[token_from] if token_from else get_token() or "").strip()
+    token = (os.environ[token_env] if token_env else get_token() or "").strip()
     if token and not _TOKEN.fullmatch(token):
         raise ConfigError("the hub's token holds characters that no token has", "hf auth login, or set HF_TOKEN anew")
     if needs_token and not token:
         raise KeyRefusedError(
-            f"there is no token for {parts.netloc}", "hf auth login; or export HF_TOKEN, or --token-from VARIABLE"
+            f"there is no token for {parts.netloc}", "hf auth login; or export HF_TOKEN, or --token-env VARIABLE"
         )
     return HubAccess(endpoint, token)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, write_artifact
-from sartor.core.errors import ArtifactError, RefusedError
+from sartor.core.errors import ArtifactError, PrivacyError
 from sartor.curate.dataset_writer import DatasetWriter
 from sartor.release.hub.verified_file import files_of
 
@@ -28,7 +28,7 @@ _PUBLIC = ("hub:", "asset:")  # sources whose names say nothing of this machine
 def write_published(dataset: Artifact, out: Path) -> Artifact:
     """Write the published form of an opened Dataset to `out`, `examples/SPLIT-00000.parquet` for each split.
 
-    Raises RefusedError for rows of a feedback inbox, ArtifactError if a file is no longer the verified one.
+    Raises PrivacyError for rows of a feedback inbox, ArtifactError if a file is no longer the verified one.
     """
     names = public_names([str(source["source"]) for source in dataset.manifest["sources"]])
     parent = dataclasses.replace(dataset, path=Path(dataset.path.name))  # a manifest names its parents' paths
@@ -96,7 +96,7 @@ def _public_rows(dataset: Artifact, split: str, names: Mapping[str, str]) -> Ite
             if row["split"] != split:
                 continue
             if any(origin["source"].startswith(INBOX) for origin in row["origins"]):
-                raise RefusedError(
+                raise PrivacyError(
                     f"row {row['id']} of {dataset.path} is what a user of a served team said, which stays there",
                     "sartor curate a recipe without the source inbox:, and push that Dataset",
                 )

@@ -35,7 +35,7 @@ from sartor.core.artifacts import (
     open_artifact,
     read_manifest,
 )
-from sartor.core.errors import ArtifactError, ConfigError, ConflictError, HubError, LicenceError, RefusedError
+from sartor.core.errors import ArtifactError, ConfigError, ConflictError, HubError, LicenceError, PrivacyError
 from sartor.core.home import home
 from sartor.core.licences import compliance
 from sartor.core.remedies import REQUEST_AGAIN
@@ -102,7 +102,7 @@ def push(
     *,
     private: bool = False,
     revision: str = MAIN,
-    token_from: str = "",
+    token_env: str = "",
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Pushed:
@@ -111,11 +111,11 @@ def push(
     repo_id: OWNER/NAME; it is created if it is absent.
     private: create it as a private one; an existing public one is refused.
     revision: branch, created if absent.
-    token_from: environment variable with the token; by default HF_TOKEN, else that of `hf auth login`.
+    token_env: environment variable with the token; by default HF_TOKEN, else that of `hf auth login`.
     replace: replace other content of the repository; otherwise it is refused.
 
     Raises ArtifactError and SignatureError (the artefact), LicenceError (rows or base that may not be handed on),
-    RefusedError (what is private), ConfigError (names, HF_ENDPOINT, a Release), KeyRefusedError (token), ConflictError
+    PrivacyError (what is private), ConfigError (names, HF_ENDPOINT, a Release), KeyRefusedError (token), ConflictError
     (other content, a public repository, a change meanwhile), BusyError, HubError, ExtraError.
     """
     _check_names(repo_id, revision)
@@ -123,7 +123,7 @@ def push(
     _check_private(artifact)
     _check_licence(artifact, repo_id.partition("/")[2])
     with _published_files(artifact, repo_id, notice) as (identity, files):
-        access = open_access(token_from, needs_token=True)
+        access = open_access(token_env, needs_token=True)
         size = sum(file.size for file in files)
         notice(f"{len(files)} files, {size / 1e6:,.1f} MB, to {repo_id} on {access.host}")
         target = _Target(repo_id, "dataset" if artifact.kind == "dataset" else "model", revision, private)
@@ -170,10 +170,10 @@ def _open_for_push(path: Path) -> Artifact:
 
 
 def _check_private(artifact: Artifact) -> None:
-    """Raise RefusedError for what belongs to a single user, or to this machine alone."""
+    """Raise PrivacyError for what belongs to a single user, or to this machine alone."""
     path, sources = artifact.path.resolve(), artifact.manifest.get("sources", [])
     if path.is_relative_to(home().resolve()):
-        raise RefusedError(
+        raise PrivacyError(
             f"{artifact.path} lies in SARTOR_HOME, which is this machine's own", "push an artefact elsewhere"
         )
     if artifact.kind != "export" and any(str(source.get("source", "")).startswith(INBOX) for source in sources):
@@ -182,9 +182,9 @@ def _check_private(artifact: Artifact) -> None:
             if artifact.kind == "dataset"
             else "sartor release looks for memorised rows; push an export of the Release"
         )
-        raise RefusedError(f"{artifact.path} has learnt or holds what users of a served team said", remedy)
+        raise PrivacyError(f"{artifact.path} has learnt or holds what users of a served team said", remedy)
     if artifact.manifest.get("run", {}).get("personal"):
-        raise RefusedError(f"{artifact.path} is a single user's own version", "push the version that all users share")
+        raise PrivacyError(f"{artifact.path} is a single user's own version", "push the version that all users share")
 
 
 def _check_licence(artifact: Artifact, name: str) -> None:
@@ -341,7 +341,7 @@ def pull(
     out: Path | str,
     *,
     revision: str = MAIN,
-    token_from: str = "",
+    token_env: str = "",
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Pulled:
@@ -357,7 +357,7 @@ def pull(
     _check_names(repo_id, revision)
     out = Path(out).absolute()
     check_output_free(out, replace=replace)
-    access = open_access(token_from, needs_token=False)
+    access = open_access(token_env, needs_token=False)
     with (
         create_output_directory(out, replace=replace) as part,
         tempfile.TemporaryDirectory(prefix="sartor-pull-", dir=part.parent) as temporary,
