@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -62,12 +62,17 @@ def adapter_card(
     return f"---\n{front}---\n\n" + "\n".join(lines)
 
 
+def hub_base(name: str, relation: str) -> dict[str, str]:
+    """Return the hub's fields for a base that is one of its models; none for a directory, a file or an asset."""
+    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or Path(name).exists():
+        return {}
+    return {"base_model": name, "base_model_relation": relation}
+
+
 def _head(manifest: Mapping[str, Any], name: str, report: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the YAML head without the licence."""
-    base = str(manifest["base"]["name"])
     head: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if _HUB_NAME.fullmatch(base) and not base.startswith("."):
-        head |= {"base_model": base, "base_model_relation": "adapter"}
+    head |= hub_base(str(manifest["base"]["name"]), "adapter")
     sources = (str(source.get("source", "")) for source in manifest.get("sources", ()))
     hub_names = (source.removeprefix("hub:").partition(":")[0] for source in sources if source.startswith("hub:"))
     if datasets := sorted({name for name in hub_names if _HUB_NAME.fullmatch(name)}):
@@ -105,7 +110,7 @@ def _number(value: Any) -> float:
 
 def _public_name(base: str) -> str:
     """Return the name of a base without the directories of this machine."""
-    return base if _HUB_NAME.fullmatch(base) and not PurePath(base).exists() else PurePath(base).name
+    return base if hub_base(base, "") else PurePath(base).name
 
 
 def _loading(base: str, repo_id: str) -> list[str]:
