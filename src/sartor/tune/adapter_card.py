@@ -6,6 +6,7 @@ the machine: a tracker gets it, and `sartor push` publishes it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -85,9 +86,14 @@ def _head(manifest: Mapping[str, Any], name: str, report: Mapping[str, Any] | No
 
 
 def _result(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry of `model-index`: for each metric its value, and the gain over the base with its interval."""
+    """Return an entry of `model-index`: for each metric its value, and the gain over the base with its interval.
+
+    A metric without finite figures is left out, as the hub's head holds numbers alone.
+    """
     metrics = []
     for metric, comparison in sorted(report["metrics"].items()):
+        if not all(math.isfinite(comparison[key]) for key in ("tuned", "difference", "low", "high")):
+            continue
         interval = f"95 % interval {comparison['low']:.3g} to {comparison['high']:.3g}"
         metrics += [
             {"type": metric, "name": metric, "value": _number(comparison["tuned"])},

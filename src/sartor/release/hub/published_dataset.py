@@ -35,7 +35,7 @@ def write_published(dataset: Artifact, out: Path) -> Artifact:
 
     def fill(folder: Path) -> dict[str, Any]:
         writer = DatasetWriter(folder, [parent])
-        for split in sorted(dataset.manifest["counts"]["splits"]):
+        for split in _splits(dataset):
             file = folder / "examples" / f"{split}-00000.parquet"
             writer.row_count += parquet_io.write_rows(file, parquet_io.EXAMPLES, _public_rows(dataset, split, names))
         writer.media(dataset.path / "media")
@@ -60,6 +60,16 @@ def write_published(dataset: Artifact, out: Path) -> Artifact:
             )
     document = (published.path / "manifest.json").read_bytes()
     return dataclasses.replace(published, document=document)
+
+
+def _splits(dataset: Artifact) -> list[str]:
+    """Return the splits of a Dataset. Raises ArtifactError for a name that no file may have."""
+    splits = sorted(dataset.manifest["counts"].get("splits", ("train", "eval")))
+    if wrong := [split for split in splits if not re.fullmatch(r"[a-z]{1,20}", split)]:
+        raise ArtifactError(
+            f"{dataset.path} has a split {wrong[0]!r:.40}", "sartor curate writes the splits train, eval and test"
+        )
+    return splits
 
 
 def public_names(sources: list[str]) -> dict[str, str]:
