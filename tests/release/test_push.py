@@ -15,9 +15,9 @@ import yaml
 import sartor
 from fake_hub import FakeHub, fake_hub, use_hub
 from media_files import png
-from sample_data import write_jsonl
+from sample_data import ROWS, write_jsonl
 from sartor.cli import main
-from sartor.core.artifacts import open_artifact, write_artifact
+from sartor.core.artifacts import MANIFESTS, open_artifact, write_artifact
 from sartor.core.errors import (
     ArtifactError,
     ConfigError,
@@ -109,6 +109,15 @@ def test_adapter_comes_back_as_it_was(tmp_path: Path, adapter: Path, hub: FakeHu
     pulled = sartor.pull("acme/switches", tmp_path / "back", revision=pushed.commit)
     assert pulled.artifact.id == open_artifact(tmp_path / "back", "adapter").id == pushed.id
     assert pulled.commit == pushed.commit
+
+
+def test_adapter_takes_no_row_along(adapter: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """No prompt and no reply of a row is in any file, also after an evaluation."""
+    sartor.evaluate(adapter, out=tmp_path / "report")
+    sartor.push(adapter, "acme/switches")
+    texts = [message["content"].encode() for row in ROWS for message in row["messages"]]
+    for path, content in on_hub(hub, "models/acme/switches").items():
+        assert not any(text in content for text in texts), path
 
 
 def test_adapter_card_is_one_of_the_hub(adapter: Path, hub: FakeHub, tmp_path: Path) -> None:
@@ -325,15 +334,14 @@ def test_what_lies_in_sartor_home_stays(
         sartor.push(adapter, "acme/x")
 
 
-def test_release_and_report_name_what_goes_instead(tmp_path: Path, adapter: Path, hub: FakeHub) -> None:
-    sartor.evaluate(adapter, out=tmp_path / "report")
-    with pytest.raises(ConfigError, match="is a report"):
-        sartor.push(tmp_path / "report", "acme/x")
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release/release.json").write_text("{}")
-    with pytest.raises(ConfigError) as refused:
-        sartor.push(tmp_path / "release", "acme/x")
-    assert "sartor export" in refused.value.remedy
+@pytest.mark.parametrize("kind", ["release", "export", "report", "duplicates"])
+def test_other_artefacts_name_what_goes_instead(kind: str, tmp_path: Path, hub: FakeHub) -> None:
+    """They hold rows: of a Release and its export the held-out prompts by which a server checks them."""
+    (tmp_path / kind).mkdir()
+    (tmp_path / kind / MANIFESTS[kind]).write_text("{}")
+    with pytest.raises(PrivacyError) as refused:
+        sartor.push(tmp_path / kind, "acme/x")
+    assert "sartor push" in refused.value.remedy and hub.asked == []
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "a/..", "-a/b", "a/b.git", "a/b--c", "a b/c", ""])

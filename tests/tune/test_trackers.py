@@ -43,7 +43,7 @@ def tensorboard_points(folder: Path) -> tuple[Points, dict[str, str]]:
     tags = events.Tags()
     points = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags["scalars"]}
     texts = {}
-    for name in tags["tensors"]:
+    for name in (tag for tag in tags["tensors"] if tag.endswith("/text_summary")):
         texts[name.removesuffix("/text_summary")] = events.Tensors(name)[-1].tensor_proto.string_val[0].decode()
     return points, texts
 

@@ -443,12 +443,12 @@ def push(
     token_env: str = "",
     replace: REPLACE = False,
 ) -> Any:
-    """Push a Dataset, an Adapter or an export with its card to a Hugging Face hub (HF_ENDPOINT).
+    """Push a Dataset or an Adapter with its card to a Hugging Face hub (HF_ENDPOINT).
 
     Every byte is checked while it is sent. Dropped rows, review decisions, feedback and single users' versions stay.
 
     Args:
-        path: the Dataset, Adapter, or export of a Release
+        path: the Dataset or Adapter
         repo_id: OWNER/NAME; created if it is absent
         private: create it as a private repository
         revision: branch, created if absent

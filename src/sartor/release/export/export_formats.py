@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 
 from sartor.core import model_refs
@@ -26,7 +25,6 @@ from sartor.models.gguf_writer import write_adapter_gguf
 from sartor.models.loading import quiet_transformers
 from sartor.release.export import parity
 from sartor.release.export.parity import Figures, Trace
-from sartor.tune.adapter_card import hub_base
 
 # tokenizer files, as transformers names them
 _TOKENIZER = re.compile(
@@ -82,26 +80,14 @@ def _choice_lines(release: Artifact) -> list[str]:
     return ["", f"Evaluation: {chosen['sentence']}."] if chosen else []
 
 
-# form -> (library, relation to the base), in the hub's words
-_HUB_WORDS = {"peft": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
-
-
-def _front_matter(release: Artifact, form: str) -> dict[str, Any]:
-    """Return the YAML head of an export's card. `model_refs` reads the licence of a base from it."""
-    library, relation = _HUB_WORDS[form]
-    if release.licence in model_refs.HUB_LICENCES.values():  # the hub spells those that it knows in lower case
-        licence = {"license": release.licence.lower()}
-    else:
-        licence = {"license": "other", "license_name": release.licence, "license_link": "NOTICE.md"}
-    base = hub_base(str(release.manifest["base"]["name"]), relation)
-    return {**licence, **base, "library_name": library, "pipeline_tag": "text-generation", "tags": ["sartor"]}
-
-
 def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -> None:
-    """Write README.md: description, loading instructions (`use`), origin; its front matter is that of the hub."""
+    """Write README.md: description, loading instructions (`use`), origin; its front matter names the licence."""
     manifest = release.manifest
     name = f"{manifest['name']} {manifest['version']}"
     system, bias, sampling = manifest["system_prompt"], manifest["gate"].get("bias"), manifest["sampling"]
+    licence = release.licence
+    if licence in model_refs.HUB_LICENCES.values():  # the hub spells those that it knows in lower case
+        licence = licence.lower()
     if sampling["temperature"]:
         replies = f"Replies are drawn at temperature {sampling['temperature']}, top_p {sampling['top_p']}."
     else:
@@ -111,9 +97,11 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
         system_lines += [f"> {line}" for line in system.splitlines()]
     else:
         system_lines = ["It was tuned without a system prompt."]
-    front = yaml.safe_dump(_front_matter(release, form), sort_keys=False, allow_unicode=True, width=100)
     lines = [
-        f"---\n{front}---",
+        "---",
+        f"license: {licence}",
+        "tags: [sartor]",
+        "---",
         "",
         f"# {name} ({form})",
         "",

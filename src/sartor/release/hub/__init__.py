@@ -1,1 +1,1 @@
-"""Push of Datasets, Adapters and exports to a Hugging Face hub, and their return."""
+"""Push of Datasets and Adapters to a Hugging Face hub, and their return."""

@@ -1,11 +1,10 @@
-"""Verbs `push` and `pull`: a Dataset, an Adapter or an export to a Hugging Face hub, and back.
+"""Verbs `push` and `pull`: a Dataset or an Adapter to a Hugging Face hub, and back.
 
     dataset   a dataset repository: the published form (published_dataset.py), with a split a file for `load_dataset`
     adapter   a model repository: the PEFT directory as it is, with README.md, NOTICE.md and the base's licence texts
-    export    a model repository: its directory as it is, with the signature if it has one
 
-A Release itself is not pushed: it holds prompts of its training rows, and the evaluated rows with both replies. Its
-export has neither.
+A Release and an export of one are not pushed: both hold held-out prompts with their replies, by which a server checks
+them, and a Release the evaluated rows too. The Adapter that they were made from has the same weights and no row.
 
 All bytes are checked against the manifest while they are sent. The whole is one commit on top of the commit that was
 looked at, and afterwards the hub's digests are compared with the manifest's. An interrupted push leaves the repository
@@ -25,7 +24,7 @@ from dataclasses import replace as with_changes
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sartor.core import catalogue, revoked_releases
+from sartor.core import catalogue
 from sartor.core.artifacts import (
     MANIFESTS,
     Artifact,
@@ -43,11 +42,10 @@ from sartor.release import notices
 from sartor.release.hub.hub_session import MAX_ANSWER_BYTES, HubAccess, hub_session, open_access
 from sartor.release.hub.published_dataset import INBOX, write_published
 from sartor.release.hub.verified_file import VerifiedFile, files_of
-from sartor.release.release import check_signed
 from sartor.tune.adapter_card import adapter_card
 
 Notice = Callable[[str], object]
-MAIN, CARD, SIGNATURE = "main", "README.md", "signature"
+MAIN, CARD = "main", "README.md"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,127}")
 _OF_THE_HUB = ".gitattributes"  # the hub makes it with the repository
@@ -106,7 +104,7 @@ def push(
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Pushed:
-    """Push a Dataset, an Adapter or an export with its card to a repository of a Hugging Face hub.
+    """Push a Dataset or an Adapter with its card to a repository of a Hugging Face hub.
 
     repo_id: OWNER/NAME; it is created if it is absent.
     private: create it as a private one; an existing public one is refused.
@@ -114,12 +112,13 @@ def push(
     token_env: environment variable with the token; by default HF_TOKEN, else that of `hf auth login`.
     replace: replace other content of the repository; otherwise it is refused.
 
-    Raises ArtifactError and SignatureError (the artefact), LicenceError (rows or base that may not be handed on),
-    PrivacyError (what is private), ConfigError (names, HF_ENDPOINT, a Release), KeyRefusedError (token), ConflictError
-    (other content, a public repository, a change meanwhile), BusyError, HubError, ExtraError.
+    Raises ArtifactError, LicenceError (rows or base that may not be handed on), PrivacyError (what is private),
+    ConfigError (names, HF_ENDPOINT), KeyRefusedError (token), ConflictError (other content, a public repository, a
+    change meanwhile), BusyError, HubError, ExtraError.
     """
     _check_names(repo_id, revision)
-    artifact = _open_for_push(Path(path))
+    _check_kind(Path(path))
+    artifact = open_artifact(path, ("dataset", "adapter"))
     _check_private(artifact)
     _check_licence(artifact, repo_id.partition("/")[2])
     with _published_files(artifact, repo_id, notice) as (identity, files):
@@ -148,25 +147,19 @@ def _check_names(repo_id: str, revision: str) -> None:
         raise ConfigError(f"{revision!r:.120} is no name of a branch or commit", "--revision main")
 
 
-def _open_for_push(path: Path) -> Artifact:
-    """Return the opened artefact.
-
-    Raises ConfigError for a kind that is not pushed, SignatureError for a wrong signature or a revoked Release.
-    """
+def _check_kind(path: Path) -> None:
+    """Raise PrivacyError for an artefact that holds rows which are not there to be published."""
     kind = kind_of(path)
-    if kind == "release":
-        raise ConfigError(
-            f"{path} is a Release: it holds prompts of its training rows, and evaluated rows with both replies",
-            f"sartor export {path} --to peft --out DIR; sartor push DIR OWNER/NAME",
+    if kind in ("release", "export"):
+        held = "held-out prompts with their replies"
+        raise PrivacyError(
+            f"{path} is a Sartor {kind}, and holds {held}",
+            "sartor push ADAPTER OWNER/NAME, of the Adapter that it was made from: sartor inspect names it",
         )
     if kind in ("report", "duplicates"):
-        raise ConfigError(f"{path} is a {kind}, which holds rows and is not pushed", "push its Dataset or its Adapter")
-    artifact = open_artifact(path, ("dataset", "adapter", "export"))
-    if artifact.kind == "export" and (artifact.path / SIGNATURE).is_file():
-        check_signed(artifact)
-    elif artifact.kind == "export":
-        revoked_releases.check_not_revoked(artifact)
-    return artifact
+        raise PrivacyError(
+            f"{path} is a Sartor {kind}, and holds rows", "sartor push DATASET OWNER/NAME, or the Adapter"
+        )
 
 
 def _check_private(artifact: Artifact) -> None:
@@ -176,13 +169,11 @@ def _check_private(artifact: Artifact) -> None:
         raise PrivacyError(
             f"{artifact.path} lies in SARTOR_HOME, which is this machine's own", "push an artefact elsewhere"
         )
-    if artifact.kind != "export" and any(str(source.get("source", "")).startswith(INBOX) for source in sources):
-        remedy = (
-            "sartor curate a recipe without the source inbox:, and push that Dataset"
-            if artifact.kind == "dataset"
-            else "sartor release looks for memorised rows; push an export of the Release"
+    if any(str(source.get("source", "")).startswith(INBOX) for source in sources):
+        raise PrivacyError(
+            f"{artifact.path} holds or has learnt what users of a served team said",
+            "sartor curate a recipe without the source inbox:, and push that Dataset, or an Adapter tuned on it",
         )
-        raise PrivacyError(f"{artifact.path} has learnt or holds what users of a served team said", remedy)
     if artifact.manifest.get("run", {}).get("personal"):
         raise PrivacyError(f"{artifact.path} is a single user's own version", "push the version that all users share")
 
@@ -219,12 +210,8 @@ def _published_files(artifact: Artifact, repo_id: str, notice: Notice) -> Iterat
             artifact = write_published(artifact, folder / artifact.path.name)
             card = next(file for file in files_of(artifact, ["card.md"])).content()
             extra = {CARD: card}
-        elif artifact.kind == "adapter":
-            extra = _adapter_extra(artifact, repo_id, folder)
         else:
-            extra = {}
-        if (artifact.path / SIGNATURE).is_file():
-            extra[SIGNATURE] = (artifact.path / SIGNATURE).read_bytes()
+            extra = _adapter_extra(artifact, repo_id, folder)
         files = files_of(artifact)
         known = {file.name for file in files}
         files += [VerifiedFile.of_bytes(name, content) for name, content in extra.items() if name not in known]
@@ -360,7 +347,7 @@ def pull(
     access = open_access(token_env, needs_token=False)
     with (
         create_output_directory(out, replace=replace) as part,
-        tempfile.TemporaryDirectory(prefix="sartor-pull-", dir=part.parent) as temporary,
+        tempfile.TemporaryDirectory(prefix=".sartor-pull-", dir=part.parent) as temporary,
     ):
         commit = _fetch(access, _Target(repo_id, repo_type, revision, False), Path(temporary), part, notice)
         artifact = open_artifact(part)
@@ -375,7 +362,8 @@ def _fetch(access: HubAccess, target: _Target, temporary: Path, part: Path, noti
     with hub_session(access, repo_id, _OWN_REQUESTS) as (api, _):
         commit = str(api.repo_info(repo_id, repo_type=repo_type, revision=target.revision).sha)
         remote = _remote_files(api, repo_id, repo_type, commit)
-    manifests = [name for name in MANIFESTS.values() if name in remote and remote[name].size <= MAX_ANSWER_BYTES]
+    manifests = [MANIFESTS[kind] for kind in ("dataset", "adapter")]
+    manifests = [name for name in manifests if name in remote and remote[name].size <= MAX_ANSWER_BYTES]
     if not manifests:
         raise ArtifactError(
             f"{repo_id} at {commit[:12]} has no manifest of Sartor",
@@ -394,13 +382,11 @@ def _fetch(access: HubAccess, target: _Target, temporary: Path, part: Path, noti
 
         for name in manifests:
             fetch(name)
-        manifest = read_manifest(part)
-        listed = [*manifest["files"], *([SIGNATURE] if SIGNATURE in remote else [])]
-        notice(f"{len(listed)} files of {repo_id} at {commit[:12]}")
-        for name in listed:
+        manifest = read_manifest(part, ("dataset", "adapter"))
+        notice(f"{len(manifest['files'])} files of {repo_id} at {commit[:12]}")
+        for name, entry in manifest["files"].items():
             is_inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-            size = manifest["files"].get(name, {}).get("bytes", 1 << 16)
-            if not is_inside or name not in remote or "\\" in name or remote[name].size > size:
+            if not is_inside or name not in remote or "\\" in name or remote[name].size != entry["bytes"]:
                 raise ArtifactError(
                     f"{repo_id} at {commit[:12]} lacks {name!r:.120}, or has another file in its place",
                     "sartor pull --revision COMMIT, of a commit that `sartor push` printed",
