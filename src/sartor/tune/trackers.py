@@ -18,7 +18,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from sartor.core import records
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, StoppedError, missing_package
+from sartor.core.html import flat
 from sartor.tune.adapter_card import adapter_card
 from sartor.tune.recipe import Tracking
 
@@ -73,7 +74,7 @@ class TrackedRun:
 class Tracker(Protocol):
     """Writer to one tracker. Writing a step again changes nothing."""
 
-    place: str
+    location: str
 
     def write(self, values: Sequence[LoggedValue]) -> None:
         """Write numbers."""
@@ -99,7 +100,7 @@ def run_of(name: str, fingerprint: Mapping[str, Any], tags: Mapping[str, str]) -
     """Return a run by its fingerprint: the digests and the recipe that decide its result."""
     version = {"sartor.version": importlib.metadata.version("sartor")}
     identity = records.digest(fingerprint)[:12]
-    params = dict(_flat(fingerprint.get("recipe", {})))
+    params = flat(fingerprint.get("recipe", {}))
     return TrackedRun(name, identity, params, {**tags, **version, "sartor.run": identity})
 
 
@@ -158,9 +159,9 @@ class LogCopies:
         self._each(lambda tracker: tracker.close(status))
 
     @property
-    def places(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         """Where each tracker has the run."""
-        return {name: tracker.place for name, tracker in self._trackers.items()}
+        return {name: tracker.location for name, tracker in self._trackers.items()}
 
     def begin(self, lines: Sequence[Mapping[str, Any]], began: float | None = None) -> None:
         """Open the trackers and copy the lines that the log already has.
@@ -178,7 +179,7 @@ class LogCopies:
                     f"the tracker {name} cannot be opened in {folder}: {_first_line(error)}",
                     "--track.folder DIR, of a directory that can be written to; or leave --track out",
                 ) from error
-            self._notice(f"the log is copied to {self._trackers[name].place}")
+            self._notice(f"the log is copied to {self._trackers[name].location}")
         for line in lines:
             self.add(line)
 
@@ -228,8 +229,8 @@ class TensorBoardTracker:
         log_folder.mkdir(parents=True, exist_ok=True)
         for file in log_folder.glob(f"events.out.tfevents.*{_EVENT_FILES}"):
             file.unlink()
-        self.place = str(log_folder)
-        self._writer: Any = SummaryWriter(self.place, filename_suffix=_EVENT_FILES, flush_secs=int(FLUSH_S))
+        self.location = str(log_folder)
+        self._writer: Any = SummaryWriter(self.location, filename_suffix=_EVENT_FILES, flush_secs=int(FLUSH_S))
         values = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in run.params.items()
@@ -287,7 +288,7 @@ class MlflowTracker:
                 self._client.log_batch(self._run_id, params=params[start : start + _MOST_PARAMS])
         self._is_new = not earlier
         self._last_steps: dict[str, int] = {}
-        self.place = f"{store}, run {self._run_id}"
+        self.location = f"{store}, run {self._run_id}"
 
     def write(self, values: Sequence[LoggedValue]) -> None:
         """Write the metrics of steps after the last one that the store has."""
@@ -328,16 +329,16 @@ _TRACKERS: Mapping[TrackerName, Callable[[Path, TrackedRun], Tracker]] = {
 
 @dataclass(frozen=True)
 class Tracked:
-    """Result of `track`. values: numbers of the log. places: where each tracker has the run."""
+    """Result of `track`. values: count of the numbers copied. locations: of the run, by tracker."""
 
     adapter: Artifact
     run: str
     values: int
-    places: Mapping[str, str]
+    locations: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
-        return {"adapter": str(self.adapter.path), "run": self.run, "values": self.values, **self.places}
+        return {"adapter": str(self.adapter.path), "run": self.run, "values": self.values, **self.locations}
 
 
 def track(
@@ -370,17 +371,8 @@ def track(
     with LogCopies(Tracking(tuple(names), str(folder)), run, notice) as copies:
         copies.begin(log, began)
         copies.finish(artifact)
-        places = copies.places
-    return Tracked(artifact, run.folder_name, copies.count, places)
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield a tree of mappings as (dotted option, value)."""
-    if not isinstance(tree, Mapping):
-        yield prefix.removesuffix("."), tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{prefix}{key}.")
+        locations = copies.locations
+    return Tracked(artifact, run.folder_name, copies.count, locations)
 
 
 def _first_line(error: Exception) -> str:

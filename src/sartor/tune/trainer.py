@@ -110,7 +110,7 @@ def tune(
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
-        tags = trackers.base_tags(base.as_manifest(), [dataset.id])
+        tags = trackers.base_tags(base.as_manifest(), context.dataset_ids)
         run = trackers.run_of(out.name, context.fingerprint, tags)
         with trackers.LogCopies(tracking, run, notice) as copies:
             adapter = _tune(context, out, copies, replace=replace, show=show, notice=notice)

@@ -203,7 +203,7 @@ def redistribution_objections(sources: Sequence[Mapping[str, Any]], today: str =
             ),
             key=len,
         )
-        if unknown and not any(found.source == terms.source for found in findings):
+        if unknown and not any(objection.source == terms.source for objection in findings):
             reason = f"is {unknown[0]}, whose terms Sartor does not know: they may not permit to hand rows on"
             findings.append(Objection(terms.source, terms.path, reason))
     return list(dict.fromkeys(findings))

@@ -156,10 +156,10 @@ class HubGuard:
             raise BusyError(f"{host} asks to wait {wait[:12]} s", REQUEST_AGAIN, float(wait[:12]))
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise HubError(f"{host} sends a compressed answer, which was not asked for", REQUEST_AGAIN)
-        most = self.max_answer_bytes
+        max_bytes = self.max_answer_bytes
 
         class BoundedStream(stream_type):  # type: ignore[misc,valid-type]
-            """Answer of at most `most` bytes."""
+            """Answer of at most `max_bytes` bytes."""
 
             def __init__(self, inner: Any) -> None:
                 self._inner = inner
@@ -168,8 +168,8 @@ class HubGuard:
                 count = 0
                 for piece in self._inner:
                     count += len(piece)
-                    if count > most:
-                        raise HubError(f"{host} sends an answer of more than {most:,} bytes", REQUEST_AGAIN)
+                    if count > max_bytes:
+                        raise HubError(f"{host} sends an answer of more than {max_bytes:,} bytes", REQUEST_AGAIN)
                     yield piece
 
             def close(self) -> None:
@@ -224,8 +224,8 @@ def _translated(error: Exception, access: HubAccess, repo_id: str) -> SartorErro
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-    if own := next((cause for cause in causes if isinstance(cause, SartorError)), None):
-        return own
+    if sartor_error := next((cause for cause in causes if isinstance(cause, SartorError)), None):
+        return sartor_error
     answers = [getattr(cause, "response", None) for cause in causes]
     status = next((answer.status_code for answer in answers if answer is not None), 0)
     host, detail = access.host, access.scrubbed(str(getattr(error, "server_message", None) or error))

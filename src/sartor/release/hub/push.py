@@ -13,7 +13,6 @@ as it was; the next one sends only what the hub lacks.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -151,9 +150,8 @@ def _check_kind(path: Path) -> None:
     """Raise PrivacyError for an artefact that holds rows which are not there to be published."""
     kind = kind_of(path)
     if kind in ("release", "export"):
-        held = "held-out prompts with their replies"
         raise PrivacyError(
-            f"{path} is a Sartor {kind}, and holds {held}",
+            f"{path} is a Sartor {kind}, and holds held-out prompts with their replies",
             "sartor push ADAPTER OWNER/NAME, of the Adapter that it was made from: sartor inspect names it",
         )
     if kind in ("report", "duplicates"):
@@ -183,12 +181,12 @@ def _check_licence(artifact: Artifact, name: str) -> None:
     manifest = artifact.manifest
     sources = compliance.made_from(manifest)
     if artifact.kind == "dataset":
-        found = compliance.redistribution_objections(sources)
+        objections = compliance.redistribution_objections(sources)
         remedy = "sartor curate a recipe without these sources, or state the licence under which you may hand them on"
     else:
-        found = compliance.objections(sources, "research")
+        objections = compliance.objections(sources, "research")
         remedy = "tune on sources and a base whose licences permit to hand a derived work on: docs/licences.md"
-    problems = [str(objection) for objection in found] + compliance.conflicts(sources)
+    problems = [str(objection) for objection in objections] + compliance.conflicts(sources)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise LicenceError(f"{artifact.path.name} may not be handed on: {'; '.join(problems[:3])}{more}", remedy)
@@ -215,8 +213,8 @@ def _published_files(artifact: Artifact, repo_id: str, notice: Notice) -> Iterat
         files = files_of(artifact)
         known = {file.name for file in files}
         files += [VerifiedFile.of_bytes(name, content) for name, content in extra.items() if name not in known]
-        for found in _machine_paths(artifact.document):
-            notice(f"its manifest names a folder of this machine, which readers of the repository will see: {found}")
+        for home_path in _home_paths(artifact.document):
+            notice(f"its manifest names a path of this machine, which readers of the repository will see: {home_path}")
         yield artifact.id, sorted(files, key=lambda file: file.name)
 
 
@@ -235,11 +233,13 @@ def _adapter_extra(artifact: Artifact, repo_id: str, folder: Path) -> dict[str, 
     return extra
 
 
-def _machine_paths(document: bytes) -> list[str]:
-    """Return the folders of this user's home that a manifest names, at most three."""
-    own = re.escape(os.path.expanduser("~").encode())
-    found = re.findall(rb'"(' + own + rb'(?:/[^"/]+)+)"', document) if own not in (b"/", b"") else []
-    return [path.decode("utf-8", "replace") for path in dict.fromkeys(found)][:3]
+def _home_paths(document: bytes) -> list[str]:
+    """Return the paths below this user's home that a manifest names, at most three."""
+    user_home = Path.home()
+    if len(user_home.parts) < 2:
+        return []
+    paths = re.findall(rb'"(' + re.escape(str(user_home).encode()) + rb'/[^"]+)"', document)
+    return [path.decode("utf-8", "replace") for path in dict.fromkeys(paths)][:3]
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _commit(
             return str(info.sha), False
         operations: list[Any] = [CommitOperationDelete(name) for name in obsolete]
         operations += [CommitOperationAdd(file.name, file) for file in missing]
-        made = api.create_commit(
+        commit = api.create_commit(
             repo_id,
             operations,
             commit_message=message,
@@ -296,8 +296,8 @@ def _commit(
             revision=target.revision,
             parent_commit=info.sha,
         )
-        _check_pushed(_remote_files(api, repo_id, repo_type, made.oid), by_name, f"{repo_id} on {access.host}")
-    return str(made.oid), True
+        _check_pushed(_remote_files(api, repo_id, repo_type, commit.oid), by_name, f"{repo_id} on {access.host}")
+    return str(commit.oid), True
 
 
 def _remote_files(api: Any, repo_id: str, repo_type: str, revision: str) -> dict[str, Any]:
@@ -313,11 +313,11 @@ def _is_same(file: VerifiedFile, entry: Any) -> bool:
     return entry.size == file.size and str(entry.blob_id) == file.git_sha1()
 
 
-def _check_pushed(remote: Mapping[str, Any], files: Mapping[str, VerifiedFile], place: str) -> None:
+def _check_pushed(remote: Mapping[str, Any], files: Mapping[str, VerifiedFile], repository: str) -> None:
     wrong = [name for name, file in files.items() if name not in remote or not _is_same(file, remote[name])]
     if wrong:
         raise HubError(
-            f"{place} does not hold what was pushed; absent or different are {len(wrong)} files: "
+            f"{repository} does not hold what was pushed; absent or different are {len(wrong)} files: "
             f"{', '.join(wrong[:3])}",
             f"{REQUEST_AGAIN}; a repository that still differs is not to be used",
         )
