@@ -43,7 +43,9 @@ def write_published(dataset: Artifact, out: Path) -> Artifact:
             {**source, "source": names[str(source["source"])], "path": _public_path(str(source.get("path", "")))}
             for source in dataset.manifest["sources"]
         ]
-        facts = {key: dataset.manifest[key] for key in ("licence", "synthetic", "created") if key in dataset.manifest}
+        facts: dict[str, Any] = {
+            key: dataset.manifest[key] for key in ("licence", "synthetic", "created") if key in dataset.manifest
+        }
         return writer.finish(
             sources=[source for source in writer.sources_with_kept(sources) if source["kept"]],
             steps={},
