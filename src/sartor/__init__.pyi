@@ -111,6 +111,8 @@ from sartor.quickstart.yaml_schemas import schema_names as schema_names
 from sartor.release.export.export import ExportOptions as ExportOptions
 from sartor.release.export.export import export as export
 from sartor.release.gate import GateFile as GateFile
+from sartor.release.hub.push import pull as pull
+from sartor.release.hub.push import push as push
 from sartor.release.release import Waiver as Waiver
 from sartor.release.release import release as release
 from sartor.release.release import verify as verify
@@ -151,6 +153,7 @@ from sartor.trace.trace import trace as trace
 from sartor.tune.plan import plan as plan
 from sartor.tune.recipe import Recipe as Recipe
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.trackers import track as track
 from sartor.tune.trainer import tune as tune
 from sartor.tune.training_log import TrainingStep as TrainingStep
 
@@ -263,6 +266,8 @@ __all__ = [
     "promote_agent",
     "prove",
     "prune",
+    "pull",
+    "push",
     "read_drops",
     "read_examples",
     "read_report",
@@ -303,6 +308,7 @@ __all__ = [
     "synthesize",
     "tailor",
     "trace",
+    "track",
     "training_summary",
     "tune",
     "tune_personal",

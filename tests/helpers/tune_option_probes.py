@@ -275,6 +275,16 @@ def _recorded(values: Any, workspace: Workspace) -> Any:
     return [int(SketchMatrix.open(folder).written().sum()) for folder in home.glob("trace/*/recorded")]
 
 
+def _tracked(values: Any, workspace: Workspace) -> Any:
+    """Which files a run leaves below its working directory, without times and numbers of processes in their names."""
+    folder = workspace.folder()
+    workspace.patch.chdir(folder)
+    workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    sartor.tune(_recipe({"track": values}, workspace), folder / "adapter", show=False)
+    kept = [file.relative_to(folder) for file in folder.rglob("*") if "adapter" not in file.parts]
+    return sorted({(*file.parts[:-1], file.name.partition(".")[0].partition("-")[0]) for file in kept})
+
+
 TOO_LONG = {"max_length_tokens": 42}
 PAIRS_AND_TALK = {"path": "dataset:pairs", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
 COMPOSED: dict[str, Any] = {
@@ -300,6 +310,9 @@ TUNE_PROBES = (
     Probe("Recipe.objective", ({"data": "dataset:pairs"}, {"data": "dataset:pairs", "objective": "dpo"}), _tuned),
     Probe("Recipe.compute", ({}, {"compute": {"path": "general"}}), _planned),
     Probe("Recipe.trace", ({}, {"features": True}), _recorded),
+    Probe("Recipe.track", ({}, {"to": "tensorboard"}), _tracked),
+    Probe("Tracking.to", ({}, {"to": "tensorboard"}), _tracked),
+    Probe("Tracking.folder", ({"to": "tensorboard"}, {"to": "tensorboard", "folder": "runs"}), _tracked),
     Probe("Recipe.checkpoints", ({"keep": 1}, {"keep": 3}), _saved),
     *probes_of(
         "Data",

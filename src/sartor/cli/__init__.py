@@ -84,11 +84,12 @@ GROUPS = {
         "sartor curate curate.yaml --out data/faq",
         ("curate", "dedup", "rethreshold", "bias", "review", "synthesize", "validate"),
     ),
-    "Train": ("sartor tune tune.yaml --out adapters/faq", ("plan", "tune")),
+    "Train": ("sartor tune tune.yaml --out adapters/faq", ("plan", "tune", "track")),
     "Check and release": (
         "sartor release adapters/faq --name faq --version 1.0 --key keys",
         ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke", "revoke-release"),
     ),
+    "Share": ("sartor push data/faq OWNER/faq --private", ("push", "pull")),
     "Trace and fix": (
         "sartor ablate adapters/faq-1.0 --examples ID --prompt P --reply R --out proof",
         ("trace", "ablate", "fix"),

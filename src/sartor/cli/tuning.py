@@ -430,3 +430,65 @@ def revoke_release(path: Path, *, key: Path | None = None, reason: str = "") -> 
         reason: recorded in the list
     """
     return sartor.revoke_release(path, key=key, reason=reason)
+
+
+@app.command
+def push(
+    path: Path,
+    repo_id: str,
+    /,
+    *,
+    private: REPLACE = False,
+    revision: str = "main",
+    token_env: str = "",
+    replace: REPLACE = False,
+) -> Any:
+    """Push a Dataset or an Adapter with its card to a Hugging Face hub (HF_ENDPOINT).
+
+    Every byte is checked while it is sent. Dropped rows, review decisions, feedback and single users' versions stay.
+
+    Args:
+        path: the Dataset or Adapter
+        repo_id: OWNER/NAME; created if it is absent
+        private: create it as a private repository
+        revision: branch, created if absent
+        token_env: environment variable with the token; by default HF_TOKEN, else that of `hf auth login`
+        replace: replace other content of the repository
+    """
+    return sartor.push(
+        path, repo_id, private=private, revision=revision, token_env=token_env, replace=replace, notice=notice
+    )
+
+
+@app.command
+def pull(repo: str, /, *, out: Path, revision: str = "main", token_env: str = "", replace: REPLACE = False) -> Any:
+    """Fetch an artefact that `sartor push` wrote, and check every file against its manifest.
+
+    Args:
+        repo: OWNER/NAME of a model repository, or datasets/OWNER/NAME
+        out: directory of the artefact
+        revision: branch, tag or commit
+        token_env: environment variable with the token, for a private repository
+        replace: replace an existing artefact
+    """
+    return sartor.pull(repo, out, revision=revision, token_env=token_env, replace=replace, notice=notice)
+
+
+@app.command
+def track(
+    adapter: Path,
+    /,
+    *,
+    to: Annotated[tuple[Literal["mlflow", "tensorboard"], ...], Parameter(negative="")],
+    folder: Path = Path("tracking"),
+) -> Any:
+    """Copy the log of a finished tuning to MLflow or TensorBoard, on this machine and without a server.
+
+    `sartor tune --track NAME` copies it while it runs.
+
+    Args:
+        adapter: the Adapter
+        to: mlflow or tensorboard; repeat it for both
+        folder: of the trackers
+    """
+    return sartor.track(adapter, to, folder=folder, notice=notice)

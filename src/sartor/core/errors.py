@@ -23,6 +23,7 @@
     |   |-- LicenceError                  ... a licence of the data or the base
     |   |-- HealthError                   ... the health check of a release on a device
     |   |-- RoundError                    ... a federated round that a client refused or that was given up
+    |   |-- PrivacyError                  ... what is private, and was to leave this machine
     |   `-- GuardError                    ... a removal that would take too much
     `-- MissingError                 6    something outside Sartor is missing
         |-- AssetError                    ... an offline asset or the registry that serves it
@@ -271,6 +272,10 @@ class RoundError(RefusedError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the arguments that rebuild the error when it is unpickled."""
         return type(self), (self.problem, self.remedy, self.check)
+
+
+class PrivacyError(RefusedError):
+    """Something private was to leave this machine; nothing was sent."""
 
 
 class GuardError(RefusedError):

@@ -27,6 +27,8 @@ _EXTRAS = {
     "safetensors": "tune",
     "torch": "tune",
     "transformers": "tune",
+    "mlflow": "track",
+    "tensorboard": "track",
     "bitsandbytes": "quant",
     "securesystemslib": "edge",
     "tuf": "edge",

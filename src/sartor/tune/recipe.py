@@ -342,6 +342,16 @@ class TraceRecording:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Experiment trackers that get a copy of the run's log, on this machine. They change no bit of the Adapter."""
+
+    to: tuple[Literal["mlflow", "tensorboard"], ...] = option(
+        (), "trackers that get the run's log: mlflow, tensorboard or both (extra `track`)"
+    )
+    folder: str = option("tracking", "their folder, with mlflow.db and mlartifacts, or tensorboard/RUN, in it")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides how a Dataset becomes an Adapter."""
 
@@ -368,6 +378,7 @@ class Recipe:
         "auto_settings.py",
     )
     trace: TraceRecording = option(TraceRecording(), "what is recorded for `sartor trace`")
+    track: Tracking = option(Tracking(), "where a copy of the run's log goes; not kept in the Adapter's manifest")
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", *(["evaluations"] if self.evaluations != "auto" else []))

@@ -21,9 +21,17 @@ from sartor.tune.checkpoint import CheckpointState, check_numerics, folder_of, n
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
-# Options that may differ between a run and its resumption: when state is saved, and paths of the same content (the
-# Dataset and the base are compared by digest)
-FREE_OPTIONS = ("checkpoints.", "data.path", "data.rehearsal.path", "method.start", "base.name", "base.revision")
+# Options that may differ between a run and its resumption: when state is saved, where the log is copied to, and paths
+# of the same content (the Dataset and the base are compared by digest)
+FREE_OPTIONS = (
+    "checkpoints.",
+    "track.",
+    "data.path",
+    "data.rehearsal.path",
+    "method.start",
+    "base.name",
+    "base.revision",
+)
 
 
 def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> CheckpointState:

@@ -8,6 +8,7 @@ The base is frozen; only the adapter's fp32 factors have gradients and optimiser
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import DataWarning
 from sartor.models import adapters
 from sartor.models.base import Base, machine_facts
-from sartor.tune import auto_settings, plan_warnings, preflight
+from sartor.tune import auto_settings, plan_warnings, preflight, trackers
 from sartor.tune import resume as resumption
 from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
@@ -35,7 +36,7 @@ from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.gradient_features import FeatureRecorder
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
-from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft
+from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft, Tracking
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
 from sartor.tune.training_log import OnStep, TrainingLog, plot_losses
@@ -82,9 +83,12 @@ def tune(
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic),
     ArtifactError (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has
     exploded; a failed proof), SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a
-    save), MissingError (a full disk).
+    save), MissingError (a full disk), ExtraError (the package of a tracker).
     """
     recipe = load_recipe(recipe)
+    # where the log is copied to is no part of the Adapter: its manifest and the runs made from it do not have it
+    tracking, recipe = recipe.track, dataclasses.replace(recipe, track=Tracking())
+    trackers.check_packages(tracking.to)
     out = Path(out).absolute()
     resume_state = resumption.find_resume_point(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
@@ -110,7 +114,11 @@ def tune(
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
-        adapter = _tune(context, out, replace=replace, show=show, on_step=on_step, notice=notice)
+        tags = trackers.base_tags(base.as_manifest(), context.dataset_ids)
+        run = trackers.run_of(out.name, context.fingerprint, tags)
+        with trackers.LogCopies(tracking, run, notice) as copies:
+            adapter = _tune(context, out, copies, replace=replace, show=show, on_step=on_step, notice=notice)
+            copies.finish(adapter)
     # clear only under the writer's lock: another run may be starting over
     with contextlib.suppress(ConfigError), writer_lock(out):
         clear(folder_of(out))
@@ -142,7 +150,14 @@ class TuningContext:
 
 
 def _tune(
-    context: TuningContext, out: Path, *, replace: bool, show: bool, on_step: OnStep | None, notice: Notice
+    context: TuningContext,
+    out: Path,
+    copies: trackers.LogCopies,
+    *,
+    replace: bool,
+    show: bool,
+    on_step: OnStep | None,
+    notice: Notice,
 ) -> Adapter:
     recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
     model = inject_recipe_adapter(recipe, base)
@@ -178,8 +193,11 @@ def _tune(
             )
         clear(saver.folder) if replace else sweep(saver.folder, context.resume_state)
         earlier_log = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
+        copies.begin(earlier_log.get("lines", []))
         with full_disk(f"{out} could not be written"):
-            with TrainingLog(temp_folder / "log.jsonl", show=show, on_step=on_step, **earlier_log) as journal:
+            with TrainingLog(
+                temp_folder / "log.jsonl", show=show, on_step=on_step, on_line=copies.add, **earlier_log
+            ) as journal:
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
                 run = kind(recipe, base, model, data=context.data, journal=journal, saver=saver, resolved=resolved)
                 if recipe.weights == "best" and context.data.held_out:

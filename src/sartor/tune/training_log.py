@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class TrainingLog:
 
     on_step: called after each update.
     lines, wall_s: log and seconds of a resumed run up to its checkpoint; the log and the clock continue there.
+    on_line: receives each further line once it is written.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class TrainingLog:
         on_step: OnStep | None = None,
         lines: Sequence[dict[str, Any]] = (),
         wall_s: float = 0.0,
+        on_line: Callable[[Mapping[str, Any]], object] = lambda line: None,
     ) -> None:
         self._on_step = on_step
         self.lines: list[dict[str, Any]] = list(lines)
+        self._on_line = on_line
         self._stream = file.open("w", encoding="utf-8")
         self._stream.writelines(json.dumps(line) + "\n" for line in self.lines)
         self._began = time.monotonic() - wall_s
@@ -84,6 +87,7 @@ class TrainingLog:
         self.lines.append(line)
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
+        self._on_line(line)
 
     def show(self, step: TrainingStep) -> None:
         """Update the progress line: loss, speed, memory, time left. Then tell the caller of the run."""

@@ -188,6 +188,27 @@ def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", to
     return list(dict.fromkeys(findings))
 
 
+def redistribution_objections(sources: Sequence[Mapping[str, Any]], today: str = "") -> list[Objection]:
+    """Return the reasons why rows of these sources may not be handed on to anybody; empty if they may.
+
+    What nobody may use for research, the least demanding use outside of a firm, is not handed on. Neither are rows
+    under terms that Sartor does not know, whatever `use` is declared: a use is no right to hand on.
+    """
+    findings = objections(sources, "research", today)
+    for terms in map(terms_of, sources):
+        unknown = min(
+            (
+                [licence for licence in sorted(branch) if _family(licence) is UNKNOWN_TERMS]
+                for branch in alternatives(terms.licence)
+            ),
+            key=len,
+        )
+        if unknown and not any(objection.source == terms.source for objection in findings):
+            reason = f"is {unknown[0]}, whose terms Sartor does not know: they may not permit to hand rows on"
+            findings.append(Objection(terms.source, terms.path, reason))
+    return list(dict.fromkeys(findings))
+
+
 def _objections_to(licence: str, use: str, terms: LicenceTerms, bases: Collection[str] = ()) -> list[str]:
     """Return the objections of one licence to a use.
 

@@ -49,31 +49,34 @@ _SIZES = (
 
 def head(contents: Contents) -> dict[str, Any]:
     """Return the YAML head of the card: name, licence, languages, size, tasks and data files."""
-    result: dict[str, Any] = {"pretty_name": contents.name[:120], **_licence(contents.licence)}
+    result: dict[str, Any] = {"pretty_name": contents.name[:120], **licence_fields(contents.licence, "manifest.json")}
     if languages := known_languages(contents):
         result["language"] = languages
     result["size_categories"] = [next((word for limit, word in _SIZES if contents.rows_kept < limit), "100B<n<1T")]
     result["task_categories"] = _tasks(contents)
     result["tags"] = ["sartor", "fine-tuning"]
-    configs = [_config("default", "examples/*.parquet", default=True)]
+    configs = [{"config_name": "default", "data_files": _example_files(contents.folder), "default": True}]
     if contents.drops.total:
-        configs.append(_config("drops", "drops/*.parquet"))
+        drop_files = [{"split": "train", "path": "drops/*.parquet"}]
+        configs.append({"config_name": "drops", "data_files": drop_files})
     result["configs"] = configs
     return result
 
 
-def _config(name: str, path: str, *, default: bool = False) -> dict[str, Any]:
-    files = [{"split": "train", "path": path}]
-    config: dict[str, Any] = {"config_name": name, "data_files": files}
-    if default:
-        config["default"] = True
-    return config
+def _example_files(folder: Path) -> list[dict[str, str]]:
+    """Return the files of each split, if they are named by it (`train-00000.parquet`); else all as `train`."""
+    splits = {file.name.rpartition("-")[0] for file in (folder / "examples").glob("*-*.parquet")} - {"part"}
+    if not splits:
+        return [{"split": "train", "path": "examples/*.parquet"}]
+    by_use = sorted(splits, key=lambda split: (split != "train", split))
+    return [{"split": split, "path": f"examples/{split}-*.parquet"} for split in by_use]
 
 
-def _licence(expression: str) -> dict[str, Any]:
+def licence_fields(expression: str, link: str) -> dict[str, Any]:
     """Return the Hub's licence fields for an SPDX expression.
 
     An expression that the Hub does not know is given as `other`, with the expression as name.
+    link: file of the repository that states the terms of such a licence.
     """
     if expression == UNKNOWN:
         return {"license": "unknown"}
@@ -81,7 +84,7 @@ def _licence(expression: str) -> dict[str, Any]:
     if words and set(words) <= set(_KNOWN.split()):
         unique = list(dict.fromkeys(words))
         return {"license": unique[0] if len(unique) == 1 else unique}
-    return {"license": "other", "license_name": expression[:200], "license_link": "manifest.json"}
+    return {"license": "other", "license_name": expression[:200], "license_link": link}
 
 
 def conjuncts(expression: str) -> Sequence[str]:

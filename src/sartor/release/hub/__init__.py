@@ -1,0 +1,1 @@
+"""Push of Datasets and Adapters to a Hugging Face hub, and their return."""
