@@ -29,7 +29,7 @@ PUBLIC_FILES = [ROOT / "SECURITY.md", ROOT / "CITATION.cff", *TEMPLATES, *(ROOT 
 BIG_AND_UNTESTED = {"studio"}
 OF_ONE_PLATFORM = {"cuda"}
 INSTEAD_OF_THE_SYSTEMS = {"compiler"}
-OURS = {"bench", "dev", "all"}
+OURS = {"bench", "dev", "docs", "all"}
 # required and optional keys of Citation File Format 1.2.0 that are used here
 CITATION_REQUIRED = {"authors", "cff-version", "message", "title"}
 CITATION_OPTIONAL = {"abstract", "keywords", "license", "repository-code", "type", "version"}

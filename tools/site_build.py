@@ -1,0 +1,205 @@
+"""Build the documentation site from docs/, without a network: `make site`.
+
+    python tools/site_build.py             # site/, with its index.html
+    python tools/site_build.py --out DIR
+
+Pages are copied to a temporary folder before. What reads well on a code host and not on a site is changed there:
+links to files outside of docs/ lead to a copy of the page, or to the repository where `tool.sartor.repository` names
+one, or are plain text; lists have the blank lines and the indentation that Python-Markdown asks for. Any warning of
+mkdocs and any finding of tools/site_check.py is an error. Needs the extra `docs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markdown_it import MarkdownIt
+
+from site_check import find_faults
+
+ROOT = Path(__file__).resolve().parent.parent
+NAVIGATION = ROOT / "docs/nav.yaml"
+THEME = ROOT / "tools/site_theme"
+MEDIA = {".png", ".svg"}
+# pages outside of docs/ that the site has too, and the folder that they get there
+OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/**/README.md")
+OUTSIDE_FOLDER = "repository"
+LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+LIST_ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*+]|\d+[.)]) +(?=\S)")
+CODE = re.compile(r"`[^`\n]+`")
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+INDENT = 4  # of what belongs to a list item, in Python-Markdown
+
+
+def site_path(page: Path) -> Path:
+    """Return where a file of the repository lies within the site's sources."""
+    relative = page.relative_to(ROOT)
+    below = relative.relative_to("docs") if relative.parts[0] == "docs" else Path(OUTSIDE_FOLDER) / relative
+    return below.with_name("index.md") if below.name == "README.md" else below
+
+
+def source_pages() -> list[Path]:
+    """Return every page of the site: those of docs/, and those that OUTSIDE names."""
+    outside = [page for pattern in OUTSIDE for page in sorted(ROOT.glob(pattern))]
+    return [*sorted((ROOT / "docs").rglob("*.md")), *outside]
+
+
+def stage(folder: Path) -> None:
+    """Write the site's sources: pages with changed links and lists, pictures, styles and scripts."""
+    pages = source_pages()
+    known = {page: site_path(page) for page in pages}
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["sartor"]["repository"]
+    for page, target in known.items():
+        file = folder / target
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = in_python_markdown(page.read_text(encoding="utf-8"))
+        file.write_text(with_links(text, page, known, repository), encoding="utf-8")
+    for media in (path for path in (ROOT / "docs").rglob("*") if path.suffix in MEDIA):
+        file = folder / site_path(media)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(media, file)
+    shutil.copytree(THEME, folder / "site")
+
+
+def with_links(text: str, page: Path, known: dict[Path, Path], repository: str) -> str:
+    """Return a page whose links lead to pages of the site, to the repository, or are plain text."""
+
+    def changed(match: re.Match[str]) -> str:
+        target = (page.parent / match["path"]).resolve()
+        anchor = match["anchor"] or ""
+        if target in known or target.suffix in MEDIA:
+            address = os.path.relpath(known.get(target, site_path(target)), known[page].parent)
+            return f"{match['mark']}[{match['text']}]({address}{anchor})"
+        if not target.exists() or target.is_relative_to(ROOT / "docs"):
+            return match[0]  # mkdocs names it
+        if repository:
+            return f"[{match['text']}]({repository}/blob/main/{target.relative_to(ROOT).as_posix()}{anchor})"
+        return match["text"]
+
+    code = _code_lines(text)
+    parts = groupby(enumerate(text.split("\n")), lambda line: line[0] in code)
+    joined = [(is_code, "\n".join(line for _, line in lines)) for is_code, lines in parts]
+    return "\n".join(part if is_code else LINK.sub(changed, part) for is_code, part in joined)
+
+
+def _code_lines(text: str) -> set[int]:
+    blocks = (token for token in MARKDOWN.parse(text) if token.type in ("fence", "code_block"))
+    return {number for block in blocks for number in range(*(block.map or (0, 0)))}
+
+
+def in_python_markdown(text: str) -> str:
+    """Return a page of CommonMark as Python-Markdown reads it.
+
+    A list has an empty line before it, and what belongs to an item is indented by four columns. In a table's code `\\|`
+    becomes `|`, since the former would be shown. A block of code has its language and no other word.
+    """
+    lines = text.split("\n")
+    columns: list[list[tuple[int, bool]]] = [[] for _ in lines]  # width of each open item's mark, and if it begins here
+    begins = set()
+    rows = set()
+    for token in MARKDOWN.parse(text):
+        start, end = token.map or (0, 0)
+        if token.type == "list_item_open":
+            rest = lines[start]
+            for width, _ in columns[start]:
+                rest = rest[width:]
+            item = LIST_ITEM.match(rest)
+            for number in range(start, end):
+                columns[number].append((item.end() if item else 0, number == start))
+        elif token.type in ("bullet_list_open", "ordered_list_open") and token.level == 0:
+            begins.add(start)
+        elif token.type == "tr_open":
+            rows.add(start)
+        elif token.type == "fence":  # the language alone: `bash no-run` is for the tests
+            lines[start] = lines[start].replace(token.info, token.info.partition(" ")[0])
+    written: list[str] = []
+    for number, line in enumerate(lines):
+        if number in begins and written and written[-1].strip():
+            written.append("")
+        if number in rows:
+            line = CODE.sub(lambda code: code[0].replace("\\|", "|"), line)
+        written.append(_indented(line, columns[number]).rstrip())
+    return "\n".join(written)
+
+
+def _indented(line: str, columns: list[tuple[int, bool]]) -> str:
+    prefix = ""
+    for width, is_first in columns:
+        mark = line[:width].strip() if is_first else ""
+        prefix += f"{mark} ".ljust(INDENT)
+        line = line[width:] if is_first else line[min(width, len(line) - len(line.lstrip(" "))) :]
+    return prefix + line
+
+
+def navigation(paths: Sequence[str]) -> list[Any]:
+    """Return the navigation, with the pages of the folders that it names.
+
+    paths: the site's pages, as `site_path` gives them.
+    """
+
+    def resolved(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [resolved(item) for item in entry]
+        if isinstance(entry, dict):
+            return {title: resolved(value) for title, value in entry.items()}
+        path = site_path((NAVIGATION.parent / entry).resolve()).as_posix()
+        if not entry.endswith("/"):
+            return path
+        below = [page for page in paths if page.startswith(f"{path}/")]
+        return sorted(below, key=lambda page: (not page.endswith("/index.md"), page))
+
+    return list(resolved(yaml.safe_load(NAVIGATION.read_text(encoding="utf-8"))))
+
+
+def build(out: Path) -> list[str]:
+    """Build the site in `out`, which is replaced; return what is wrong with it, one finding a line.
+
+    Raises SystemExit with the warnings if mkdocs has any.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        sources = Path(work) / "docs"
+        stage(sources)
+        settings = {
+            "INHERIT": str(ROOT / "mkdocs.yml"),
+            "docs_dir": str(sources),
+            "site_dir": str(out.resolve()),
+            "nav": navigation([site_path(page).as_posix() for page in source_pages()]),
+        }
+        config = Path(work) / "mkdocs.yml"
+        config.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+        command = [sys.executable, "-m", "mkdocs", "--quiet", "build", "--strict", "--clean", "--config-file", str(config)]
+        environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or done.stderr.strip():
+            sys.exit(f"mkdocs warns:\n{done.stdout}{done.stderr}")
+    return find_faults(out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build the site; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "site", help="folder of the site, replaced")
+    options = parser.parse_args(arguments)
+    faults = build(options.out)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        return 1
+    print(options.out / "index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
