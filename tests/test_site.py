@@ -19,11 +19,11 @@ import site_build
 import site_check
 from freeze_surface import commands
 from reference_environment import VARIABLES, find_accesses
-from site_search import search
 from sartor.cli import app
 from sartor.core.config import describe
 from sartor.core.lazy_import import import_module
 from sartor.quickstart.yaml_schemas import FILES
+from site_search import search
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference"
@@ -227,7 +227,9 @@ def questions() -> list[tuple[str, str]]:
     """The newcomer's questions of test_docs.py, each with the page that answers it."""
     tree = ast.parse((ROOT / "tests/test_docs.py").read_text(encoding="utf-8"))
     [value] = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "QUESTIONS"
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "QUESTIONS"
     ]
     return [(question, address.partition("#")[0]) for question, address, _ in ast.literal_eval(value)]
 

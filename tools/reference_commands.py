@@ -145,4 +145,3 @@ def _recipe_of(command: str) -> str:
         for name, file in FILES.items()
         if file.options.endswith(f":{RECIPES[command][0]}")
     )
-

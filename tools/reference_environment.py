@@ -91,7 +91,7 @@ VARIABLES = (
     Variable("FLWR_TELEMETRY_ENABLED", Use.CHILD, "Flower: 0."),
     Variable("FLWR_DISABLE_UPDATE_CHECK", Use.CHILD, "Flower: 1."),
     Variable("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", Use.CHILD, "Flower: 1."),
-    Variable("LIMITED_BY_SARTOR", Use.CHILD, "Programs under resource limits: a mark by which their processes are found."),
+    Variable("LIMITED_BY_SARTOR", Use.CHILD, "Programs under resource limits: a mark that finds their processes."),
     Variable("VLLM_API_KEY", Use.CHILD, "vLLM, in the command that Sartor prints: the variable of `engine.key_env`."),
     Variable("VLLM_ALLOW_RUNTIME_LORA_UPDATING", Use.CHILD, "vLLM, in the command that Sartor prints: True."),
     Variable("HF_TOKEN", Use.LIBRARY, "`huggingface_hub`, `datasets`: bases and data sets that ask for rights."),
@@ -102,8 +102,8 @@ VARIABLES = (
 NAMED_BY_OPTIONS = """\
 ## Named by options
 
-No option takes a secret itself. These name the variable that holds it: `key_env` of an engine and of a teacher, `token_env` and `env` of
-MCP servers, `--api-key-env` of `sartor chat`, and `${NAME}` in the URL of a database.
+No option takes a secret itself. These name the variable that holds it: `key_env` of an engine and of a teacher,
+`token_env` and `env` of MCP servers, `--api-key-env` of `sartor chat`, and `${NAME}` in the URL of a database.
 """
 
 
@@ -113,7 +113,9 @@ def write_environment() -> str:
     for use in Use:
         rows = [(f"`{name}`", in_markdown(meaning)) for name, owner, meaning in VARIABLES if owner is use]
         lines += [f"## {use.value}", "", *table(("variable", "meaning"), rows)]
-    return page_of("Environment variables", "`VARIABLES` in `tools/reference_environment.py`", [*lines, NAMED_BY_OPTIONS])
+    return page_of(
+        "Environment variables", "`VARIABLES` in `tools/reference_environment.py`", [*lines, NAMED_BY_OPTIONS]
+    )
 
 
 class Found(NamedTuple):
@@ -145,22 +147,19 @@ def find_accesses() -> Iterator[Found]:
 
 
 def _keys(node: ast.AST) -> Iterator[ast.expr]:
-    """Yield the keys that a node looks up or sets in the environment."""
+    """Yield the keys that a node looks up or sets in the environment, and the mappings that it merges with it."""
     if isinstance(node, ast.Subscript) and _is_environ(node.value):
         yield node.slice
-    if isinstance(node, ast.Compare) and any(_is_environ(comparator) for comparator in node.comparators):
+    elif isinstance(node, ast.Compare) and any(map(_is_environ, node.comparators)):
         yield node.left
-    if isinstance(node, ast.Call) and node.args:
-        function = ast.unparse(node.func)
-        if function in ("os.getenv", "getenv") or (isinstance(node.func, ast.Attribute) and _is_environ(node.func.value)):
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute):
+        if _is_environ(node.func.value) or ast.unparse(node.func) == "os.getenv":
             yield node.args[0]
-    if isinstance(node, ast.Dict) and any(key is None and "os.environ" in ast.unparse(value) for key, value in _items(node)):
-        yield from (key for key in node.keys if key is not None)
-        yield from (value for key, value in _items(node) if key is None and isinstance(value, ast.Name))
-
-
-def _items(node: ast.Dict) -> Iterator[tuple[ast.expr | None, ast.expr]]:
-    yield from zip(node.keys, node.values, strict=True)
+    elif isinstance(node, ast.Dict):
+        merged = [value for key, value in zip(node.keys, node.values, strict=True) if key is None]
+        if any("os.environ" in ast.unparse(value) for value in merged):
+            yield from (key for key in node.keys if key is not None)
+            yield from (value for value in merged if isinstance(value, ast.Name))
 
 
 def _is_environ(node: ast.expr) -> bool:

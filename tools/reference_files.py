@@ -20,7 +20,8 @@ SCHEMA_PAGES = {
 }
 NOTES = """\
 A name with dots is a key below a key: `method.rank` is `method: {{rank: ...}}`. `[]` stands for each item of a list.
-Shorthands, and how flags override a file: [recipes]({guide}). `sartor schema {schema}` prints the same as a JSON Schema.
+Shorthands, and how flags override a file: [recipes]({guide}). `sartor schema {schema}` prints the same as a JSON
+Schema.
 """
 DECLARED = re.compile(
     r"(?P<type>.*?), (?:default (?P<default>.*?)|required)"

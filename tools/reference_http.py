@@ -13,10 +13,15 @@ from sartor.serving.http.server import assemble_app
 from sartor.serving.team_config import Team
 
 INTRODUCTION = """\
-Routes of `sartor serve`, in OpenAI's form where OpenAI has the route. Examples: [serving](../serving.md). A server describes itself at
-`/openapi.json`. With keys, each request needs `Authorization: Bearer KEY`; without keys, a server listens on loopback alone
-([API keys](../receipts.md)). Bodies are JSON in UTF-8: an unknown field is an error, and no value is coerced.
+Routes of `sartor serve`, in OpenAI's form where OpenAI has the route. Examples: [serving](../serving.md). A server
+describes itself at `/openapi.json`. With keys, each request needs `Authorization: Bearer KEY`; without keys, a server
+listens on loopback alone ([API keys](../receipts.md)). Bodies are JSON in UTF-8: an unknown field is an error, and no
+value is coerced.
 """
+OF_OPTIONS = "Routes that an option of TEAM.yaml switches on; they are not in `/openapi.json`:"
+OF_ERRORS = "The body of every error is an [`ErrorResponse`](#errorresponse); `kind` is a heading of [errors](../errors.md)."
+    "Every error has the body [`ErrorResponse`](#errorresponse); `kind` is a heading of [errors](../errors.md)."
+)
 HEADERS = (
     ("`authorization`", "request", "`Bearer KEY`: the API key"),
     ("`x-sartor-user`", "request", "the user for whom a key with that right speaks"),
@@ -33,23 +38,21 @@ OPTIONAL = {"/mcp": "`mcp: {serve: true}`", "/.well-known": "`a2a: {card: true}`
 def write_http() -> str:
     """Return the page: routes, headers, errors, bodies."""
     document = assemble_app(state=None, team=Team(base="starter", agents=()), tools=None).openapi()
-    schemas = document["components"]["schemas"]
-    lines = [INTRODUCTION, "## Routes", ""]
-    routes = [(method.upper(), path, operation) for path, methods in document["paths"].items() for method, operation in methods.items()]
-    lines += table(
-        ("route", "does"),
-        [(f"[`{method} {path}`](#{anchor_of(f'{method} {path}')})", _summary(operation)) for method, path, operation in routes],
-    )
-    lines += ["Routes that an option of TEAM.yaml switches on; they are not in `/openapi.json`:", "", *_optional_routes()]
-    for method, path, operation in routes:
-        lines += list(_describe_route(method, path, operation))
-    lines += ["## Headers", "", *table(("header", "of", "meaning"), HEADERS), "## Errors", ""]
-    lines += ["Every error has the body [`ErrorResponse`](#errorresponse); `kind` is a heading of [errors](../errors.md).", ""]
-    failed = {code: response["description"] for _, _, operation in routes for code, response in operation["responses"].items() if code >= "4"}
-    lines += table(("status", "meaning"), sorted((code, in_markdown(text)) for code, text in failed.items() if code != "503"))
-    lines += ["## Bodies", ""]
-    for name in sorted(schemas, key=str.lower):
-        lines += list(_describe_schema(name, schemas[name]))
+    listed, described, failures = [], [], {}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            name = f"{method.upper()} {path}"
+            listed.append((f"[`{name}`](#{anchor_of(name)})", _summary(operation)))
+            described += list(_describe_route(name, path, operation))
+            for status, response in operation["responses"].items():
+                if status >= "4" and path != "/health":  # whose 503 is its answer
+                    failures[status] = in_markdown(response["description"])
+    lines = [INTRODUCTION, "## Routes", "", *table(("route", "does"), listed)]
+    lines += [OF_OPTIONS, "", *_optional_routes(), *described]
+    lines += ["## Headers", "", *table(("header", "of", "meaning"), HEADERS)]
+    lines += ["## Errors", "", OF_ERRORS, "", *table(("status", "meaning"), sorted(failures.items())), "## Bodies", ""]
+    for name, schema in sorted(document["components"]["schemas"].items(), key=lambda item: item[0].lower()):
+        lines += list(_describe_schema(name, schema))
     return page_of("HTTP", "the OpenAPI document of `sartor serve`", lines)
 
 
@@ -58,18 +61,17 @@ def _summary(operation: Mapping[str, Any]) -> str:
 
 
 def _optional_routes() -> list[str]:
-    routers = (mcp_router(None), agent_card_router(Team(base="starter", agents=())))
     rows = []
-    for router in routers:
-        for route in router.routes:
-            if isinstance(route, APIRoute):
-                option = next(text for beginning, text in OPTIONAL.items() if route.path.startswith(beginning))
-                rows.append((f"`{' '.join(sorted(route.methods))} {route.path}`", option, in_markdown(route.description)))
+    for router in (mcp_router(None), agent_card_router(Team(base="starter", agents=()))):
+        for route in filter(lambda route: isinstance(route, APIRoute), router.routes):
+            option = next(text for beginning, text in OPTIONAL.items() if route.path.startswith(beginning))
+            name = f"{' '.join(sorted(route.methods))} {route.path}"
+            rows.append((f"`{name}`", option, in_markdown(route.description)))
     return table(("route", "option", "does"), rows)
 
 
-def _describe_route(method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"### {method} {path}", "", in_markdown(operation.get("description", "")), "")
+def _describe_route(name: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"### {name}", "", in_markdown(operation.get("description", "")), "")
     if parameters := operation.get("parameters"):
         rows = [(f"`{one['name']}`", one["in"], _type_text(one["schema"])) for one in parameters]
         yield from table(("parameter", "in", "type"), rows)
@@ -79,7 +81,8 @@ def _describe_route(method: str, path: str, operation: Mapping[str, Any]) -> Ite
     for status, response in operation["responses"].items():
         if status.startswith("2") or (status == "503" and path == "/health"):
             content = response.get("content", {})
-            kinds = [_content_text(kind, value) for kind, value in content.items() if value["schema"] or len(content) == 1]
+            shown = {kind: value for kind, value in content.items() if value["schema"]} or content
+            kinds = [_content_text(kind, value) for kind, value in shown.items()]
             answers.append(f"{status} {' or '.join(kinds)}".strip())
     yield from (f"Response: {'; '.join(answers)}.", "")
 
@@ -121,11 +124,13 @@ def _type_text(schema: Mapping[str, Any]) -> str:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    lower = next((schema[key] for key in ("minimum", "minLength", "minItems", "exclusiveMinimum") if key in schema), None)
-    upper = next((schema[key] for key in ("maximum", "maxLength", "maxItems", "exclusiveMaximum") if key in schema), None)
+    """Return the bounds of a number, of a text's length or of a list's length; empty if it has none."""
+    found = [schema.get(f"{side}{of}") for side in ("min", "max") for of in ("imum", "Length", "Items")]
+    lower = next((bound for bound in found[:3] if bound is not None), None)
+    upper = next((bound for bound in found[3:] if bound is not None), None)
     if lower is None and upper is None:
         return ""
-    unit = " characters" if schema.get("type") == "string" else " items" if schema.get("type") == "array" else ""
+    unit = {"string": " characters", "array": " items"}.get(schema.get("type", ""), "")
     if upper is None:
         return f", at least {lower}{unit}"
     return f", at most {upper}{unit}" if lower is None else f", {lower} to {upper}{unit}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
+from itertools import pairwise
 from typing import Any
 
 import sartor
@@ -95,11 +97,28 @@ def _annotation_text(annotation: Any) -> str:
 
 
 def _docstring(value: Any) -> list[str]:
-    """Return the paragraphs of a docstring; a line that explains a parameter or an attribute becomes a list item."""
+    """Return a docstring in Markdown; what it says of a parameter or an attribute is an item of a list."""
+    names = set(inspect.signature(value).parameters) | set(vars(value).get("__annotations__", ()))
+    begins = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(names)))})(?:, \w+)*: ") if names else None
     lines: list[str] = []
     for paragraph in (inspect.getdoc(value) or "").split("\n\n"):
-        lines += [in_markdown(" ".join(paragraph.split())), ""]
+        for line in _statements(" ".join(paragraph.split()), begins):
+            name, _, meaning = line.partition(": ")
+            if begins is not None and begins.match(line):
+                lines.append(f"- `{name}`: {in_markdown(meaning)}")
+            else:
+                lines += [*([""] if lines and lines[-1] else []), in_markdown(line), ""]
+        lines += [""] if lines and lines[-1] else []
     return lines
+
+
+def _statements(paragraph: str, begins: re.Pattern[str] | None) -> list[str]:
+    """Return a paragraph in parts, each of which begins with what it explains, or with what is raised."""
+    starts = [match.end() for match in re.finditer(r"(?<=[.;:]) (?=Raises )", paragraph)]
+    if begins:
+        starts += [match.end() for match in re.finditer(rf"(?:^|(?<=[.;]) )(?={begins.pattern})", paragraph)]
+    cuts = sorted({0, *starts, len(paragraph)})
+    return [part for start, end in pairwise(cuts) if (part := paragraph[start:end].strip())]
 
 
 def _first_paragraph(text: str) -> str:

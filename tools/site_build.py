@@ -36,7 +36,10 @@ MEDIA = {".png", ".svg"}
 # pages outside of docs/ that the site has too, and the folder that they get there
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/**/README.md")
 OUTSIDE_FOLDER = "repository"
-LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(
+    r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]"
+    r"\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
+)
 LIST_ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*+]|\d+[.)]) +(?=\S)")
 CODE = re.compile(r"`[^`\n]+`")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
@@ -102,11 +105,13 @@ def _code_lines(text: str) -> set[int]:
 def in_python_markdown(text: str) -> str:
     """Return a page of CommonMark as Python-Markdown reads it.
 
-    A list has an empty line before it, and what belongs to an item is indented by four columns. In a table's code `\\|`
-    becomes `|`, since the former would be shown. A block of code has its language and no other word.
+    A list has an empty line before it, and what belongs to an item is indented by four columns. A bar in a table's
+    code has no backslash, which would be shown. A block of code has its language and no other word.
     """
     lines = text.split("\n")
-    columns: list[list[tuple[int, bool]]] = [[] for _ in lines]  # width of each open item's mark, and if it begins here
+    columns: list[list[tuple[int, bool]]] = [
+        [] for _ in lines
+    ]  # width of each open item's mark, and if it begins here
     begins = set()
     rows = set()
     for token in MARKDOWN.parse(text):
@@ -179,7 +184,7 @@ def build(out: Path) -> list[str]:
         }
         config = Path(work) / "mkdocs.yml"
         config.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-        command = [sys.executable, "-m", "mkdocs", "--quiet", "build", "--strict", "--clean", "--config-file", str(config)]
+        command = [sys.executable, "-m", "mkdocs", "--quiet", "build", "--strict", "--clean", "-f", str(config)]
         environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode or done.stderr.strip():

@@ -1,6 +1,6 @@
 """Faults of a built site: links that lead nowhere, and what a page would fetch from another host.
 
-    python tools/site_check.py site
+python tools/site_check.py site
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ def _missing(address: str, file: Path, site: Path) -> str:
     parts = urlsplit(address)
     if parts.scheme or parts.netloc:
         return ""
-    target = file if not parts.path else (site if parts.path.startswith("/") else file.parent) / unquote(parts.path).lstrip("/")
+    target = (
+        file
+        if not parts.path
+        else (site if parts.path.startswith("/") else file.parent) / unquote(parts.path).lstrip("/")
+    )
     target = target.resolve()
     if target.is_dir():
         target /= "index.html"

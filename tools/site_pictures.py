@@ -26,7 +26,10 @@ PAGES = (
 )
 WIDTHS = {390: 1400, 1280: 1100}  # width -> height, pixels
 SCHEMES = {"light": 1, "dark": 0}  # Chromium's numbers of prefers-color-scheme
-FRAME = '<!doctype html><style>body{{margin:0}}iframe{{border:0;width:{width}px;height:{height}px}}</style><iframe src="{page}">'
+FRAME = """<!doctype html>
+<style>body {{ margin: 0 }} iframe {{ border: 0; width: {width}px; height: {height}px }}</style>
+<iframe src="{page}"></iframe>
+"""
 
 
 def take(site: Path, folder: Path, browser: str) -> list[Path]:

@@ -38,7 +38,8 @@ class _Site(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path != "/ask":
-            return super().do_GET()
+            super().do_GET()
+            return
         body = self.page.encode()
         self.send_response(200)
         self.send_header("content-type", "text/html; charset=utf-8")
