@@ -19,9 +19,7 @@ listens on loopback alone ([API keys](../receipts.md)). Bodies are JSON in UTF-8
 value is coerced.
 """
 OF_OPTIONS = "Routes that an option of TEAM.yaml switches on; they are not in `/openapi.json`:"
-OF_ERRORS = "The body of every error is an [`ErrorResponse`](#errorresponse); `kind` is a heading of [errors](../errors.md)."
-    "Every error has the body [`ErrorResponse`](#errorresponse); `kind` is a heading of [errors](../errors.md)."
-)
+OF_ERRORS = "Every error has the body [`ErrorResponse`](#errorresponse). Kinds of errors: [errors](../errors.md)."
 HEADERS = (
     ("`authorization`", "request", "`Bearer KEY`: the API key"),
     ("`x-sartor-user`", "request", "the user for whom a key with that right speaks"),

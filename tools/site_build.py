@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from markdown_it import MarkdownIt
@@ -40,10 +40,17 @@ LINK = re.compile(
     r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]"
     r"\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
-LIST_ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*+]|\d+[.)]) +(?=\S)")
+LIST_ITEM = re.compile(r" *(?:[-*+]|\d+[.)]) +(?=\S)")
 CODE = re.compile(r"`[^`\n]+`")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 INDENT = 4  # of what belongs to a list item, in Python-Markdown
+
+
+class ItemPart(NamedTuple):
+    """A line's part in a list item. width: of the item's mark, columns. is_first: whether the item begins there."""
+
+    width: int
+    is_first: bool
 
 
 def site_path(page: Path) -> Path:
@@ -98,8 +105,11 @@ def with_links(text: str, page: Path, known: dict[Path, Path], repository: str) 
 
 
 def _code_lines(text: str) -> set[int]:
-    blocks = (token for token in MARKDOWN.parse(text) if token.type in ("fence", "code_block"))
-    return {number for block in blocks for number in range(*(block.map or (0, 0)))}
+    numbers: set[int] = set()
+    for token in MARKDOWN.parse(text):
+        if token.type in ("fence", "code_block") and token.map:
+            numbers |= set(range(*token.map))
+    return numbers
 
 
 def in_python_markdown(text: str) -> str:
@@ -109,43 +119,44 @@ def in_python_markdown(text: str) -> str:
     code has no backslash, which would be shown. A block of code has its language and no other word.
     """
     lines = text.split("\n")
-    columns: list[list[tuple[int, bool]]] = [
-        [] for _ in lines
-    ]  # width of each open item's mark, and if it begins here
-    begins = set()
-    rows = set()
+    items: list[list[ItemPart]] = [[] for _ in lines]  # of each line: the items that it belongs to, outermost first
+    list_starts = set()
     for token in MARKDOWN.parse(text):
         start, end = token.map or (0, 0)
         if token.type == "list_item_open":
-            rest = lines[start]
-            for width, _ in columns[start]:
-                rest = rest[width:]
-            item = LIST_ITEM.match(rest)
+            width = _mark_width(lines[start], items[start])
             for number in range(start, end):
-                columns[number].append((item.end() if item else 0, number == start))
+                items[number].append(ItemPart(width, number == start))
         elif token.type in ("bullet_list_open", "ordered_list_open") and token.level == 0:
-            begins.add(start)
+            list_starts.add(start)
         elif token.type == "tr_open":
-            rows.add(start)
-        elif token.type == "fence":  # the language alone: `bash no-run` is for the tests
+            lines[start] = CODE.sub(lambda code: code[0].replace("\\|", "|"), lines[start])
+        elif token.type == "fence":  # `bash no-run` is for the tests
             lines[start] = lines[start].replace(token.info, token.info.partition(" ")[0])
     written: list[str] = []
     for number, line in enumerate(lines):
-        if number in begins and written and written[-1].strip():
+        if number in list_starts and written and written[-1].strip():
             written.append("")
-        if number in rows:
-            line = CODE.sub(lambda code: code[0].replace("\\|", "|"), line)
-        written.append(_indented(line, columns[number]).rstrip())
+        written.append(_indented(line, items[number]))
     return "\n".join(written)
 
 
-def _indented(line: str, columns: list[tuple[int, bool]]) -> str:
+def _mark_width(line: str, parts: Sequence[ItemPart]) -> int:
+    """Return the width of an item's mark with the blanks around it, behind the marks of the items around it."""
+    for part in parts:
+        line = line[part.width :]
+    mark = LIST_ITEM.match(line)
+    return mark.end() if mark else 0
+
+
+def _indented(line: str, parts: Sequence[ItemPart]) -> str:
     prefix = ""
-    for width, is_first in columns:
-        mark = line[:width].strip() if is_first else ""
-        prefix += f"{mark} ".ljust(INDENT)
-        line = line[width:] if is_first else line[min(width, len(line) - len(line.lstrip(" "))) :]
-    return prefix + line
+    for part in parts:
+        blanks = len(line) - len(line.lstrip(" "))
+        cut = part.width if part.is_first else min(part.width, blanks)
+        prefix += f"{line[:cut].strip()} ".ljust(INDENT)
+        line = line[cut:]
+    return (prefix + line).rstrip()
 
 
 def navigation(paths: Sequence[str]) -> list[Any]:
