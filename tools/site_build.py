@@ -41,6 +41,12 @@ LINK = re.compile(
     r"\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 LIST_ITEM = re.compile(r" *(?:[-*+]|\d+[.)]) +(?=\S)")
+# how much a page weighs in the search beside a guide, which weighs 1: pages that hold nearly every word, and those for
+# developers
+SEARCH_WEIGHTS = (
+    (re.compile(r"(reference/|index|limits|errors|glossary)"), 0.3),
+    (re.compile(r"(decisions/|development/|log|architecture|repository/(?!CONTRIBUTING|SECURITY))"), 0.1),
+)
 CODE = re.compile(r"`[^`\n]+`")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 INDENT = 4  # of what belongs to a list item, in Python-Markdown
@@ -75,12 +81,19 @@ def stage(folder: Path) -> None:
         file = folder / target
         file.parent.mkdir(parents=True, exist_ok=True)
         text = in_python_markdown(page.read_text(encoding="utf-8"))
-        file.write_text(with_links(text, page, known, repository), encoding="utf-8")
+        text = search_weight(target) + with_links(text, page, known, repository)
+        file.write_text(text, encoding="utf-8")
     for media in (path for path in (ROOT / "docs").rglob("*") if path.suffix in MEDIA):
         file = folder / site_path(media)
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(media, file)
     shutil.copytree(THEME, folder / "site")
+
+
+def search_weight(page: Path) -> str:
+    """Return the front matter that weighs a page in the search; empty if it weighs 1."""
+    weight = next((weight for pattern, weight in SEARCH_WEIGHTS if pattern.match(page.as_posix())), None)
+    return f"---\nsearch:\n  boost: {weight}\n---\n" if weight else ""
 
 
 def with_links(text: str, page: Path, known: dict[Path, Path], repository: str) -> str:

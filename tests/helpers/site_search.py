@@ -15,6 +15,7 @@ from typing import Any
 # a page beside the site's own that gives its worker the index and the questions as the site's script does, and posts the replies
 PAGE = """<!doctype html>
 <script src="/search/search_index.js"></script>
+<script src="/site/search-questions.js"></script>
 <script>
 const questions = QUESTIONS, found = [];
 const worker = new Worker("/WORKER");
