@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
-import sartor
+import yaml
+
 from reference_text import anchor_of, in_markdown, page_of, table
 from sartor.core.config import describe, first_sentence
 from sartor.core.lazy_import import import_module
@@ -119,8 +122,19 @@ def read_option(name: str, declared: str, text: str) -> Option:
     if match is None:
         raise ValueError(f"{name}: {declared!r}")
     alike = f" (as `{match['alike']}`)" if match["alike"] else ""
-    default = "required" if match["default"] is None else f"`{match['default']}`"
-    return Option(name, f"{match['type']}{alike}", default, match["kind"] or "", text)
+    default = "required" if match["default"] is None else f"`{_in_yaml(match['default'])}`"
+    kind_of_value = match["type"].replace("a list of a mapping", "list of mappings").replace("a list of", "list of")
+    return Option(name, f"{kind_of_value}{alike}", default, match["kind"] or "", text)
+
+
+def _in_yaml(default: str) -> str:
+    """Return a default as a recipe would write it. default: as Python writes it, or names of kinds."""
+    try:
+        value = ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return default
+    written = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return written.removesuffix("...\n").strip()
 
 
 def _cells(option: Option) -> tuple[str, ...]:
@@ -129,11 +143,3 @@ def _cells(option: Option) -> tuple[str, ...]:
 
 def _cells_of_kinds(option: Option) -> tuple[str, ...]:
     return f"`{option.name}`", option.type, option.default, option.kind, in_markdown(option.text)
-
-
-def documented_options() -> Iterable[str]:
-    """Return every option of every file, for the test of the pages."""
-    for schema, file in FILES.items():
-        module, _, cls_name = file.options.partition(":")
-        for name, _, _ in sartor.options(getattr(import_module(module), cls_name)):
-            yield f"{schema} {name}"

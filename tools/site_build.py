@@ -20,6 +20,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,19 +103,27 @@ def with_links(text: str, page: Path, known: dict[Path, Path], repository: str) 
     def changed(match: re.Match[str]) -> str:
         target = (page.parent / match["path"]).resolve()
         anchor = match["anchor"] or ""
+        text = match["text"]
+        if target in known and text == target.name:  # `[install.md](install.md)`: a site has titles in place of files
+            text = _title(target)
         if target in known or target.suffix in MEDIA:
             address = os.path.relpath(known.get(target, site_path(target)), known[page].parent)
-            return f"{match['mark']}[{match['text']}]({address}{anchor})"
+            return f"{match['mark']}[{text}]({address}{anchor})"
         if not target.exists() or target.is_relative_to(ROOT / "docs"):
             return match[0]  # mkdocs names it
         if repository:
-            return f"[{match['text']}]({repository}/blob/main/{target.relative_to(ROOT).as_posix()}{anchor})"
-        return match["text"]
+            return f"[{text}]({repository}/blob/main/{target.relative_to(ROOT).as_posix()}{anchor})"
+        return text
 
     code = _code_lines(text)
     parts = groupby(enumerate(text.split("\n")), lambda line: line[0] in code)
     joined = [(is_code, "\n".join(line for _, line in lines)) for is_code, lines in parts]
     return "\n".join(part if is_code else LINK.sub(changed, part) for is_code, part in joined)
+
+
+@cache
+def _title(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def _code_lines(text: str) -> set[int]:

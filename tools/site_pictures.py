@@ -11,6 +11,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from pictures import photograph
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,8 @@ def take(site: Path, folder: Path, browser: str) -> list[Path]:
                     frame.write_text(FRAME.format(width=width, height=height, page=address), encoding="utf-8")
                     settings = (f"--blink-settings=preferredColorScheme={number}", "--virtual-time-budget=4000")
                     photograph(frame.as_uri(), file, browser, size=(max(width, 500), height), settings=settings)
+                with Image.open(file) as picture:
+                    picture.crop((0, 0, width, height)).save(file)
                 files.append(file)
     return files
 
