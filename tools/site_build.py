@@ -46,7 +46,7 @@ LIST_ITEM = re.compile(r" *(?:[-*+]|\d+[.)]) +(?=\S)")
 # developers
 SEARCH_WEIGHTS = (
     (re.compile(r"(reference/|index|limits|errors|glossary)"), 0.3),
-    (re.compile(r"(decisions/|development/|log|architecture|repository/(?!CONTRIBUTING|SECURITY))"), 0.1),
+    (re.compile(r"(decisions/|development/|architecture|repository/(?!CONTRIBUTING|SECURITY))"), 0.1),
 )
 CODE = re.compile(r"`[^`\n]+`")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
