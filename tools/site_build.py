@@ -42,9 +42,10 @@ LINK = re.compile(
     r"\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 LIST_ITEM = re.compile(r" *(?:[-*+]|\d+[.)]) +(?=\S)")
-# how much a page weighs in the search beside a guide, which weighs 1: pages that hold nearly every word, and those for
-# developers
+# weight in the search of what a newcomer reads, of pages that hold nearly every word, and of those for developers; others
+# weigh 1
 SEARCH_WEIGHTS = (
+    (re.compile(r"(concepts|guide-|first-specialist|install|offline-install|(serving|recipes|curation)\.)"), 1.5),
     (re.compile(r"(reference/|index|limits|errors|glossary)"), 0.3),
     (re.compile(r"(decisions/|development/|architecture|repository/(?!CONTRIBUTING|SECURITY))"), 0.1),
 )

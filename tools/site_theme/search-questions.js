@@ -3,7 +3,7 @@
    else is there, the others lose their endings, and our word stands beside the reader's. */
 (() => {
   const FILLERS = new Set(
-    ("a about all am an and any are as at be been being beside but by can cannot could did do does doing done for from get go goes good had " +
+    ("a about all am an and any are as at be been behind being beside but by can cannot could did do does doing done for from get go goes good had " +
      "has have having how i if in into is it its just like long make many may me mean means more most much must my myself new no not now of on " +
      "one ones only or other our ours own put say several shall she should so some still such take than that the their them then there these " +
      "they this those to too type under up us use very want wants was we were what when where which while who whom whose why will with " +
@@ -11,8 +11,10 @@
   );
   // word as it is reduced -> what the pages call it
   const OURS = {
+    addres: "serve team",
     base: "starter",
     chat: "talk",
+    classifier: "classification",
     com: "lineage inspect",
     contribut: "contributing",
     crash: "resume killed",
@@ -29,14 +31,17 @@
     pictur: "images",
     privat: "personal",
     prov: "evidence",
-    remov: "revoke forget",
+    remov: "revoke",
     rollback: "undo previous",
     sit: "federation clients",
     speak: "speech voice",
+    support: "limits",
     together: "federation",
     umlaut: "encodings characters",
+    touch: "reaches",
     undo: "rollback",
     updat: "publish sync",
+    waiver: "release adapter",
     word: "glossary",
   };
   const ENDINGS = /(?<=\w{3})(?:ing|ed|es|s|e)$/;
