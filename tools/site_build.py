@@ -42,7 +42,7 @@ LINK = re.compile(
     r"\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
 LIST_ITEM = re.compile(r" *(?:[-*+]|\d+[.)]) +(?=\S)")
-# weights in the search: of what a newcomer reads, of pages that hold nearly every word, of those for developers (else 1)
+# weights in the search, 1 for others: what a newcomer reads; what holds nearly every word; what is for developers
 SEARCH_WEIGHTS = (
     (re.compile(r"(concepts|guide-|first-specialist|install|offline-install|(serving|recipes|curation)\.)"), 1.5),
     (re.compile(r"(reference/|index|limits|errors|glossary)"), 0.3),
