@@ -30,8 +30,8 @@ REFERENCE = ROOT / "docs/reference"
 CHROMIUM = shutil.which("chromium")
 SHOWN_FIRST = 5  # results that a reader of the search sees without scrolling
 DENIAL = re.compile(
-    r"not (there )?yet\b|\bnot implemented\b|\bdoes not exist\b|\bthere (is|are) no\b|\bno such\b|\bis planned\b"
-    r"|\b(in|with) a later version\b|\bwill be added\b|\bis (still )?missing\b",
+    r"not (there )?yet\b|\bnot implemented\b|` does not exist\b|\bthere (is|are) no\b|\bno such\b|\bis planned\b"
+    r"|\b(in|with) a later version\b|\bwill be added\b",
     re.IGNORECASE,
 )
 # sentences that deny something else than the command or flag that they name

@@ -123,7 +123,7 @@ def with_links(text: str, page: Path, known: dict[Path, Path], repository: str) 
 
 @cache
 def _title(page: Path) -> str:
-    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").replace("`", "")
 
 
 def _code_lines(text: str) -> set[int]:
