@@ -10,7 +10,7 @@ DEMO_OUT ?= demo-out
 # pyproject's `all`; tests/test_packaging.py holds the two together
 TESTED := tune,demo,hub,notebook,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,studio,edge,federated,track
 
-.PHONY: demo lock quick test assets test-default durations test-slow test-alone fuzz check bench bench-small bench-peers scoreboard docs clean
+.PHONY: demo lock quick test assets test-default durations test-slow test-alone fuzz check bench bench-small bench-peers scoreboard docs site clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml $(wildcard requirements/*.lock)
@@ -33,6 +33,10 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[$(TESTED),dev,bench]'
+	touch $@
+
+$(VENV)/.site: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
 	touch $@
 
 lock: $(VENV)-lock/bin/uv  ## requirements/demo.lock anew, after a change of pyproject or for newer versions
@@ -122,5 +126,8 @@ bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
 docs: $(VENV)/.dev  ## every block of README and docs, run
 	$(BIN)/python -m pytest -q -m "" tests/test_docs.py
 
+site: $(VENV)/.site  ## the documentation site in site/, without a network: open site/index.html
+	$(BIN)/python tools/site_build.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-lock $(DEMO_OUT) $(BENCH_OUT)
+	rm -rf $(VENV) $(VENV)-lock $(DEMO_OUT) $(BENCH_OUT) site

@@ -28,7 +28,7 @@ TEMPLATES = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 PUBLIC_FILES = [ROOT / "SECURITY.md", ROOT / "CITATION.cff", *TEMPLATES, *(ROOT / ".github").glob("*.md")]
 OF_ONE_PLATFORM = {"cuda"}
 INSTEAD_OF_THE_SYSTEMS = {"compiler"}
-OURS = {"bench", "dev", "all"}
+OURS = {"bench", "dev", "docs", "all"}
 # required and optional keys of Citation File Format 1.2.0 that are used here
 CITATION_REQUIRED = {"authors", "cff-version", "message", "title"}
 CITATION_OPTIONAL = {"abstract", "keywords", "license", "repository-code", "type", "version"}

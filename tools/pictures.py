@@ -14,7 +14,7 @@ import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -27,8 +27,13 @@ IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT, COLUMNS = 1100, 900, 100
 
 
-def photograph(page: Path, file: Path, browser: str) -> None:
-    """The first screen of a page as PNG."""
+def photograph(
+    page: str, file: Path, browser: str, *, size: tuple[int, int] = (WIDTH, HEIGHT), settings: Sequence[str] = ()
+) -> None:
+    """Write the first screen of a page as PNG.
+
+    page: its address. size: width and height of the window, pixels. settings: further flags of the browser.
+    """
     with tempfile.TemporaryDirectory() as profile:
         command = [
             browser,
@@ -37,9 +42,10 @@ def photograph(page: Path, file: Path, browser: str) -> None:
             "--disable-gpu",
             "--hide-scrollbars",
             f"--user-data-dir={profile}",
-            f"--window-size={WIDTH},{HEIGHT}",
+            f"--window-size={size[0]},{size[1]}",
             f"--screenshot={file}",
-            page.resolve().as_uri(),
+            *settings,
+            page,
         ]
         subprocess.run(command, check=True, capture_output=True)
 
@@ -69,7 +75,8 @@ def main() -> None:
     parser.add_argument("--browser", default="chromium")
     arguments = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    photograph(arguments.report / "report.html", IMAGES / "report.png", arguments.browser)
+    report = (arguments.report / "report.html").resolve().as_uri()
+    photograph(report, IMAGES / "report.png", arguments.browser)
     converse(arguments.adapter, arguments.questions, IMAGES / "chat.svg")
 
 

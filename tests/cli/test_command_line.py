@@ -197,3 +197,29 @@ def test_completion_is_installed_for_the_users_shell(
     if shutil.which(shell):
         done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+def test_a_new_bash_completes_commands_flags_and_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell that reads the user's .bashrc, as a new terminal does, has what `--install-completion` wrote."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    assert run("--install-completion") == 0
+    capsys.readouterr()
+    typed = {
+        "sartor rel": "release",
+        "sartor edge pub": "publish",
+        "sartor tune --res": "--resume",
+        "sartor show DATA --split ev": "eval",
+    }
+    lines = [f"source {tmp_path}/.bashrc", "complete -p sartor >/dev/null || exit 1"]
+    for line in typed:
+        words = line.split()
+        lines += [f"COMP_WORDS=({line}) COMP_CWORD={len(words) - 1} COMPREPLY=()", '_sartor; echo "${COMPREPLY[*]}"']
+    # not -e: an interactive shell goes on after a command that fails
+    command = ["bash", "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(typed.values())

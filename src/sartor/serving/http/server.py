@@ -202,7 +202,7 @@ class HttpServer:
         )
         services.people.listeners.append(state.memory.forget_person)
         self._tools = McpServer(state, team, self.log.bug) if team.mcp.serve else None
-        self.app = _app(state, team, self._tools)
+        self.app = assemble_app(state, team, self._tools)
         gate = RequestGate(
             authenticator=services.authenticator,
             rates=services.rates,
@@ -338,7 +338,8 @@ class _Draining(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _app(state: AppState, team: Team, tools: McpServer | None) -> FastAPI:
+def assemble_app(state: AppState, team: Team, tools: McpServer | None) -> FastAPI:
+    """Return the application with the routes that the team switches on. tools: None without MCP."""
     app = build_app(state, team.http.cors)
     for routes in (models, completions, embeddings, speech, feedback, system, admin):
         app.include_router(routes.router)
