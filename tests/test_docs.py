@@ -59,7 +59,6 @@ SLOW = {
     "guide-preferences.md",
     "guide-speech.md",
     "offline-install.md",
-    "measurements.md",
 }
 
 
