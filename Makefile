@@ -8,7 +8,7 @@ LOCKED ?= yes
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
-TESTED := tune,demo,hub,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
+TESTED := tune,demo,hub,notebook,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
 .PHONY: demo lock quick test assets test-default durations test-slow test-alone fuzz check bench bench-small bench-peers scoreboard docs clean
 .DEFAULT_GOAL := demo

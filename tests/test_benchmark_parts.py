@@ -312,6 +312,9 @@ def test_figure_of_a_part_or_other_processor_is_not_compared(tmp_path: Path) -> 
         standing = scoreboard.standing_of(target(needs=needs), tmp_path)
         assert standing.measured == "0.98" and why in standing.source
         assert standing.state == ("not compared" if why else "met")
+    file.write_text(json.dumps({**common, "command": ["benchmarks/defaults.py", "--quick"]}))
+    assert scoreboard.standing_of(target(), tmp_path).state == "not compared"
+    assert scoreboard.standing_of(target(whole_with="--quick"), tmp_path).state == "met"
 
 
 @pytest.mark.parametrize(("success", "state"), [(1.0, "met"), (0.999, "**not met**"), (None, "not run here")])

@@ -51,6 +51,7 @@ SLOW = {
     "federate-tune.md",
     "federate-devices.md",
     "personal.md",
+    "python.md",
     "tools.md",
     "why-did-it-say-that.md",
     "guide-classification.md",
@@ -177,6 +178,9 @@ QUESTIONS = (
     ("An error: what does it mean?", "docs/errors.md#errors", "remedy"),
     ("Which exit codes are there, for a script?", "docs/command-line.md#exit-codes", "| 5 |"),
     ("How do I use it from Python?", "docs/python.md#a-verb-is-a-function", "sartor.load_recipe"),
+    ("My rows are in a DataFrame: must I write a file?", "docs/python.md#rows-from-python", "`pandas.DataFrame`"),
+    ("How do I get rows or results as a DataFrame?", "docs/python.md#rows-as-a-dataframe", "to_pandas"),
+    ("Does it work in a notebook?", "docs/python.md#in-a-notebook", "examples/notebooks"),
     (
         "Which environment variables does it read?",
         "docs/command-line.md#environment-variables",

@@ -22,7 +22,7 @@ CONFIG = """\
 strict = true
 [mypy-sartor.*]
 follow_imports = silent
-[mypy-torch.*,transformers.*,peft.*,datasets.*,huggingface_hub.*,pyarrow.*,polars.*,ray.*,flwr.*,opacus.*]
+[mypy-torch.*,transformers.*,peft.*,datasets.*,huggingface_hub.*,pyarrow.*,pandas.*,polars.*,ray.*,flwr.*,opacus.*]
 follow_imports = skip
 ignore_missing_imports = true
 """
@@ -48,6 +48,13 @@ def specialist(rows: Path, key: Path) -> str:
         return error.remedy
     for example in sartor.read_examples(sartor.open("data/faq"), "eval"):
         print(example.reply)
+    steps: list[sartor.TrainingStep] = []
+    sartor.tune({"base": "starter", "data": made.dataset}, "adapters/b", on_step=steps.append)
+    print(sartor.open("data/faq", "dataset").to_pandas("dropped"), tuned.adapter.load(dtype="float32").model)
+    print(sartor.curate(rows=[{"question": "How?", "answer": "So."}], out="data/b", licence="own").dataset.to_polars())
+    replies: list[str] = tuned.adapter.generate(["How?", [{"role": "user", "content": "Why?"}]])
+    print(replies[0].upper(), steps[-1].seconds_left + 1, sartor.open("adapters/faq-report", "report").to_pandas())
+    sartor.evaluate(tuned.adapter, replace=True)
     reveal_type(tuned)
     return sartor.ask("adapters/faq-1.0", "What does delivery cost?").reply
 """
@@ -59,6 +66,9 @@ MISTAKES = {
     'sartor.ask("adapters/faq", "How?").answer': '"AskReply" has no attribute "answer"',
     'sartor.tuna("tune.yaml")': 'Module has no attribute "tuna"',
     'sartor.curate("c.yaml", "d", on="moon")': 'expected "Literal[',
+    'sartor.open("d", "dataset").to_pandas("validation")': 'Argument 1 to "to_pandas" of "Dataset" has incompatible type',
+    'sartor.open("d").to_pandas()': '"Artifact" has no attribute "to_pandas"',
+    'sartor.tune("t.yaml", "a", on_step=lambda step: step.los)': '"TrainingStep" has no attribute "los"',
 }
 
 

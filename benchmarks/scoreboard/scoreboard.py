@@ -58,7 +58,8 @@ class Target:
     value: path in its JSON, dotted, `*` for every key or element. take: of several values, of TAKES. Of at_least,
     at_most and
     equals one is set. needs: a flag of the processor that the target is of, as /proc/cpuinfo spells it; elsewhere the
-    figure stands on the page and is not compared.
+    figure stands on the page and is not compared. whole_with: an option of NARROWER with which the program measures
+    all of this target, and less of others.
     """
 
     issue: int
@@ -72,6 +73,7 @@ class Target:
     equals: float | bool | None = None
     why: str = ""
     needs: str = ""
+    whole_with: str = ""
 
     def __post_init__(self) -> None:
         limits = [limit for limit in (self.at_least, self.at_most, self.equals) if limit is not None]
@@ -153,7 +155,8 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
             f"{target.text}: {len(values)} values at {target.value}, and take says none of {', '.join(TAKES)}"
         )
     value = TAKES[target.take](values) if target.take else values[0]
-    if narrower := [option for option in record["command"] if option.partition("=")[0] in NARROWER]:
+    narrowing = NARROWER - {target.whole_with}
+    if narrower := [option for option in record["command"] if option.partition("=")[0] in narrowing]:
         return Standing(target, NOT_COMPARED, show(value), f"of a part alone ({' '.join(narrower)}): {source}")
     if target.needs and target.needs not in record["machine"].get("flags", ()):
         return Standing(

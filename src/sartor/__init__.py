@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sartor.core.artifacts import offer_model_loader
 from sartor.core.encoder_registry import register_encoder, register_encoder_directory
 from sartor.core.lazy_import import import_module
 from sartor.synthesize.teacher import offer_local, offer_speech
@@ -129,10 +130,12 @@ _NAMES = {
     "verify": "sartor.release.release:verify",
     "verify_receipt": "sartor.serving.commands.receipt_verification:verify_receipt",
     # nouns
+    "Adapter": "sartor.core.artifacts:Adapter",
     "Artifact": "sartor.core.artifacts:Artifact",
     "ClientOptions": "sartor.federate.flower.flower_client:ClientOptions",
     "Clip": "sartor.media.speech.batch_synthesis:Clip",
     "CoordinatorOptions": "sartor.federate.flower.flower_coordinator:CoordinatorOptions",
+    "Dataset": "sartor.core.artifacts:Dataset",
     "DedupOptions": "sartor.curate.dedup.dedup_files:DedupOptions",
     "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
     "DeviceBudget": "sartor.edge.tuning.budgeted_tuning:DeviceBudget",
@@ -155,10 +158,13 @@ _NAMES = {
     "PersonOptions": "sartor.edge.owner_commands:PersonOptions",
     "Question": "sartor.serving.commands.ask_types:AskPrompt",
     "Recipe": "sartor.tune.recipe:Recipe",
+    "Release": "sartor.core.artifacts:Release",
+    "Report": "sartor.core.artifacts:Report",
     "ReviewRule": "sartor.curate.review.review_store:ReviewPolicy",
     "Sampling": "sartor.inference.engine:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
     "SynthesizeRecipe": "sartor.synthesize.recipe:SynthesizeRecipe",
+    "TrainingStep": "sartor.tune.training_log:TrainingStep",
     "Team": "sartor.serving.team_config:Team",
     "ValidateOptions": "sartor.synthesize.validate.types:ValidateOptions",
     "Waiver": "sartor.release.release:Waiver",
@@ -196,6 +202,11 @@ offer_speech(
     lambda texts, voice, speed, folder: import_module("sartor.media.speech.batch_synthesis").speak_to_files(
         texts, voice, speed, folder
     )
+)
+
+# how an opened Adapter becomes a model
+offer_model_loader(
+    lambda adapter, **options: import_module("sartor.serving.commands.loaded_adapter").load_adapter(adapter, **options)
 )
 
 # how the words of a traced reply are compared with its receipt

@@ -1,6 +1,10 @@
 """Public names with their signatures: written by tools/facade_stub.py from `_NAMES` in __init__.py."""
 
+from sartor.core.artifacts import Adapter as Adapter
 from sartor.core.artifacts import Artifact as Artifact
+from sartor.core.artifacts import Dataset as Dataset
+from sartor.core.artifacts import Release as Release
+from sartor.core.artifacts import Report as Report
 from sartor.core.artifacts import open_artifact as open
 from sartor.core.assets import entries as assets
 from sartor.core.assets import install as install
@@ -146,14 +150,17 @@ from sartor.tune.plan import plan as plan
 from sartor.tune.recipe import Recipe as Recipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.trainer import tune as tune
+from sartor.tune.training_log import TrainingStep as TrainingStep
 
 __version__: str
 __all__ = [
+    "Adapter",
     "Artifact",
     "ClientOptions",
     "Clip",
     "CoordinatorOptions",
     "CurateRecipe",
+    "Dataset",
     "DedupOptions",
     "DeviceBudget",
     "DeviceOptions",
@@ -175,11 +182,14 @@ __all__ = [
     "PersonalOptions",
     "Question",
     "Recipe",
+    "Release",
+    "Report",
     "ReviewRule",
     "Sampling",
     "SartorError",
     "SynthesizeRecipe",
     "Team",
+    "TrainingStep",
     "ValidateOptions",
     "Waiver",
     "Wishes",

@@ -50,3 +50,53 @@ def test_nothing_to_do_is_done(clock: Clock) -> None:
     with Progress("audit", 0, "stages", pytest.fail) as work:
         work.show(0)
     assert work.done == 0
+
+
+class Handle:
+    """What IPython's `display` returns."""
+
+    def __init__(self, drawn: list[str]) -> None:
+        self.drawn = drawn
+
+    def update(self, html: str) -> None:
+        self.drawn.append(html)
+
+
+class FakeDisplay:
+    """IPython's module `display`, with texts in place of its objects."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+        self.displays = 0
+
+    def HTML(self, text: str) -> str:
+        return text
+
+    def display(self, html: str, *, display_id: bool) -> Handle:
+        self.displays += 1
+        self.drawn.append(html)
+        return Handle(self.drawn)
+
+
+def test_notebook_has_one_bar_that_is_drawn_in_its_place(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand steps are a handful of drawings, and no notice."""
+    shown = FakeDisplay()
+    monkeypatch.setattr(progress, "_notebook", lambda: shown)
+    with Progress("<export>", 1000, "prompts", pytest.fail) as work:
+        for _ in range(1000):
+            clock.now += 0.02
+            work.advance()
+    assert shown.displays == 1 and 50 < len(shown.drawn) < 120
+    assert "&lt;export&gt;" in shown.drawn[0] and shown.drawn[-1] == ""
+    assert 'value="0.5' in "".join(shown.drawn) and "about 10 s left" in "".join(shown.drawn)
+
+
+def test_bar_that_is_kept_ends_full(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = FakeDisplay()
+    monkeypatch.setattr(progress, "_notebook", lambda: shown)
+    bar = progress.ProgressBar("tune", "first update ...", is_shown=True, is_kept=True)
+    bar.start()
+    bar.show(0.5, "loss 2.0")
+    bar.show(1.0, "loss 1.0")
+    bar.stop()
+    assert 'value="1.0000"' in shown.drawn[-1] and "loss 1.0" in shown.drawn[-1]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from sartor.core import records, strict_json
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
@@ -37,6 +37,12 @@ from sartor.core.filesystem import (
     replaced_versions,
     writer_lock,
 )
+from sartor.core.lazy_import import import_module
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
+    import polars
 
 SCHEMA = 2
 Kind = Literal["dataset", "adapter", "report", "release", "duplicates", "export"]
@@ -52,19 +58,38 @@ MANIFESTS: dict[str, str] = {
 UNLISTED = {"signature", "review.jsonl"}
 # Hidden files that Sartor itself keeps in an artefact: the record of a server's copy, and what a review is written by.
 _HIDDEN = re.compile(r"\.admitted\.json|\.{1,2}(admitted\.json|review\.jsonl)\.(part-.*|lock)")
+# Fills a new directory, and returns the facts for its manifest
+Fill = Callable[[Path], Mapping[str, Any]]
+ArtifactPath = str | os.PathLike[str]
+RowSplit = Literal["train", "eval", "test", "dropped"]
 MOST_NESTED = 256  # brackets of a manifest, which holds the JSON schemas of tools
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """An opened, checked artefact: its directory and its manifest.
 
+    It is a path (os.PathLike), so that every verb takes it where it takes the artefact's directory.
     document: the manifest's bytes, as read and parsed; empty if only its manifest's values are known.
     """
 
     path: Path
     manifest: dict[str, Any]
-    document: bytes = field(default=b"", repr=False, compare=False)
+    document: bytes = field(default=b"", compare=False)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        """Return one line: class, path, start of the id, and what the artefact holds."""
+        facts = ", ".join(f"{name} {value}" for name, value in self._stated_facts().items())
+        return f"{type(self).__name__}({_short_path(self.path)}, id {self._short_id}{': ' if facts else ''}{facts})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for a notebook."""
+        facts = {"path": _short_path(self.path), "id": self._short_id, **self._stated_facts()}
+        html: str = import_module("sartor.core.html").facts_table(type(self).__name__, facts)
+        return html
 
     @property
     def kind(self) -> str:
@@ -81,9 +106,194 @@ class Artifact:
         """SPDX expression for everything the artefact was made from; NOASSERTION if the manifest states none."""
         return str(self.manifest.get("licence", "NOASSERTION"))
 
+    @property
+    def _short_id(self) -> str:
+        return str(self.manifest.get("id", "none"))[:12]
+
     def as_parent(self) -> dict[str, str]:
         """Return the entry by which a child's manifest refers to this artefact."""
         return {"kind": self.kind, "id": self.id, "path": str(self.path)}
+
+    def _stated_facts(self) -> dict[str, str]:
+        """Return `_facts`; empty for a manifest that lacks them, since what is printed must never raise."""
+        try:
+            return self._facts()
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return {}
+
+    def _facts(self) -> dict[str, str]:
+        """Return the facts that are shown beside path and id."""
+        return {"kind": self.kind, "files": f"{len(self.manifest['files']):,}"}
+
+
+class Dataset(Artifact):
+    """An opened Dataset: its rows as tables of pandas, Polars or the `datasets` library.
+
+    A table has the columns of `examples/*.parquet`, with `prompt` (text of the last turn before the reply) and
+    `reply` (text of the last turn) before them. Paths of images and recordings start at `path`. The split `dropped`
+    has one row per dropped row: reason, source, locator, detail and the start of its text.
+    """
+
+    def to_pandas(self, split: RowSplit | None = None) -> pandas.DataFrame:
+        """Return the rows of one split, or of all, as a pandas DataFrame.
+
+        Raises ExtraError without pandas, ConfigError for an unknown split.
+        """
+        frame: pandas.DataFrame = import_module("sartor.core.artifact_tables").dataset_frame(self, split)
+        return frame
+
+    def to_polars(self, split: RowSplit | None = None) -> polars.DataFrame:
+        """Return the rows of one split, or of all, as a Polars DataFrame. Raises ConfigError for an unknown split."""
+        frame: polars.DataFrame = import_module("sartor.core.artifact_tables").dataset_polars(self, split)
+        return frame
+
+    def to_hf(self, split: RowSplit | None = None) -> datasets.Dataset:
+        """Return the rows of one split, or of all, as a Dataset of the `datasets` library, in memory.
+
+        `messages` has the form that the library's users expect: the content of a turn is text, or a list of parts if
+        any row has an image or a recording. Raises ExtraError without `datasets`, ConfigError for an unknown split.
+        """
+        rows: datasets.Dataset = import_module("sartor.core.artifact_tables").dataset_hf(self, split)
+        return rows
+
+    def _facts(self) -> dict[str, str]:
+        counts = self.manifest["counts"]
+        splits = {
+            name: f"{counts['splits'][name]:,}" for name in ("train", "eval", "test") if name in counts["splits"]
+        }
+        dropped = f"{sum(counts['dropped'].values()):,}"
+        return {"rows": f"{counts['kept']:,}", **splits, "dropped": dropped, "licence": self.licence}
+
+
+class LoadedModel(Protocol):
+    """A base in memory with an Adapter on it. `model, tokenizer = adapter.load()` unpacks it.
+
+    model: peft's PeftModel, in eval mode.
+    tokenizer: the base's, with the chat template in place.
+    """
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        ...
+
+    def generate(self, prompts: str | Sequence[Any], *, sampling: Any = None) -> list[str]:
+        """Return the reply to each prompt, as `Adapter.generate` does."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+# set by `offer_model_loader`: models are opened on a higher level than artefacts
+_MODEL_LOADER: list[Callable[..., LoadedModel]] = []
+
+
+def offer_model_loader(loader: Callable[..., LoadedModel]) -> None:
+    """Set what `Adapter.load` calls: (adapter, dtype, device, base, notice) -> its LoadedModel."""
+    _MODEL_LOADER[:] = [loader]
+
+
+class Adapter(Artifact):
+    """An opened Adapter."""
+
+    def load(
+        self,
+        *,
+        dtype: Any = "auto",
+        device: Any = "auto",
+        base: str = "",
+        notice: Callable[[str], object] = lambda line: None,
+    ) -> LoadedModel:
+        """Return the base with this Adapter on it, and its tokenizer. The Adapter's bytes are checked again.
+
+        dtype: float32, bfloat16 (or torch's), or auto: what this machine computes best, and of a base that was
+        quantised for the tuning its bits. device: cpu, cuda, cuda:1, or auto. base: another place of the same base.
+        Raises ExtraError without the extra `tune`, ArtifactError if its files were changed, ModelError if the base is
+        not the one that it was tuned on, ConfigError for a dtype or a device that this machine does not have.
+        """
+        loader = _MODEL_LOADER[0]
+        return loader(self, dtype=dtype, device=device, base=base, notice=notice)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Any],
+        *,
+        sampling: Any = None,
+        base: str = "",
+        notice: Callable[[str], object] = lambda line: None,
+    ) -> list[str]:
+        """Return the reply to each prompt, in order: those of `sartor.ask`, many at once.
+
+        prompts: texts, `sartor.Question`s with media, or lists of messages in the OpenAI form.
+        sampling: `sartor.Sampling` or some of its options; greedy by default. base: as in `load`.
+        The model is opened once and then kept as long as this object. Raises what `load` raises, and ConfigError for
+        an empty prompt.
+        """
+        loaded: dict[str, LoadedModel] = self.__dict__.setdefault("_loaded", {})
+        if base not in loaded:
+            loaded[base] = self.load(base=base, notice=notice)
+        return loaded[base].generate(prompts, sampling=sampling)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields to pickle, without a model in memory."""
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
+
+    def _facts(self) -> dict[str, str]:
+        run = self.manifest["run"]
+        losses = {
+            f"{name} loss": f"{loss:.3f}" for name, loss in run["loss"].items() if name != "first" and loss is not None
+        }
+        return {"base": Path(self.manifest["base"]["name"]).name, "updates": f"{run['updates']:,}", **losses}
+
+
+class Report(Artifact):
+    """An opened Report."""
+
+    def to_pandas(self, table: Literal["rows", "metrics"] = "rows") -> pandas.DataFrame:
+        """Return a table of the Report as a pandas DataFrame.
+
+        table: `rows` has a row per held-out row, with both replies and their scores; `metrics` has a row per metric:
+        base, tuned, and their difference with its 95 % interval.
+        Raises ExtraError without pandas, ConfigError for another table.
+        """
+        frame: pandas.DataFrame = import_module("sartor.core.artifact_tables").report_frame(self, table)
+        return frame
+
+    def _facts(self) -> dict[str, str]:
+        name = self.manifest["primary"]
+        primary = self.manifest["metrics"][name]
+        gain = f"{primary['base']:.3f} -> {primary['tuned']:.3f}"
+        return {"rows": f"{self.manifest['rows']:,}", name.replace("_", " "): gain}
+
+
+class Release(Artifact):
+    """An opened Release: an Adapter that passed the gate and was signed."""
+
+    def _facts(self) -> dict[str, str]:
+        manifest = self.manifest
+        name = f"{manifest['name']}@{manifest['version']}"
+        return {"release": name, "base": Path(manifest["base"]["name"]).name, "use": manifest["use"]}
+
+
+_CLASSES: dict[str, type[Artifact]] = {"dataset": Dataset, "adapter": Adapter, "report": Report, "release": Release}
+
+
+def artifact_of(path: Path, manifest: dict[str, Any], document: bytes = b"") -> Artifact:
+    """Return an artefact of the class of its kind, from a manifest that was checked."""
+    return _CLASSES.get(str(manifest.get("kind")), Artifact)(path, manifest, document)
+
+
+def _short_path(path: Path) -> str:
+    """Return a path from the current directory on, if it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
 
 
 def manifest_id(manifest: Mapping[str, Any]) -> str:
@@ -150,30 +360,49 @@ def seal(part: Path, kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def write_artifact(
-    path: Path, kind: Kind, fill: Callable[[Path], Mapping[str, Any]], *, replace: bool = False
-) -> Artifact:
+@overload
+def write_artifact(path: Path, kind: Literal["dataset"], fill: Fill, *, replace: bool = False) -> Dataset: ...
+@overload
+def write_artifact(path: Path, kind: Literal["adapter"], fill: Fill, *, replace: bool = False) -> Adapter: ...
+@overload
+def write_artifact(path: Path, kind: Literal["report"], fill: Fill, *, replace: bool = False) -> Report: ...
+@overload
+def write_artifact(path: Path, kind: Kind, fill: Fill, *, replace: bool = False) -> Artifact: ...
+def write_artifact(path: Path, kind: Kind, fill: Fill, *, replace: bool = False) -> Artifact:
     """Fill a new directory, write its manifest and rename it to `path`.
 
     fill: writes files into the path it receives and returns the facts for the manifest.
     """
     with create_output_directory(path, replace=replace) as part:
         manifest = seal(part, kind, fill(part))
-    return Artifact(path.absolute(), manifest)
+    return artifact_of(path.absolute(), manifest)
 
 
+@overload
+def open_artifact(path: ArtifactPath, kind: Literal["dataset"], *, document: bytes | None = None) -> Dataset: ...
+@overload
+def open_artifact(path: ArtifactPath, kind: Literal["adapter"], *, document: bytes | None = None) -> Adapter: ...
+@overload
+def open_artifact(path: ArtifactPath, kind: Literal["report"], *, document: bytes | None = None) -> Report: ...
+@overload
+def open_artifact(path: ArtifactPath, kind: Literal["release"], *, document: bytes | None = None) -> Release: ...
+@overload
 def open_artifact(
-    path: Path | str, kind: Kind | Sequence[Kind] | None = None, *, document: bytes | None = None
+    path: ArtifactPath, kind: Kind | Sequence[Kind] | None = None, *, document: bytes | None = None
+) -> Artifact: ...
+def open_artifact(
+    path: ArtifactPath, kind: Kind | Sequence[Kind] | None = None, *, document: bytes | None = None
 ) -> Artifact:
     """Open an artefact of one of the given kinds (None: any) and check every listed file.
 
+    It is a Dataset, Adapter, Report or Release; another kind is an Artifact.
     document: the manifest's bytes, if the caller has read them and verified their signature.
     Raises ArtifactError naming the difference: missing, another kind, another schema, hand-edited, truncated, extra
     file.
     """
     path = Path(path).absolute()
     kinds: Sequence[str] = [kind] if isinstance(kind, str) else kind or tuple(MANIFESTS)
-    artifact = Artifact(path, *read_manifest_document(path, kinds, document))
+    artifact = artifact_of(path, *read_manifest_document(path, kinds, document))
     _check_files(artifact)
     return artifact
 

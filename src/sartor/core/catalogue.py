@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sartor.core.artifacts import Artifact, kind_of, read_manifest
+from sartor.core.artifacts import Artifact, artifact_of, kind_of, read_manifest
 from sartor.core.errors import ArtifactError
 from sartor.core.filesystem import touch_private
 from sartor.core.home import home
@@ -165,7 +165,7 @@ def index(root: Path) -> list[Artifact]:
         is_nested = folder != root and kind_of(folder.parent) is not None
         if not (is_hidden or is_nested) and kind_of(folder) is not None:
             with contextlib.suppress(ArtifactError):
-                artifact = Artifact(folder.absolute(), read_manifest(folder))
+                artifact = artifact_of(folder.absolute(), read_manifest(folder))
                 register(artifact)
                 result.append(artifact)
     return result

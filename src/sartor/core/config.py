@@ -7,8 +7,8 @@
 `load` reads YAML and flag overrides into such a class, `dump` writes one back, `describe` lists its options for a help
 text. The `kind` field selects a class of a union. Two shorthands keep YAML short: a scalar or list stands for the
 first field that is not `kind` (`base: starter`), and in a union `{length: {min_words: 3}}` or just `length` names the
-kind. Values are not coerced, with two exceptions where a float is declared: an int, and text such as `2e-4`, which
-YAML reads as a string.
+kind. Values are not coerced, with three exceptions: where a float is declared, an int, and text such as `2e-4`, which
+YAML reads as a string; where text is declared, a path object (os.PathLike).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -315,6 +316,8 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_build(get_args(hint)[0], item, f"{where}[{index}]") for index, item in enumerate(items))
+    if hint is str and isinstance(value, os.PathLike):  # from Python: a Path, or an opened Dataset
+        value = os.fspath(value)
     if hint is float and isinstance(value, str):
         try:
             return float(value)

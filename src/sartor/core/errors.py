@@ -39,6 +39,7 @@ It does not print, log or exit; `cli` does that once. A bug is not a SartorError
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class SartorError(Exception):
     exit_code = 1
     check = ""
     _brief = ""
+    _is_shown = False
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n  try: {remedy}")
@@ -67,6 +69,16 @@ class SartorError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the arguments that rebuild the error when it is unpickled from a worker process."""
         return type(self), (self.problem, self.remedy)
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython and notebooks show (its protocol): problem and remedy.
+
+        Shown again, by `%tb`, it is the whole traceback.
+        """
+        if self._is_shown:
+            return "".join(traceback.format_exception(self)).splitlines()
+        self._is_shown = True
+        return [f"{self.kind}: {self.problem}", f"  try: {self.remedy}", "  (%tb shows the whole traceback)"]
 
     @property
     def brief(self) -> str:

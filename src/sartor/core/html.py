@@ -77,6 +77,21 @@ def format_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def facts_table(title: str, facts: Mapping[str, Any]) -> str:
+    """Return a small table for a notebook. It has no colours of its own, so that it suits light and dark themes."""
+    rows = "".join(
+        f'<tr><th style="text-align:left;font-weight:normal;opacity:.7">{escape(name)}</th>'
+        f'<td style="text-align:left;white-space:pre-wrap">{escape(clipped(format_value(value), _LONGEST_CELL))}</td>'
+        "</tr>"
+        for name, value in facts.items()
+    )
+    head = f'<tr><th colspan="2" style="text-align:left">{escape(title)}</th></tr>'
+    return f"<table><thead>{head}</thead>{rows}</table>"
+
+
+_LONGEST_CELL = 400  # characters
+
+
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested mapping as a flat one; its keys are joined by dots."""
     result: dict[str, Any] = {}

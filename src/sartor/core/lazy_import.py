@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ _EXTRAS = {
     "tuf": "edge",
     "hassil": "demo",
     "datasets": "hub",
+    "pandas": "notebook",
     "fastapi": "serve",
     "h11": "serve",
     "httpx": "serve",
@@ -43,6 +45,8 @@ _EXTRAS = {
 
 def import_module(module: str) -> types.ModuleType:
     """Import a module of Sartor. Raises ExtraError naming the extra if an optional package is absent."""
+    if "IPython" in sys.modules:  # of tqdm, which transformers imports; bars of Sartor need no ipywidgets
+        warnings.filterwarnings("ignore", message="IProgress not found")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

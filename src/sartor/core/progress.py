@@ -1,11 +1,13 @@
-"""Progress of long work on stderr, with the remaining time.
+"""Progress of long work on stderr or in a notebook, with the remaining time.
 
-`Progress` is one piece of work. Where one command has several pieces (`sartor tailor`), `WholeProgress` shows them as
-one bar; each inner Progress moves that bar.
+`ProgressBar` is what is drawn. `Progress` is one piece of work. Where one command has several pieces (`sartor
+tailor`), `WholeProgress` shows them as one bar; each inner Progress moves that bar.
 """
 
 from __future__ import annotations
 
+import html
+import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +15,58 @@ from contextvars import ContextVar
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_DRAWINGS = 0.2
 _WHOLE: ContextVar[WholeProgress | None] = ContextVar("whole_progress", default=None)
+
+
+class ProgressBar:
+    """A bar of rich on stderr; in a notebook one line of HTML, drawn again in its place.
+
+    is_kept: whether the finished bar stays.
+    """
+
+    def __init__(self, what: str, text: str, *, is_shown: bool, is_kept: bool = False) -> None:
+        self._what, self._is_kept = what, is_kept
+        self._began = self._drawn_at = time.monotonic()
+        self._notebook: Any = _notebook() if is_shown else None
+        self._handle: Any = None  # IPython's, of what is drawn in the notebook
+        self._bars, self._task = _bars(what, text, is_shown=is_shown and self._notebook is None, is_kept=is_kept)
+        self._last = (0.0, text)
+
+    def start(self) -> None:
+        """Draw the bar for the first time."""
+        self._bars.start()
+        if self._notebook is not None:
+            self._handle = self._notebook.display(self._html(), display_id=True)
+
+    def stop(self) -> None:
+        """Draw the last state, or remove the bar."""
+        self._bars.stop()
+        if self._handle is not None:
+            self._handle.update(self._html() if self._is_kept else self._notebook.HTML(""))
+
+    def restart(self, text: str) -> None:
+        """Begin from 0 again, with the clock of the remaining time."""
+        self._bars.reset(self._task, total=1.0, count=text)
+        self._last, self._began = (0.0, text), time.monotonic()
+
+    def show(self, fraction: float, text: str) -> None:
+        """Draw a fraction, 0 to 1, and a text beside the bar. A notebook is drawn five times a second at most."""
+        self._bars.update(self._task, completed=fraction, count=text)
+        self._last = (fraction, text)
+        now = time.monotonic()
+        if self._handle is not None and now - self._drawn_at > _SECONDS_BETWEEN_DRAWINGS:
+            self._handle.update(self._html())
+            self._drawn_at = now
+
+    def _html(self) -> Any:
+        """Return the line as IPython's HTML. It has the theme's own colours."""
+        fraction, text = self._last
+        remaining_s = (time.monotonic() - self._began) * (1 - fraction) / max(fraction, 1e-6)
+        left = f", about {_duration(remaining_s)} left" if 0 < fraction < 1 else ""
+        bar = f'<progress value="{fraction:.4f}" max="1"></progress>'
+        line = f"<div><code>{html.escape(self._what)}</code> {bar} {html.escape(text + left)}</div>"
+        return self._notebook.HTML(line)
 
 
 class Progress:
@@ -27,16 +80,16 @@ class Progress:
         self._what, self._total, self._unit, self._notice = what, total, unit, notice
         self.done = 0.0
         self._whole = _WHOLE.get()
-        self._is_live = sys.stderr.isatty()
-        self._bars, self._task = _bars(what, self._count(0), is_shown=self._is_live and self._whole is None)
+        self._is_live = is_live()
+        self._bar = ProgressBar(what, self._count(0), is_shown=self._is_live and self._whole is None)
         self._began = self._last_notice = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self._bars.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        self._bar.stop()
 
     def show(self, done: float) -> None:
         """Report the amount of `total` that is done."""
@@ -45,7 +98,7 @@ class Progress:
         if self._whole is not None:
             self._whole.show(self._what, fraction, self._count(done))
             return
-        self._bars.update(self._task, completed=fraction, count=self._count(done))
+        self._bar.show(fraction, self._count(done))
         now = time.monotonic()
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
             remaining_s = (now - self._began) * (1 - fraction) / max(fraction, 1e-6)
@@ -71,17 +124,17 @@ class WholeProgress:
         self._what, self._notice = what, notice
         self._seconds = dict(seconds)
         self._done = dict.fromkeys(seconds, 0.0)
-        self._is_live = sys.stderr.isatty()
-        self._bars, self._task = _bars(what, "", is_shown=self._is_live)
+        self._is_live = is_live()
+        self._bar = ProgressBar(what, "", is_shown=self._is_live)
         self._began = self._last_notice = time.monotonic()
 
     def __enter__(self) -> WholeProgress:
         self._token = _WHOLE.set(self)
-        self._bars.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        self._bar.stop()
         _WHOLE.reset(self._token)
 
     def show(self, what: str, fraction: float, text: str) -> None:
@@ -99,7 +152,7 @@ class WholeProgress:
         self._done[what] = fraction
         total_s = sum(self._seconds.values())
         done_s = sum(self._seconds[name] * part for name, part in self._done.items())
-        self._bars.update(self._task, completed=done_s / max(total_s, 1e-6), count=f"{what}: {text}")
+        self._bar.show(done_s / max(total_s, 1e-6), f"{what}: {text}")
         now = time.monotonic()
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
             pace = (now - self._began) / max(done_s, 1e-6)
@@ -113,7 +166,22 @@ def whole_progress() -> WholeProgress | None:
     return _WHOLE.get()
 
 
-def _bars(what: str, count: str, *, is_shown: bool) -> tuple[Any, Any]:
+def is_live() -> bool:
+    """Return whether a bar can be drawn in place: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or _notebook() is not None
+
+
+def _notebook() -> Any:
+    """Return IPython's module `display` in the kernel of a notebook, else None.
+
+    IPython is not imported where it does not run already.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return importlib.import_module("IPython.display") if getattr(shell, "kernel", None) is not None else None
+
+
+def _bars(what: str, count: str, *, is_shown: bool, is_kept: bool) -> tuple[Any, Any]:
     """Return (bar of rich, its task).
 
     The import of rich takes 0.1 s, so it happens only here and not in short commands.
@@ -123,7 +191,7 @@ def _bars(what: str, count: str, *, is_shown: bool) -> tuple[Any, Any]:
     from rich.progress import Progress as Bars
 
     columns = [TextColumn(what), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn()]
-    bars = Bars(*columns, console=Console(stderr=True), disable=not is_shown, transient=True)
+    bars = Bars(*columns, console=Console(stderr=True), disable=not is_shown, transient=not is_kept)
     return bars, bars.add_task(what, total=1.0, count=count)
 
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.core import catalogue, parquet_io
-from sartor.core.artifacts import Artifact, write_artifact
+from sartor.core.artifacts import Artifact, Dataset, write_artifact
 from sartor.core.errors import SourceError
 from sartor.core.filesystem import file_digest
 from sartor.core.licences import compliance
@@ -42,7 +42,7 @@ def write_dataset(
     *,
     parents: Sequence[Artifact] = (),
     replace: bool = False,
-) -> Artifact:
+) -> Dataset:
     """Write a Dataset to `path`, whole or not at all, and register it in the catalogue.
 
     fill: gets the writer and returns the result of `DatasetWriter.finish`.
@@ -304,7 +304,7 @@ def write_dataset_from(
     *,
     step: Mapping[str, Mapping[str, Any]],
     replace: bool = False,
-) -> Artifact:
+) -> Dataset:
     """Write a Dataset of `examples`: rows of the `parents`, or rows made from them.
 
     Rows of equal content are merged into one with all origins.

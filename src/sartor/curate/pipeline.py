@@ -18,45 +18,45 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 from sartor.core import config, parquet_io, records
-from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
+from sartor.core.artifacts import Dataset, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, SartorError, SourceError, StoppedError, missing_package
 from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.processes import WorkerPool
+from sartor.core.progress import ProgressBar, is_live
 from sartor.core.records import canonical, digest
+from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import DataWarning, dataset_warnings
 from sartor.curate import augmentation, curation_outcome
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedup
-from sartor.curate.recipe import CurateRecipe
+from sartor.curate.recipe import CurateRecipe, with_rows
 from sartor.curate.shards import Shard, ShardTask, execute
-from sartor.curate.sources import planner
+from sartor.curate.sources import planner, python_rows
+from sartor.curate.sources.source_files import ROWS
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
 
 FILES_LISTED = 20
 
 
-@dataclass(frozen=True)
-class Curated:
+@dataclass(frozen=True, repr=False)
+class Curated(ShownResult):
     """Result of `curate`.
 
     found: number of shards that an interrupted run had left.
     """
 
-    dataset: Artifact
+    dataset: Dataset
     found: int
     wall_s: float
 
@@ -136,8 +136,9 @@ def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if len(sources) <= FILES_LISTED:
         for source in sources:
             name, path = source["source"], source["path"]
-            # two sources may hold files of the same name
-            labels[name if name.endswith(path) else f"{name}/{path}"] = source["form"]
+            # two sources may hold files of the same name; of rows from Python the source says it all
+            is_whole = name.endswith(path) or name.startswith(ROWS)
+            labels[name if is_whole else f"{name}/{path}"] = source["form"]
         return labels
     form_counts: dict[str, Counter[str]] = {}
     for source in sources:
@@ -223,10 +224,8 @@ class CurationProgress:
     """
 
     def __init__(self, notice: Callable[[str], None]) -> None:
-        self._notice, self._is_live = notice, sys.stderr.isatty()
-        columns = [TextColumn("curate"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()]
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not self._is_live, transient=True)
-        self._task = self._bar.add_task("curate", total=1, said="looking at the files ...")
+        self._notice, self._is_live = notice, is_live()
+        self._bar = ProgressBar("curate", "looking at the files ...", is_shown=self._is_live)
 
     def __enter__(self) -> CurationProgress:
         self._bar.start()
@@ -235,11 +234,15 @@ class CurationProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
+    def take(self, rows: int) -> None:
+        """Show that so many rows from Python were written."""
+        self._bar.show(0.0, f"{rows:,} rows taken over")
+
     def begin(self, name: str, total_bytes: int) -> None:
         """Start a pass over that many bytes."""
         self._name, self._total, self._bytes, self._rows = name, max(total_bytes, 1), 0, 0
         self._began = self._last_notice = time.monotonic()
-        self._bar.reset(self._task, total=self._total, said=name)
+        self._bar.restart(name)
 
     def advance(self, done_bytes: int, rows: int) -> None:
         """Record a finished piece."""
@@ -247,7 +250,7 @@ class CurationProgress:
         now = time.monotonic()
         rate = self._rows / max(now - self._began, 1e-3)
         text = f"{self._name}  {self._rows:,} rows  {rate:,.0f} rows/s"
-        self._bar.update(self._task, completed=self._bytes, said=text)
+        self._bar.show(min(self._bytes / self._total, 1.0), text)
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
             remaining_s = (now - self._began) * (self._total - self._bytes) / max(self._bytes, 1)
             self._notice(f"{text}  {self._bytes / self._total:.0%}, about {remaining_s:.0f} s left")
@@ -262,9 +265,13 @@ Engine = Literal["local", "ray"]
 
 
 def curate(
-    recipe: CurateRecipe | Mapping[str, Any] | Path | str,
-    out: Path | str,
+    recipe: CurateRecipe | Mapping[str, Any] | Path | str | None = None,
+    out: Path | str | None = None,
     *,
+    rows: Any = None,
+    licence: str = "",
+    fields: Mapping[str, str] | None = None,
+    system: str = "",
     on: Engine = "local",
     strict: bool = False,
     resume: bool = False,
@@ -273,28 +280,43 @@ def curate(
 ) -> Curated:
     """Read the sources of a recipe, apply its steps, split by group, write a Dataset to `out`.
 
-    recipe: a CurateRecipe, a mapping in its form, or the path of a YAML file.
+    recipe: a CurateRecipe, a mapping in its form, or the path of a YAML file; with `rows` it may lack sources, or be
+    left out.
+    rows: an iterable of mappings, a DataFrame of pandas or Polars, a table of pyarrow, a Dataset of the `datasets`
+    library; or several of them by name, as a DatasetDict: parts called eval, test or validation are held out. Their
+    source is `rows:` (`rows:NAME`), and the locator of the fifth row `rows:5`.
+    licence, fields, system: of `rows`: `own` or an SPDX expression; Sartor's field -> the column, where their form is
+    not known by the columns' names; the system prompt of every row.
     on: the engine. Either engine writes the same Dataset, row by row.
     resume: accept a finished Dataset of the same recipe and sources as the result.
     replace: start anew. Without it, an interrupted run of the same recipe is resumed.
 
-    Raises ConfigError for a bad recipe or a taken `out`, SourceError if no row is kept or, under `strict`, at the
-    first row that cannot be used, GuardError if a step would remove too much.
+    Raises ConfigError for a bad recipe, a taken `out` or rows of no known form, SourceError if no row is kept, for a
+    value that no row can hold or, under `strict`, at the first row that cannot be used, GuardError if a step would
+    remove too much.
     """
     began = time.monotonic()
-    recipe = load_recipe(recipe)
+    if out is None:
+        raise ConfigError("no place for the Dataset is named", 'sartor.curate(recipe, out="data/faq")')
+    given = {} if rows is None else python_rows.named_rows(rows)
+    recipe = load_recipe(with_rows(recipe, list(given), licence=licence, fields=fields, system=system))
     out = Path(out).absolute()
     work_folder = out.with_name(f"{out.name}.curating")
-    if resume and (finished := _finished(recipe, out)):
-        with workplace(
-            work_folder, anew=True
-        ):  # removes the work directory of a run that was killed after it had written the Dataset
-            return Curated(finished, 0, time.monotonic() - began)
+    run = CurationRun(recipe, work_folder, on, notice, given)
+    if resume and kind_of(out) == "dataset":
+        with workplace(work_folder, anew=False):
+            try:
+                run.write_given_rows()
+                finished = _finished(recipe, out, run.rows_folder)
+            finally:
+                shutil.rmtree(work_folder / "rows", ignore_errors=True)
+            shutil.rmtree(work_folder, ignore_errors=True)  # of a run that was killed once the Dataset was written
+        return Curated(finished, 0, time.monotonic() - began)
     check_output_free(out, replace=replace)
     with workplace(work_folder, anew=replace):
-        run = CurationRun(recipe, work_folder, on, notice)
         try:
             with run.progress:
+                run.write_given_rows()
                 state = run.run(strict)
             dataset = write_dataset(out, lambda writer: run.write(state, writer), replace=replace)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line converts it
@@ -318,18 +340,16 @@ def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Se
     return config.load_any(CurateRecipe, recipe, flags)
 
 
-def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
-    """Return the Dataset at `out` if it was made by this recipe from the current sources; None if none is there.
+def _finished(recipe: CurateRecipe, out: Path, rows_folder: Path | None) -> Dataset:
+    """Return the Dataset at `out` if it was made by this recipe from the current sources.
 
     Raises ConfigError if it was made by another recipe or from sources that have changed.
     """
-    if kind_of(out) != "dataset":
-        return None
     dataset = open_artifact(out, "dataset")
     manifest_digests = {(file["source"], file["path"]): file["sha256"] for file in dataset.manifest["sources"]}
     current_digests = {
         (file.source, file.path): file.sha256
-        for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes).files
+        for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes, rows_folder).files
     }
     is_same_recipe = dataset.manifest["recipe"] == json.loads(canonical(_recipe_fields(recipe)))
     if not is_same_recipe or manifest_digests != current_digests:
@@ -356,8 +376,17 @@ def workplace(work_folder: Path, *, anew: bool) -> Iterator[None]:
 class CurationRun:
     """One run of a recipe: its sources, engine, progress and counts."""
 
-    def __init__(self, recipe: CurateRecipe, work_folder: Path, engine: Engine, notice: Notice) -> None:
+    def __init__(
+        self,
+        recipe: CurateRecipe,
+        work_folder: Path,
+        engine: Engine,
+        notice: Notice,
+        given: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> None:
         self.recipe, self.work_folder, self.notice = recipe, work_folder, notice
+        self.given = given  # rows from Python, by name
+        self.rows_folder = work_folder / "rows" if given else None
         self.declared = {source.path: source for source in recipe.sources}
         self.engine = run_on_ray if engine == "ray" else run_local
         self.progress = CurationProgress(notice)
@@ -366,9 +395,35 @@ class CurationRun:
         self.notes: dict[tuple[str, str], Counter[str]] = {}
         self.tally: dict[str, Counter[str]] = {}
 
+    def write_given_rows(self) -> None:
+        """Write the rows from Python below the work directory, in whose place an interrupted run may have left some.
+
+        Raises what `python_rows.write_rows` and `check_form` raise.
+        """
+        if self.rows_folder is None:
+            return
+        shutil.rmtree(self.rows_folder, ignore_errors=True)
+        for name, rows in self.given.items():
+            source = self.declared[python_rows.source_path(name)]
+            try:
+                written = python_rows.write_rows(
+                    rows,
+                    self.rows_folder,
+                    name,
+                    on_head=functools.partial(python_rows.check_form, source),
+                    on_rows=self.progress.take,
+                )
+            except BaseException:
+                shutil.rmtree(self.rows_folder, ignore_errors=True)
+                raise
+            for note in written.notes:
+                self.notice(f"{name}: {note}")
+            if source.licence == UNKNOWN:
+                self.notice(f"{name}: no licence is stated, so the gate holds a Release back; own rows: licence='own'")
+
     def run(self, strict: bool) -> PassState:
         """Run every pass, the split, and the copies of training rows."""
-        self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes)
+        self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes, self.rows_folder)
         for file in self.planned.files:
             if file.encoding and not self.declared[file.source].encoding:
                 self.notice(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
+from sartor.core.licences.spdx import UNKNOWN
+from sartor.curate.sources.python_rows import HELD_OUT, source_path
+from sartor.curate.sources.source_files import ROWS
 from sartor.curate.sources.types import SourceOptions
 from sartor.curate.steps import Step, makes_copies
 from sartor.curate.steps.text_duplicates import ExactDuplicates
@@ -73,3 +79,61 @@ class CurateRecipe:
                 f"steps: {repeated} stands twice; its copies are made of the rows, not of copies",
                 f"one {repeated} with more copies, as {{kind: {repeated}, copies: 4}}",
             )
+
+
+def with_rows(
+    recipe: CurateRecipe | Mapping[str, Any] | Path | str | None,
+    names: Sequence[str],
+    *,
+    licence: str = "",
+    fields: Mapping[str, str] | None = None,
+    system: str = "",
+) -> CurateRecipe | Mapping[str, Any] | Path | str:
+    """Return a recipe with a source for each name of rows given from Python. Sources that it has for them stay.
+
+    licence, fields, system: of the sources that are added. Beside rows called `eval`, `test` or `validation`, which
+    are held out, rows called `train` are for training alone.
+    Raises ConfigError without a recipe and rows, for a source of rows that are not given, and for options of rows that
+    the recipe describes, or that are not given.
+    """
+    if recipe is not None and not isinstance(recipe, (CurateRecipe, Mapping, Path, str)):
+        problem = f"the recipe is a {type(recipe).__name__}, and rows are given as `rows`"
+        raise ConfigError(problem, 'sartor.curate(rows=rows, out="data", licence="own")')
+    options: dict[str, Any] = {"licence": licence, "fields": dict(fields or {}), "system": system}
+    options = {name: value for name, value in options.items() if value}
+    if not names and options:
+        problem = f"{' and '.join(options)} describe rows, and none are given"
+        raise ConfigError(problem, "rows=..., or these options of the recipe's sources")
+    if not names:
+        if recipe is None:
+            raise ConfigError(
+                "neither a recipe nor rows are given", 'sartor.curate(rows=rows, out="data", licence="own")'
+            )
+        return recipe
+    document: dict[str, Any] = {}
+    if recipe is not None:
+        document = config.dump(recipe) if isinstance(recipe, CurateRecipe) else {**_read(recipe)}
+    stated = document.get("sources") or []
+    sources = [stated] if isinstance(stated, (str, Mapping)) else list(stated)
+    declared = {source.get("path") if isinstance(source, Mapping) else source for source in sources}
+    paths = {name: source_path(name) for name in names}
+    for path in declared:
+        if str(path).startswith(ROWS) and path not in paths.values():
+            raise ConfigError(
+                f"the recipe reads {path!r}, and rows are given as {', '.join(names)}", 'rows={"NAME": rows}'
+            )
+    has_held_out = any(name in HELD_OUT for name in names)
+    for name, path in paths.items():
+        if path in declared:
+            if options:
+                raise ConfigError(f"{next(iter(options))} is given, and the recipe describes {path!r}", "leave it out")
+            continue
+        source = {"path": path, "licence": UNKNOWN, **options}
+        if name in HELD_OUT or (name == "train" and has_held_out):
+            source["split"] = "train" if name == "train" else "eval"
+        sources.append(source)
+    return {**document, "sources": sources}
+
+
+def _read(recipe: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
+    return recipe if isinstance(recipe, Mapping) else config.read_yaml(Path(str(recipe)))

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from sartor.core import catalogue, evaluation_ledger, parquet_io
-from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, ArtifactPath, Report, check_output_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress
 from sartor.core.records import Example
+from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import evaluation_warnings
 from sartor.core.splits import TEST, group_of, group_of_stored
 from sartor.evaluate import report_page
@@ -49,11 +50,11 @@ SHORT_REFERENCE_WORDS = 12
 _DATA_TEXTS = {"eval": "held-out rows of the Dataset", TEST: "test rows of the Dataset"}
 
 
-@dataclass(frozen=True)
-class Evaluated:
+@dataclass(frozen=True, repr=False)
+class Evaluated(ShownResult):
     """Result of `evaluate`: the Report."""
 
-    report: Artifact
+    report: Report
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON of the command."""
@@ -94,7 +95,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    path: Path | str,
+    path: ArtifactPath,
     *,
     out: Path | str | None = None,
     data: Path | str | None = None,

@@ -53,7 +53,7 @@ def prompt_text(chat: ChatTokenizer, call: GenerateCall) -> str:
 
     Raises RequestError for messages that are malformed or that the template refuses.
     """
-    messages = _messages(chat, call)
+    messages = read_messages(chat, call.messages)
     return chat.markup.opened(_rendering(chat, call, messages)).text
 
 
@@ -80,7 +80,7 @@ def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list
     `prompt_text` does, for an empty prompt, and for one far longer than `max_tokens`, which is not tokenised to its
     end. The caller refuses prompts that are only slightly longer.
     """
-    messages = _messages(chat, call)
+    messages = read_messages(chat, call.messages)
     rendering = _rendering(chat, call, messages)
     _check_length(chat, chat.markup.opened(rendering), max_tokens)
     try:
@@ -144,13 +144,13 @@ def _rendered(chat: ChatTokenizer, candidates: Sequence[Sequence[Message]], tool
     raise RequestError(problem, "send the roles that the base's chat template knows, in the order that it expects")
 
 
-def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
-    """Return the turns of a request.
+def read_messages(chat: ChatTokenizer, plain: Sequence[Any]) -> list[Message]:
+    """Return turns in the OpenAI form as Messages. Raises RequestError for others.
 
     Reasoning in the text of earlier replies is moved into its field, as in training rows, since templates leave it
     out.
     """
-    messages = [_message(fields, index) for index, fields in enumerate(call.messages)]
+    messages = [_message(fields, index) for index, fields in enumerate(plain)]
     return [
         with_reasoning(message, chat.markup.spelt) if message.role == "assistant" else message for message in messages
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
 from sartor.models import adapters, composed_model
@@ -13,25 +15,42 @@ from sartor.models.base import Base, open_base
 Notice = Callable[[str], object]
 
 
-def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> tuple[Base, Any]:
+def open_tuned(
+    adapter: Artifact,
+    notice: Notice = lambda line: None,
+    base_name: str = "",
+    *,
+    bits: int | str = "auto",
+    device: torch.device | None = None,
+) -> tuple[Base, Any]:
     """Return the base that an Adapter or Release is bound to, and the model with the adapter on it.
 
-    Raises what `open_bound_base` raises.
+    Takes and raises what `open_bound_base` does.
     """
-    base = open_bound_base(adapter, notice, base_name)
+    base = open_bound_base(adapter, notice, base_name, bits=bits, device=device)
     return base, adapters.open_adapter(base.model, adapter.path)
 
 
-def open_bound_base(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> Base:
+def open_bound_base(
+    adapter: Artifact,
+    notice: Notice = lambda line: None,
+    base_name: str = "",
+    *,
+    bits: int | str = "auto",
+    device: torch.device | None = None,
+) -> Base:
     """Return the base that an Adapter or Release is bound to, with its towers.
 
-    `base_name` gives another location of the same base. Raises ModelError if the base there is not the one that the
-    adapter was tuned on, or if its chat template differs.
+    `base_name` gives another location of the same base. `bits`: 32 or 16; by default those of a quantised base that it
+    was tuned on, else what this machine computes best. `device`: by default the best one.
+    Raises ModelError if the base there is not the one that the adapter was tuned on, or if its chat template differs.
     """
     base_manifest = adapter.manifest["base"]
     # a quantised base answers a little differently, so an adapter tuned on one is measured on one
-    bits = base_manifest["bits"] if base_manifest.get("quantisation", "none") != "none" else "auto"
-    base = open_base(base_name or base_manifest["name"], licence=base_manifest["licence"], bits=bits, notice=notice)
+    if bits == "auto" and base_manifest.get("quantisation", "none") != "none":
+        bits = base_manifest["bits"]
+    name = base_name or base_manifest["name"]
+    base = open_base(name, licence=base_manifest["licence"], bits=bits, device=device, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
     if towers := composed_model.read_towers(adapter.path):
         names = {kind: tower.name for kind, tower in towers.items()}

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sartor.core import parquet_io
-from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.artifacts import Artifact, ArtifactPath, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Message
 from sartor.core.row_warnings import dataset_warnings
@@ -57,7 +56,7 @@ class ArtifactPreview:
 
 
 def show(
-    path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", "test", "dropped"] = "train"
+    path: ArtifactPath, *, rows: int = ROWS, split: Literal["train", "eval", "test", "dropped"] = "train"
 ) -> ArtifactPreview:
     """Return the content of a Dataset, an Adapter or a Report.
 

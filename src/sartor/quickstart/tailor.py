@@ -24,23 +24,25 @@ from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from sartor.core import assets, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, Kind, kind_of, open_artifact
+from sartor.core.artifacts import MANIFESTS, Adapter, Artifact, Dataset, Release, Report, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load, read_yaml
 from sartor.core.errors import ConfigError, GateError, MissingError, SignatureError, SourceError
-from sartor.core.filesystem import DISK_FULL, make_parent, write_file_atomic
+from sartor.core.filesystem import DISK_FULL, file_digest, make_parent, write_file_atomic
 from sartor.core.home import folder
 from sartor.core.licences.spdx import UNKNOWN, checked
 from sartor.core.model_refs import STARTER
 from sartor.core.progress import WholeProgress
 from sartor.core.records import Example
+from sartor.core.result_display import ShownResult
 from sartor.core.splits import LEAST_GROUPS
 from sartor.curate.pipeline import curate
 from sartor.curate.recipe import CurateRecipe
+from sartor.curate.sources import python_rows
 from sartor.curate.sources.planner import columns_of, plan_reading, read_all
 from sartor.curate.sources.source_files import sheet_of
 from sartor.curate.sources.types import Columns, SourceOptions
@@ -54,6 +56,7 @@ from sartor.tune import preflight
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import Checkpoints
 from sartor.tune.trainer import tune
+from sartor.tune.training_log import OnStep
 
 Notice = Callable[[str], None]
 Ask = Callable[[str], str]
@@ -84,8 +87,8 @@ class GainEvidence(Enum):
     WORSE = "worse"
 
 
-@dataclass(frozen=True)
-class Tailored:
+@dataclass(frozen=True, repr=False)
+class Tailored(ShownResult):
     """Result of `tailor`.
 
     released: the Release; None if the gate held it back.
@@ -94,10 +97,10 @@ class Tailored:
     is decided, or if no number of rows would.
     """
 
-    dataset: Artifact
-    adapter: Artifact
-    report: Artifact
-    released: Artifact | None
+    dataset: Dataset
+    adapter: Adapter
+    report: Report
+    released: Release | None
     checks: Mapping[str, Check]
     evidence: GainEvidence
     more_rows: int
@@ -180,9 +183,10 @@ class _Job:
 
 
 def tailor(
-    data: Path | str | Sequence[Path | str],
+    data: Path | str | Sequence[Path | str] = (),
     *,
     name: str,
+    rows: Any = None,
     base: str = "starter",
     out: Path | str | None = None,
     fields: Mapping[str, str] | None = None,
@@ -196,16 +200,19 @@ def tailor(
     replace: bool = False,
     ask: Ask | None = None,
     show: bool = True,
+    on_step: OnStep | None = None,
     notice: Notice = lambda line: None,
 ) -> Tailored:
     """Make a tested specialist of own data: curate, plan, tune, evaluate, and release if the gate passes.
 
-    data: files, folders, or sources as a curation recipe names them. out: directory of all results, `./NAME` by
+    data: files, folders, or sources as a curation recipe names them. rows: instead of them, rows as `curate` takes
+    them; they are kept in `OUT/rows`, from where OUT/curate.yaml reads them. Of rows by name, those called eval, test
+    or validation are `test`. out: directory of all results, `./NAME` by
     default. fields: Sartor's field -> the column. system: the system prompt of every row. licence: `own`, or an SPDX
     expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held
     out. encoding: code page of the files, if it is not detected. minutes: for the whole command; 0 takes what the
     settings need. key: signs; by default a key of this machine. ask: asks the user a question (columns, licence); None
-    if there is no user. require_release: a held-back Release is an error.
+    if there is no user. on_step: as in `tune`. require_release: a held-back Release is an error.
 
     Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with
     `require_release`, and the errors of the verbs. Called again with the same options, it continues where it was
@@ -217,6 +224,8 @@ def tailor(
     out = (Path(out) if out else Path(name)).absolute()
     if key:
         signing.open_private(Path(key), "release")  # an invalid key raises here, before the long stages
+    if rows is not None:
+        data, test = _written_rows(out, rows, data=data, test=test, name=name, replace=replace, notice=notice)
     job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
     job = changed(job, encoding=encoding)
     _check_place(out, job)
@@ -228,9 +237,11 @@ def tailor(
     dataset = _curated(out, job, notice)
     _check_held_out(dataset, job)
     with _planned(out, job, minutes=minutes, start_time=start_time, notice=notice):
-        adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
+        adapter = tune(
+            out / "tune.yaml", out / "adapter", resume=True, show=show, on_step=on_step, notice=notice
+        ).adapter
         notice(f"adapter  {adapter.path}")
-        report = _made_of(out / "report", "report", adapter)
+        report = _made_of(out / "report", Report, adapter)
         if report is None:
             report = evaluate(adapter.path, out=out / "report", replace=True, notice=notice).report
         notice(f"report   {report.path / 'report.html'}")
@@ -259,6 +270,61 @@ def tailor(
     return result
 
 
+def _written_rows(
+    out: Path,
+    rows: Any,
+    data: Path | str | Sequence[Path | str],
+    test: Path | str | None,
+    name: str,
+    replace: bool,
+    notice: Notice,
+) -> tuple[list[Path | str], Path | str | None]:
+    """Write rows from Python to OUT/rows; return the files of rows and the file of test rows.
+
+    Raises ConfigError for rows beside other data, for two sets of test rows, if OUT is not tailor's, and unless
+    `replace` if it holds other rows.
+    """
+    if data:
+        raise ConfigError("data and rows are both given", f"sartor.tailor(rows=rows, name={name!r}), or data alone")
+    given = python_rows.named_rows(rows)
+    held_out = [part for part in given if part in python_rows.HELD_OUT]
+    if len(held_out) + (test is not None) > 1:
+        problem = f"several sets of test rows are given: {', '.join([*held_out, *([str(test)] if test else [])])}"
+        raise ConfigError(problem, "leave out all but one")
+    if out.exists() and any(out.iterdir()) and not (out / _FACTS).is_file():
+        raise ConfigError(f"{out} holds files that tailor has not made", f"out={str(out / name)!r}")
+    files: list[Path | str] = []
+    make_parent(out / "rows" / "rows.jsonl")
+    for part, part_rows in given.items():
+        with tempfile.TemporaryDirectory(dir=out, prefix=".rows-") as folder:
+            written = python_rows.write_rows(part_rows, Path(folder), part)
+            file = out / "rows" / written.file.name
+            if file.is_file() and not replace and file_digest(file) != file_digest(written.file):
+                raise ConfigError(
+                    f"{out} was made of other rows", "replace=True makes it anew; or out=DIR for another one"
+                )
+            for media in sorted((Path(folder) / "media").iterdir()):
+                _copy(media, out / "rows" / "media" / media.name)
+            _copy(written.file, file)
+        for note in written.notes:
+            notice(f"{part}: {note}")
+        if part in held_out:
+            test = file
+        else:
+            files.append(file)
+    if not files:
+        raise ConfigError(
+            f"the rows are all test rows: {', '.join(held_out)}", 'rows={"train": rows, "test": test_rows}'
+        )
+    return files, test
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file below `out`, whole or not at all."""
+    with file.open("rb") as stream:
+        write_file_atomic(target, lambda copied: shutil.copyfileobj(stream, copied))
+
+
 def _job(
     data: Path | str | Sequence[Path | str],
     name: str,
@@ -272,7 +338,9 @@ def _job(
     if not is_valid_name(name):
         problem = f"the name {name!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'"
         raise ConfigError(problem, "--name faq")
-    paths = [data] if isinstance(data, (str, Path)) else list(data)
+    paths: list[Any] = list(data) if isinstance(data, (list, tuple)) else [data]
+    if any(not isinstance(path, (str, Path)) for path in paths):
+        raise ConfigError("data names files, and rows are given", f"sartor.tailor(rows=rows, name={name!r})")
     if not paths:
         raise ConfigError("no data is named", f"sartor tailor rows.csv --name {name}")
     return _Job(
@@ -313,7 +381,7 @@ def _clear(out: Path, job: _Job) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
+def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
     """Return the Dataset.
 
     If the recipe differs from the existing one (a licence is stated now), everything is made again. Raises ConfigError
@@ -531,23 +599,27 @@ def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str,
     return {"budget": {"minutes": round(left_s / 60, 2)}}
 
 
-def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
+Made = TypeVar("Made", Report, Release)
+
+
+def _made_of(path: Path, cls: type[Made], adapter: Artifact) -> Made | None:
     """Return the artefact at `path` if an earlier call made it of this Adapter; else None."""
-    if kind_of(path) != kind:
+    if kind_of(path) != cls.__name__.lower():
         return None
-    artifact = open_artifact(path, kind)
-    return artifact if adapter.id in {parent["id"] for parent in artifact.manifest["parents"]} else None
+    artifact = open_artifact(path)
+    is_of_adapter = adapter.id in {parent["id"] for parent in artifact.manifest["parents"]}
+    return artifact if isinstance(artifact, cls) and is_of_adapter else None
 
 
 def _released(
     path: Path, name: str, adapter: Artifact, report: Artifact, key: Path | str | None, notice: Notice
-) -> Artifact:
+) -> Release:
     """Return the Release of an Adapter that has passed the gate.
 
     A Release of an earlier call is reused if the requested key signed it, or if no key is requested. Then a key of
     this machine signs, generated once.
     """
-    earlier = _made_of(path, "release", adapter)
+    earlier = _made_of(path, Release, adapter)
     if earlier is not None and (not key or _is_signed_by(earlier, Path(key))):
         return earlier
     signer = Path(key) if key else folder("keys") / "default"

@@ -14,6 +14,8 @@ from sartor.core import catalogue, model_refs, revoked_releases, signing
 from sartor.core.artifacts import (
     MANIFESTS,
     Artifact,
+    ArtifactPath,
+    Release,
     check_output_free,
     create_output_directory,
     open_artifact,
@@ -26,6 +28,7 @@ from sartor.core.lazy_import import import_module
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
+from sartor.core.result_display import ShownResult
 from sartor.core.splits import TEST
 from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import limits as verdicts
@@ -55,11 +58,11 @@ class Waiver:
     reason: str
 
 
-@dataclass(frozen=True)
-class Released:
+@dataclass(frozen=True, repr=False)
+class Released(ShownResult):
     """Result of `release`."""
 
-    release: Artifact
+    release: Release
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
@@ -68,12 +71,12 @@ class Released:
 
 
 def release(
-    adapter_path: Path | str,
+    adapter_path: ArtifactPath,
     *,
     name: str,
     version: str,
     key: Path | str,
-    report: Path | str | None = None,
+    report: ArtifactPath | None = None,
     out: Path | str | None = None,
     waivers: Sequence[Waiver] = (),
     use: Use = "commercial",
@@ -143,7 +146,7 @@ def release(
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
         (part / "signature").write_text(signing.sign(document, private, "release"), encoding="utf-8")
-    released = Artifact(out.absolute(), manifest)
+    released = Release(out.absolute(), manifest)
     catalogue.register(released)
     return Released(released)
 
@@ -159,7 +162,7 @@ UNRELEASED = "unreleased"
 _UNGATED = Waiver("", "sartor serve", "an Adapter that is tried out; no gate has passed it")
 
 
-def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519PrivateKey) -> Artifact:
+def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519PrivateKey) -> Release:
     """Write an Adapter as a Release with the version `unreleased`, for a server of its own.
 
     No gate has passed it: every check is waived, and the waiver says so. `private` must be a key that no machine
@@ -192,10 +195,10 @@ def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519Pri
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
         (part / "signature").write_text(signing.sign(document, private, "release"), encoding="utf-8")
-    return Artifact(out.absolute(), manifest)
+    return Release(out.absolute(), manifest)
 
 
-def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
+def _report_of(adapter: Artifact, report: ArtifactPath | None) -> Artifact:
     if report is None:
         reports = catalogue.children(adapter.id, "report")
         if not reports:

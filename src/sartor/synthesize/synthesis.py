@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import config, parquet_io
-from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
+from sartor.core.artifacts import Dataset, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.filesystem import DISK_FULL
 from sartor.core.progress import Progress
@@ -102,7 +102,7 @@ class Synthesized:
     found: whether a finished Dataset was found, at no cost.
     """
 
-    dataset: Artifact
+    dataset: Dataset
     spent: Spent | None
     wall_s: float
     found: bool = field(default=False)
@@ -233,7 +233,7 @@ _OF_A_RUN = (
 )
 
 
-def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
+def _finished(recipe: SynthesizeRecipe, out: Path) -> Dataset:
     """Return the Dataset at `out`. Raises ConfigError if it was made by another recipe or from other seeds."""
     dataset = open_artifact(out, "dataset")
     synthetic_fields = dataset.manifest.get("synthetic")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sartor.core import config, records
-from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact, read_manifest
+from sartor.core.artifacts import Adapter, Artifact, check_output_free, kind_of, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models.base import Base
 from sartor.tune.auto_settings import EarlierRun
@@ -58,7 +58,7 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
     return result
 
 
-def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Artifact | None:
+def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Adapter | None:
     """Return the Adapter at `out` if this run would produce it, else None.
 
     new: the run's fingerprint.

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, evaluation_ledger, numerics, records
-from sartor.core.artifacts import Artifact, open_artifact, write_artifact
+from sartor.core.artifacts import Adapter, Artifact, open_artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import writer_lock
 from sartor.core.licences import compliance
 from sartor.core.lineage import ancestry
 from sartor.core.processes import DeferredSignals
+from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import DataWarning
 from sartor.models import adapters
 from sartor.models.base import Base, machine_facts
@@ -37,17 +38,17 @@ from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
-from sartor.tune.training_log import TrainingLog, plot_losses
+from sartor.tune.training_log import OnStep, TrainingLog, plot_losses
 from sartor.tune.training_loop import Resolved, TrainingRun
 
 Notice = Callable[[str], object]
 
 
-@dataclass(frozen=True)
-class Tuned:
+@dataclass(frozen=True, repr=False)
+class Tuned(ShownResult):
     """Result of `tune`: the Adapter, with the cost of its run in the manifest."""
 
-    adapter: Artifact
+    adapter: Adapter
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON."""
@@ -63,6 +64,7 @@ def tune(
     replace: bool = False,
     prove: bool = False,
     show: bool = True,
+    on_step: OnStep | None = None,
     notice: Notice = lambda line: None,
 ) -> Tuned:
     """Fine-tune a base on a Dataset and write the Adapter to `out`.
@@ -73,6 +75,8 @@ def tune(
     replace: start over.
     prove: first compare losses and every gradient of the next update's first micro-batch with the plain computation,
     without shared prefixes and stored activations.
+    show: draw a progress line. on_step: called with a TrainingStep after each update; an error that it raises ends the
+    run, which `resume` continues from the last state that was saved.
     notice: receives lines about the run, first about what will be trained.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic),
@@ -106,7 +110,7 @@ def tune(
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
-        adapter = _tune(context, out, replace=replace, show=show, notice=notice)
+        adapter = _tune(context, out, replace=replace, show=show, on_step=on_step, notice=notice)
     # clear only under the writer's lock: another run may be starting over
     with contextlib.suppress(ConfigError), writer_lock(out):
         clear(folder_of(out))
@@ -137,7 +141,9 @@ class TuningContext:
         return [parent.id for parent in self.parents if parent.kind == "dataset"]
 
 
-def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
+def _tune(
+    context: TuningContext, out: Path, *, replace: bool, show: bool, on_step: OnStep | None, notice: Notice
+) -> Adapter:
     recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
     model = inject_recipe_adapter(recipe, base)
     for line in [*describe(context.data, base, model), *auto_settings.lines(context.settings)]:
@@ -173,7 +179,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         clear(saver.folder) if replace else sweep(saver.folder, context.resume_state)
         earlier_log = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
         with full_disk(f"{out} could not be written"):
-            with TrainingLog(temp_folder / "log.jsonl", show=show, **earlier_log) as journal:
+            with TrainingLog(temp_folder / "log.jsonl", show=show, on_step=on_step, **earlier_log) as journal:
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
                 run = kind(recipe, base, model, data=context.data, journal=journal, saver=saver, resolved=resolved)
                 if recipe.weights == "best" and context.data.held_out:

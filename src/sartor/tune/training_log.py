@@ -4,42 +4,68 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from sartor.core.progress import whole_progress
+from sartor.core.progress import ProgressBar, whole_progress
 from sartor.models import hardware
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimiser update of a run, as `tune(..., on_step=...)` reports it.
+
+    update: number of the update, from 1.
+    fraction: of the budget, 0 to 1.
+    loss: of its rows, in nats per supervised token (for preferences: of the objective).
+    learning_rate: of the adapter's factors in this update.
+    tokens_per_s: mean of the run so far.
+    seconds_left: about, at that speed.
+    eval_loss: of the held-out rows when they were last measured; None before that.
+    """
+
+    update: int
+    fraction: float
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+    seconds_left: float
+    eval_loss: float | None = None
 
 
 class TrainingLog:
     """Writer of `log.jsonl` and of the progress line (stderr). Use it as a context manager.
 
+    on_step: called after each update.
     lines, wall_s: log and seconds of a resumed run up to its checkpoint; the log and the clock continue there.
     """
 
     def __init__(
-        self, file: Path, *, show: bool = True, lines: Sequence[dict[str, Any]] = (), wall_s: float = 0.0
+        self,
+        file: Path,
+        *,
+        show: bool = True,
+        on_step: OnStep | None = None,
+        lines: Sequence[dict[str, Any]] = (),
+        wall_s: float = 0.0,
     ) -> None:
+        self._on_step = on_step
         self.lines: list[dict[str, Any]] = list(lines)
         self._stream = file.open("w", encoding="utf-8")
         self._stream.writelines(json.dumps(line) + "\n" for line in self.lines)
         self._began = time.monotonic() - wall_s
-        columns = [TextColumn("tune"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()]
         self._whole = whole_progress()
         is_shown = show and self._whole is None
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not is_shown, transient=False)
-        self._task = self._progress.add_task("tune", total=1.0, said="first update ...")
+        self._bar = ProgressBar("tune", "first update ...", is_shown=is_shown, is_kept=True)
 
     def __enter__(self) -> TrainingLog:
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
         self._stream.close()
 
     @property
@@ -59,12 +85,17 @@ class TrainingLog:
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
 
-    def show(self, fraction: float, loss: float, tokens_per_s: float) -> None:
-        """Update the progress line: loss, speed, memory, time left."""
-        text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
-        self._progress.update(self._task, completed=min(fraction, 1.0), said=text)
+    def show(self, step: TrainingStep) -> None:
+        """Update the progress line: loss, speed, memory, time left. Then tell the caller of the run."""
+        text = f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
+        self._bar.show(step.fraction, text)
         if self._whole is not None:
-            self._whole.show("tune", min(fraction, 1.0), text)
+            self._whole.show("tune", step.fraction, text)
+        if self._on_step is not None:
+            self._on_step(step)
+
+
+OnStep = Callable[[TrainingStep], object]
 
 
 def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:

@@ -28,7 +28,7 @@ from sartor.tune.checkpoint_selection import CheckpointScore, CheckpointSelectio
 from sartor.tune.gradient_features import FeatureRecorder
 from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
-from sartor.tune.training_log import TrainingLog
+from sartor.tune.training_log import TrainingLog, TrainingStep
 
 # A loss above both multiples has exploded. A uniform prediction has the loss ln V; a hard first update may have more.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
@@ -410,9 +410,22 @@ class TrainingRun:
             tokens_per_s=round(tokens / seconds, 1),
             memory_bytes=hardware.peak_bytes(),
         )
-        self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
+        self.journal.show(self._step(loss, rates[0]))
         if self.forecast.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
             self.journal.note(forecast=self.forecast.as_json())
+
+    def _step(self, loss: float, rate: float) -> TrainingStep:
+        """Return the facts of the last update, for the progress line and the caller of the run."""
+        fraction, wall_s = self._fraction(), self.journal.wall_s
+        return TrainingStep(
+            update=self.counters.updates,
+            fraction=min(fraction, 1.0),
+            loss=loss,
+            learning_rate=rate,
+            tokens_per_s=self.counters.tokens / wall_s,
+            seconds_left=wall_s * max(1 / fraction - 1, 0.0) if fraction else math.inf,
+            eval_loss=self.losses["eval"],
+        )
 
     @torch.no_grad()
     def _evaluate(self) -> None:

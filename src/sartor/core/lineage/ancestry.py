@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.core import catalogue
-from sartor.core.artifacts import Artifact, check_file, open_artifact, read_manifest
+from sartor.core.artifacts import Artifact, Dataset, check_file, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
@@ -35,7 +35,7 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     Raises ConfigError for an id that the Dataset does not hold, ArtifactError if its content has another digest.
     """
     path = Path(path).absolute()
-    dataset = Artifact(path, read_manifest(path, ("dataset",)))
+    dataset = Dataset(path, read_manifest(path, ("dataset",)))
     index = origin_index.read(dataset, ["row", "id", "source", "locator", "parents"])
     example = origin_index.whole_id(column(index, "id"), example)
     is_match = numbers(pc.is_in(column(index, "id"), value_set=to_string_array([example])))

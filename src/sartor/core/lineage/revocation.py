@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sartor.core import catalogue, trace_store
-from sartor.core.artifacts import Artifact, read_manifest
+from sartor.core.artifacts import Artifact, Dataset, read_manifest
 from sartor.core.catalogue import Descendant
 from sartor.core.errors import ConfigError
 from sartor.core.home import ROW_CACHES, home
@@ -126,7 +126,7 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     if bool(source) == bool(example):
         raise ConfigError("one of a source and an example is to be named", "--source faq.jsonl, or --example ID")
     path = Path(path).absolute()
-    dataset = Artifact(path, read_manifest(path, ("dataset",)))
+    dataset = Dataset(path, read_manifest(path, ("dataset",)))
     table = origin_index.read(dataset, ["row", "source", "path", "parents"])
     graph = _Graph.of(dataset, table)
     if source:

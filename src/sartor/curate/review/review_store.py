@@ -40,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError
 
 from sartor.core import records, signing
-from sartor.core.artifacts import Artifact, read_manifest
+from sartor.core.artifacts import Artifact, Dataset, read_manifest
 from sartor.core.database import Database, Form, open_database, sealed
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
@@ -354,7 +354,7 @@ def open_review(
     A missing SQLite file of the queue is created only with `make`, so reading leaves no file behind.
     """
     path = Path(dataset).absolute()
-    artifact = Artifact(path, read_manifest(path, ("dataset",)))
+    artifact = Dataset(path, read_manifest(path, ("dataset",)))
     url = queue_url(path, queue)
     opened_queue = Queue.open(url) if make or _is_there(url) else None
     try:

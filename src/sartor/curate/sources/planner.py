@@ -50,9 +50,10 @@ class ReadPlan:
     files: list[FileFacts] = field(default_factory=list)
 
 
-def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPlan:
+def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int, rows_folder: Path | None = None) -> ReadPlan:
     """Scan every source and cut it into chunks.
 
+    rows_folder: where rows given from Python were written.
     Raises ConfigError, MissingError or HubError for a source that does not exist.
     """
     plan = ReadPlan()
@@ -78,7 +79,7 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
             )
             continue
         cutter = _Cutter(plan, index, _rows_digest(source), max_row_bytes)
-        for file, pieces in _surveyed(source, max_row_bytes):
+        for file, pieces in _surveyed(source, max_row_bytes, rows_folder):
             plan.files.append(_facts(source, file))
             if file.caption is not None:
                 plan.files.append(_facts(source, file.caption))
@@ -160,9 +161,11 @@ class _Cutter:
         )
 
 
-def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFile, list[FilePiece]]]:
+def _surveyed(
+    source: SourceOptions, most_bytes: int, rows_folder: Path | None = None
+) -> Iterator[tuple[InputFile, list[FilePiece]]]:
     """Yield every file of a source that is read or refused, with its pieces; captions come with their media file."""
-    files = source_files.files_of(source)
+    files = source_files.files_of(source, rows_folder)
     tables, table_media = _tables(files, most_bytes)
     captions = _captions(files, table_media) if source.captions == "beside" else {}
     caption_paths = {path for paths in captions.values() for path in paths[:1]}

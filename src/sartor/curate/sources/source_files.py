@@ -28,6 +28,7 @@ from sartor.curate.sources.types import SourceOptions
 # Rows that are examined to find a file's format, which is the most frequent one among them.
 HEAD_ROWS = 50
 FEEDBACK = "LicenseRef-feedback"
+ROWS = "rows:"  # how the path of a source of rows from Python begins
 _SHEET = re.compile(r"(.+\.xls[xm])#(.+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -53,8 +54,8 @@ class FileFacts:
 
 
 def scheme(path: str) -> str:
-    """Return `sql`, `hub`, `asset` or `inbox` for a source's path; empty for files."""
-    return next((name for name in ("sql", "hub", "asset", "inbox") if path.startswith(f"{name}:")), "")
+    """Return `sql`, `hub`, `asset`, `inbox` or `rows` for a source's path; empty for files."""
+    return next((name for name in ("sql", "hub", "asset", "inbox", "rows") if path.startswith(f"{name}:")), "")
 
 
 def with_licence(source: SourceOptions) -> SourceOptions:
@@ -79,11 +80,20 @@ def sheet_of(path: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (path, "")
 
 
-def files_of(source: SourceOptions) -> list[SourceFile]:
+def files_of(source: SourceOptions, rows_folder: Path | None = None) -> list[SourceFile]:
     """Return the files of a source; an asset is installed first.
 
+    rows_folder: where rows given from Python were written (python_rows.py).
     Raises ConfigError, AssetError.
     """
+    if scheme(source.path) == "rows":
+        name = source.path.removeprefix(ROWS) or "rows"
+        if rows_folder is None:
+            raise ConfigError(
+                f"the source {source.path!r} means rows that were given from Python, and none are given here",
+                "sartor.curate(recipe, out, rows=rows) in Python; or the path of a file",
+            )
+        return [SourceFile(str(rows_folder / f"{name}.jsonl"), name)]
     if scheme(source.path) != "asset":
         return safe_paths.find_files(sheet_of(source.path.removeprefix("inbox:"))[0])
     name, inner = _asset(source.path)

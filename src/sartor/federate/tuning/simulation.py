@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, numerics, records
-from sartor.core.artifacts import Artifact, check_output_free, kind_of, write_artifact
+from sartor.core.artifacts import Adapter, check_output_free, kind_of, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
@@ -61,7 +61,7 @@ _FINGERPRINT = "fingerprint.json"
 class Simulated:
     """Result of `simulate`: the Adapter, and the report on each client's personal Adapter, if any."""
 
-    adapter: Artifact
+    adapter: Adapter
     personal: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _run(
     *,
     replace: bool,
     notice: Notice,
-) -> Artifact:
+) -> Adapter:
     """Run all rounds that are left, then the attacks, and write the Adapter."""
     began, recipe = time.monotonic(), setup.recipe
     rounds: Rounds
@@ -301,7 +301,7 @@ def write_adapter(
     report: AttackReport,
     *,
     replace: bool,
-) -> Artifact:
+) -> Adapter:
     """Write the Adapter: its log with a line for each round, PEFT's files, the attack report and the manifest.
 
     shared: LoRA factors A (R, in), B (out, R).

@@ -6,19 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import ArtifactPath, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.core.records import Message
 from sartor.evaluate import training_facts
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import generate
 from sartor.models.tuned_model import open_tuned
 from sartor.release.release import verify_release
 from sartor.serving.commands.ask_types import AskPrompt, AskReply, as_prompt, nearest_examples
+from sartor.serving.commands.loaded_adapter import ADAPTER_SAMPLING, LoadedAdapter
 
 
 def ask(
-    release: Path | str,
+    release: ArtifactPath,
     prompt: str | AskPrompt,
     *,
     key: Path | str | None = None,
@@ -41,7 +40,7 @@ def ask(
     artifact = open_artifact(release, ("release", "adapter"))
     is_released = artifact.kind == "release"
     if is_released:
-        verified = verify_release(release, key=key, base=base)
+        verified = verify_release(artifact.path, key=key, base=base)
         manifest = artifact.manifest
         agent, reason = f"{manifest['name']}@{manifest['version']}", f"asked by name; signed by {verified.signer}"
         system, defaults = manifest["system_prompt"], manifest["sampling"]
@@ -51,21 +50,15 @@ def ask(
                 f"{artifact.path} is an Adapter, which nobody has signed", "leave --public-key out, or ask its Release"
             )
         agent, reason = artifact.path.name, "asked by its directory; unreleased: no gate has passed it"
-        system, defaults = training_facts.read_facts(artifact).system_prompt, {"temperature": 0.0, "max_tokens": 256}
+        system, defaults = training_facts.read_facts(artifact).system_prompt, ADAPTER_SAMPLING
         notice(f"{artifact.path} is an Adapter, and no Release: nothing vouches for what it says")
     opened, model = open_tuned(artifact, notice, base)
-    chat = opened.chat
-    question.check(chat.media.kinds if chat.media else (), agent)
-    messages = [*([Message.of("system", system)] if system else []), question.message]
-    if not isinstance(sampling, Sampling):
-        sampling = Sampling(**{**defaults, **(sampling or {})})
-    generated = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
-    reply = chat.decode(generated.ids)
-    nearest, note = nearest_examples(artifact, question.text, reply, top, question.media)
+    reply = LoadedAdapter(model, opened.chat, agent, system, defaults).replies([question], sampling)[0]
+    nearest, note = nearest_examples(artifact, question.text, reply.text, top, question.media)
     return AskReply(
         prompt=question.text,
-        reply=reply,
-        finish=generated.finish,
+        reply=reply.text,
+        finish=reply.finish,
         agent=agent,
         reason=reason,
         nearest=nearest,

@@ -1,0 +1,113 @@
+"""The circle tier: the notebooks of examples/ run from top to bottom in a kernel, on the tiny base."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.circle
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples/notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in, with a SARTOR_HOME of its own."""
+    monkeypatch.setenv("SARTOR_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    return tmp_path
+
+
+def opened(file: Path) -> Any:
+    """Return a notebook as it is kept."""
+    import nbformat
+
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cell(source: str, *tags: str) -> Any:
+    import nbformat
+
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
+
+
+def run(notebook: Any, folder: Path) -> list[Any]:
+    """Execute a notebook in its folder; return the code cells with their outputs."""
+    import nbclient  # of the extra dev; the default tier collects this file without it
+
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shown(cell: Any) -> str:
+    """Return what a cell shows, as text."""
+    texts = []
+    for output in cell.outputs:
+        texts.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+    return "\n".join(texts)
+
+
+def cell_with(cells: list[Any], text: str) -> Any:
+    return next(cell for cell in cells if text in cell.source)
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebook_runs_from_top_to_bottom(file: Path, kernel: Path, tiny_base: Path) -> None:
+    notebook = opened(file)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"starter"', repr(str(tiny_base)))
+    cells = run(notebook, kernel)
+    tuning = cell_with(cells, "sartor.tune(")
+    bars = [output for output in tuning.outputs if "<progress" in output.get("data", {}).get("text/html", "")]
+    assert len(bars) == 1, "one bar, drawn in its place"
+    for cell in cells:
+        assert not [output for output in cell.outputs if output.output_type == "stream" and output.name == "stderr"]
+        assert len(cell.outputs) <= 8 and len(shown(cell)) < 6000
+    assert "exact_match" in shown(cell_with(cells, 'to_pandas("metrics")'))
+
+
+def test_adapter_of_a_dataframe_answers(kernel: Path, tiny_base: Path) -> None:
+    """The values that the first notebook shows are those of its artefacts."""
+    notebook = opened(NOTEBOOKS[0])
+    checks = """
+import math
+assert math.isclose(curve["loss"].iloc[-1], tuned.adapter.manifest["run"]["loss"]["last"])
+assert len(report.to_pandas()) == len(made.dataset.to_pandas("eval")) == 24
+assert type(model).__name__.startswith("PeftModel")
+"""
+    notebook.cells.append(code_cell(checks))
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"starter"', repr(str(tiny_base)))
+    run(notebook, kernel)
+
+
+def test_every_fault_is_shown(kernel: Path, tiny_base: Path) -> None:
+    notebook = opened(NOTEBOOKS[1])
+    notebook.cells = [cell for cell in notebook.cells if "starter" not in cell.source and "report" not in cell.source]
+    notebook.cells = [cell for cell in notebook.cells if "answers" not in cell.source]
+    cells = run(notebook, kernel)
+    dropped = shown(cell_with(cells, '"dropped"'))
+    locators = re.findall(r"^\d+ +(rows:\d+)", dropped, re.MULTILINE)
+    assert sorted(locators) == ["rows:181", "rows:182", "rows:183", "rows:184"]
+    assert "'message', 'topic'" in shown(cells[-1])
+
+
+def test_error_is_short_and_tb_shows_the_whole(kernel: Path) -> None:
+    notebook = opened(NOTEBOOKS[1])
+    notebook.cells = [
+        code_cell('import sartor\nsartor.open("none")', "raises-exception"),
+        code_cell("%tb", "raises-exception"),
+    ]
+    cells = run(notebook, kernel)
+    (short,) = cells[0].outputs
+    assert short.ename == "ArtifactError" and len(short.traceback) == 3
+    assert "there is nothing at" in short.traceback[0] and "try: " in short.traceback[1]
+    whole = "\n".join("\n".join(output.get("traceback", [])) + output.get("text", "") for output in cells[1].outputs)
+    assert "open_artifact" in whole and "Traceback" in whole
