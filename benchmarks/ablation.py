@@ -1,7 +1,7 @@
 """What each trick of the fast path brings: a table, made by leaving one out at a time.
 
     python benchmarks/ablation.py --json
-    python benchmarks/ablation.py --json --write docs/speed.md
+    python benchmarks/ablation.py --json --write docs/development/tuning-speed.md
 
 One process, the starter base, rank 16 on all linear layers, 14 rows (about 1,024 tokens, 43 % supervised) an update;
 each way alternates with the whole path, and its ratio is the median of pairs: tokens per second, the whole path over

@@ -90,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3, help="of bf16 and rounded_first, for speed_ratio")
     parser.add_argument("--work", help="a folder for results of single sides, kept by code and options")
-    parser.add_argument("--write", type=Path, help="put the table between the markers of this file (docs/speed.md)")
+    parser.add_argument(
+        "--write", type=Path, help="put the table between the markers of this file (docs/development/tuning-speed.md)"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := {name for name in arguments.peers.split(",") if name} - set(PEERS):

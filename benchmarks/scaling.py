@@ -1,7 +1,7 @@
 """Cost grows linearly: seconds of tuning against rows (50 to 5,000) and against rank (4 to 64), with a plot.
 
     python benchmarks/scaling.py --json
-    python benchmarks/scaling.py --json --plot docs/scaling.svg
+    python benchmarks/scaling.py --json --plot docs/development/scaling.svg
 
 Whole runs of `sartor tune` on a small random Llama (4 layers, width 128), one epoch each; `per_row` is seconds over
 rows at each size, `r_squared` how well a straight line fits. By rank: products with the factors grow with R and the

@@ -241,7 +241,7 @@ def theme_drift(pool: list[Row], count: int, seeds: list[Row], rng: random.Rando
     """Three rows in four are of themes that a fifth of the real rows are of, give or take a twentieth.
 
     Of the FAQ's rows there are not enough for less: half of the rows in a fifth of its 39 categories is a shift that
-    even a test which is told the categories misses (docs/log.md).
+    even a test which is told the categories misses (docs/development/log.md).
     """
     theme = {mode: number for number, modes in enumerate(_THEMES) for mode in modes.split()}
     sizes = Counter(theme[one.mode] for one in pool)

@@ -153,7 +153,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit-s", type=float, default=240.0, help="seconds of updates after which a side ends early"
     )
-    parser.add_argument("--write", type=Path, help="put the table between the markers of this file (docs/speed.md)")
+    parser.add_argument(
+        "--write", type=Path, help="put the table between the markers of this file (docs/development/tuning-speed.md)"
+    )
     arguments = parser.parse_args()
     if arguments.updates < 2:
         parser.error("--updates 2 or more: the first one is not timed")

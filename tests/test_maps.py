@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "sartor"
 DECISIONS = ROOT / "docs" / "decisions"
 WHERE = ROOT / "docs" / "development" / "where-things-are.md"
 # History keeps the names of its day.
-HISTORY = ("CHANGELOG.md", "docs/log.md", "docs/decisions/", "tests/artefacts/", "tests/frozen/")
+HISTORY = ("CHANGELOG.md", "docs/development/log.md", "docs/decisions/", "tests/artefacts/", "tests/frozen/")
 # Files of users, of other libraries and of examples that pages and docstrings name
 OTHERS = {
     "benchmarks/NAME.py",

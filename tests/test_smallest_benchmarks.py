@@ -142,7 +142,7 @@ def test_every_program_is_a_benchmark_with_keys_or_a_part_of_one() -> None:
 
 
 def test_page_of_the_docs_names_every_program() -> None:
-    page = (BENCHMARKS.parent / "docs/benchmarks.md").read_text(encoding="utf-8")
+    page = (BENCHMARKS.parent / "docs/development/benchmarks.md").read_text(encoding="utf-8")
     assert [name for name in programs() if name not in PARTS_OF_OTHERS and f"`{name}`" not in page] == []
 
 

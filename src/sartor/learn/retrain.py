@@ -44,7 +44,7 @@ from sartor.tune.trainer import tune as train
 
 # changes of the live version's tuning, unless `retrain.tuning` says otherwise: factor of the learning rate, and
 # epochs. Few rows, seen twice: a third epoch cost the starter its general talk, and the gate refused every such
-# version (docs/log.md, 60 corrections)
+# version (docs/development/log.md, 60 corrections)
 GENTLE = 0.5
 EPOCHS = 2.0
 

@@ -57,7 +57,7 @@ class Projector(torch.nn.Module):
     is_pooled: the first layer's outputs of `stack` neighbours are averaged, as positions of an image can be; otherwise
     the features are concatenated, as moments of a recording must be.
     mean, spread: (W,) of the features of the training media, by which each channel is standardised. So a channel of
-    small numbers is learnt as fast as the others (docs/log.md).
+    small numbers is learnt as fast as the others (docs/development/log.md).
     """
 
     mean: torch.Tensor

@@ -65,7 +65,8 @@ def _clip() -> bytes:
 MOST_CANARIES = 12
 SAMPLING = Sampling(max_tokens=48)
 # Least mean similarity of the beginnings of replies and recorded replies, 0..1 by edit distance. Only the beginnings
-# are compared, because a long free text diverges after one rounding difference. docs/admission.md has measurements.
+# are compared, because a long free text diverges after one rounding difference. Figures:
+# docs/development/measurements.md
 LEAST_AGREEMENT = 0.65
 COMPARED_CHARACTERS = 80
 # A shorter recorded reply (a label, a number) is the same or not: `ham` and `spam` are 0.86 alike by edits

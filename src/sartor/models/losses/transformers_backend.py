@@ -204,7 +204,7 @@ def matches_single_rows(
         return leak <= 1e-6 and difference <= 1e-3, max(difference, leak)
     reference = _fp32_losses(model, few, device)
     # Without a reference the bounds are absolute: rounding alone costs a root mean square of 0.1 nats, and 1 nat for
-    # one token in hundreds (docs/log.md).
+    # one token in hundreds (docs/development/log.md).
     if reference is None:
         deviation = (plain - packed_losses[n_first:]).abs()
         is_near = _root_mean_square(deviation) <= 0.2 and float(deviation.max()) <= 3.0
@@ -369,7 +369,7 @@ def _cost(
     """Return a clause with the slower backend's time on a few rows over the fused path's."""
     few = [row for row in rows if row.supervised_tokens][:_TIMED_ROWS]
     if fast is None or not few:
-        return "; what that costs cannot be timed here (docs/speed.md has the ratio on the starter)"
+        return "; what that costs cannot be timed here (docs/development/tuning-speed.md has the ratio on the starter)"
     try:
         slow_s = _seconds(lambda: backend.losses(few))
         fast_s = _seconds(lambda: fast.losses(batches.pack(few, device)))
@@ -395,7 +395,9 @@ def _general(
 ) -> PackedTransformersBackend | RowTransformersBackend:
     """Return the packed backend if packing is exact for `model`, else the single-row backend."""
     if count := rounded_twice(model):
-        reason += f"; {count} adapted layers are of a kind that rounds twice in 16 bits (docs/speed.md)"
+        reason += (
+            f"; {count} adapted layers are of a kind that rounds twice in 16 bits (docs/development/tuning-speed.md)"
+        )
     is_exact, difference = packs_exactly(model, rows, device)
     if not is_exact:
         difference_text = (

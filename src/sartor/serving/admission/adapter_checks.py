@@ -451,7 +451,7 @@ def _vocabulary(path: Path) -> int:
 # Largest Frobenius norm that may be added to a weight W of (out, in):
 #   limit = max(0.5 ||W||, 2 sqrt(min(out, in)))
 # The second term is twice the norm of an orthogonal matrix of this size, for a base that was hardly trained.
-# `benchmarks/norms.py` measures real adapters; docs/admission.md has the measurements behind the limit.
+# `benchmarks/norms.py` measures real adapters; docs/development/measurements.md has what the limit was chosen from.
 MOST_OF_WEIGHT = 0.5
 MOST_ORTHOGONAL = 2.0
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
