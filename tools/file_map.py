@@ -30,6 +30,11 @@ WORDLESS = {
     "colours.css": "Colours of plots, in a card and in files of their own.",
     "report.css": "Style of a Report's page, on top of every page's.",
     "py.typed": "Marks the package as typed (PEP 561).",
+    "htmx.LICENSE": "Licence of htmx.min.js (0BSD).",
+    "htmx.min.js": "htmx, vendored; a test holds its digest.",
+    "icon.svg": "Icon of the studio in a browser's tab.",
+    "studio.css": "Style of the studio's pages.",
+    "studio.js": "What htmx does not do: keys, live plots, scrolling.",
     "small_talk.jsonl": "Asset `small-talk`: rows of general talk for rehearsal.",
 }
 HEAD = """\

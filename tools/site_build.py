@@ -106,7 +106,8 @@ def with_links(text: str, page: Path, known: dict[Path, Path], repository: str) 
         text = match["text"]
         if target in known and text == target.name:  # `[install.md](install.md)`: a site has titles in place of files
             text = _title(target)
-        if target in known or target.suffix in MEDIA:
+        is_shown = target.suffix in MEDIA and (match["mark"] or target.is_relative_to(ROOT / "docs"))
+        if target in known or is_shown:
             address = os.path.relpath(known.get(target, site_path(target)), known[page].parent)
             return f"{match['mark']}[{text}]({address}{anchor})"
         if not target.exists() or target.is_relative_to(ROOT / "docs"):

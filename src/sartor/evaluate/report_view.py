@@ -1,4 +1,4 @@
-"""A Report as values for a page: verdicts of its metrics, and its rows with what the tuned model won or lost.
+"""A Report as values for a page: verdicts of metrics, and rows that the tuned model won or lost.
 
 It loads no torch, so that a server of pages may call it.
 """

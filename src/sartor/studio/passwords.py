@@ -1,4 +1,4 @@
-"""Password hashes: Argon2id where the installed `cryptography` has it, otherwise scrypt of the standard library."""
+"""Password hashes: Argon2id where `cryptography` has it, otherwise scrypt."""
 
 from __future__ import annotations
 

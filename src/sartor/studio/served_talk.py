@@ -1,4 +1,4 @@
-"""Conversations with a served Adapter or Release, beside its base, over the server's OpenAI-compatible API.
+"""Conversations with a served Adapter or Release, beside its base, over the server's API.
 
 A conversation is a JSON-lines file below `.studio/talks/`, one turn a line, for its user alone. Each side sees its own
 replies as its history.

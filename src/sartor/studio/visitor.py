@@ -1,4 +1,4 @@
-"""Who sends a request: the user of its session, or nobody; and the token that forms must send back (CSRF).
+"""Who sends a request: the user of its session, or nobody; and the token of forms (CSRF).
 
 The token of a form is a keyed digest of the session's secret, or of a cookie for visitors without a session, which a
 page of elsewhere knows neither. Cookies are HttpOnly and SameSite=Strict. Their names end in the studio's id, since

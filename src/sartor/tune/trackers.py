@@ -1,4 +1,4 @@
-"""Copies of a run's log in MLflow and TensorBoard, on this machine: while a run goes on, or afterwards (verb `track`).
+"""Copies of a run's log in MLflow and TensorBoard, on this machine, during a run or afterwards.
 
 A tracker gets the numbers of each line of log.jsonl, the recipe, ids of base and Dataset, and the Adapter's card. It
 gets no row, prompt or reply. Both are written without a server and without a network:

@@ -1,4 +1,4 @@
-"""Requests to a Hugging Face hub by `huggingface_hub`, with limits on what the hub may do to this machine.
+"""Requests to a Hugging Face hub by `huggingface_hub`, with limits on what the hub may do.
 
 The token goes to the hub's own origin, by TLS or on loopback, and to no other: not by a redirect, by a link to a next
 page or by the address of an upload. Answers are bounded and uncompressed, waits are bounded, and so is the number of

@@ -1,4 +1,4 @@
-"""Starting and stopping of jobs, and what a running job reports: progress with time left, and its losses."""
+"""Starting and stopping of jobs, and what a running one reports: progress, time left, losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate: Reports, base beside tuned with intervals, rows won and lost side by side, the gate, and releasing."""
+"""Evaluate: Reports, base beside tuned with intervals, rows won and lost, the gate, releasing."""
 
 from __future__ import annotations
 
