@@ -51,6 +51,8 @@ FOREIGN = {
     "--local-dir": "hf download",
     "--gpus": "docker run",
     "--option": "any option, in a remedy",
+    "--install-completion": "cyclopts",
+    "--output": "cyclopts, of --install-completion",
 }
 
 
