@@ -53,6 +53,7 @@ FOREIGN = {
     "--option": "any option, in a remedy",
     "--install-completion": "cyclopts",
     "--output": "cyclopts, of --install-completion",
+    "--shell": "the same",
 }
 
 

@@ -61,6 +61,7 @@ VARIABLES = (
         Use.READ,
         "Second folder in memory for what may not lie on a disk, where `/dev/shm` is none: tuning of a person's rows.",
     ),
+    Variable("HF_ENDPOINT", Use.TUNED, "Address of another hub, also of `push` and `pull`."),
     Variable("HF_HUB_OFFLINE", Use.TUNED, "No request to the hub. Sartor names it where a base could not be fetched."),
     Variable(
         "OMP_NUM_THREADS",
@@ -97,9 +98,8 @@ VARIABLES = (
     Variable("LIMITED_BY_SARTOR", Use.CHILD, "Programs under resource limits: a mark that finds their processes."),
     Variable("VLLM_API_KEY", Use.CHILD, "vLLM, in the command that Sartor prints: the variable of `engine.key_env`."),
     Variable("VLLM_ALLOW_RUNTIME_LORA_UPDATING", Use.CHILD, "vLLM, in the command that Sartor prints: True."),
-    Variable("HF_TOKEN", Use.LIBRARY, "`huggingface_hub`, `datasets`: bases and data sets that ask for rights."),
+    Variable("HF_TOKEN", Use.LIBRARY, "`huggingface_hub`, `datasets`, `push`: repositories that ask for rights."),
     Variable("HF_HOME", Use.LIBRARY, "`huggingface_hub`, `datasets`: folder of what was fetched from the hub."),
-    Variable("HF_ENDPOINT", Use.LIBRARY, "`huggingface_hub`, `datasets`: address of another hub."),
     Variable("PIP_INDEX_URL", Use.LIBRARY, "pip: the package index, from which assets come too; so do other `PIP_*`."),
 )
 NAMED_BY_OPTIONS = """\
