@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sartor.cli import GROUPS, _table, app, main
+from sartor.cli import GROUPS, _show, _table, app, main
 from sartor.cli.app import prompt_of
 from sartor.cli.old_spellings import _RENAMED, renew
 from sartor.core import signing
@@ -152,6 +152,13 @@ def test_rows_are_a_table_and_a_pipe_gets_whole_lines() -> None:
     lines = _table(rows)
     assert lines[0].split() == ["name", "what", "kept"] and len(lines) == 3 and "x" * 300 in lines[1]
     assert lines[2].split() == ["longer", "3"]
+
+
+def test_what_there_is_none_of_is_in_the_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the receipt of a local reply."""
+    for as_json, shown in ((False, "reply  yes\n"), (True, '{"reply": "yes", "receipt": null}\n')):
+        _show({"reply": "yes", "receipt": None}, as_json)
+        assert capsys.readouterr().out == shown
 
 
 def test_prompt_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,12 @@ def adapter_of(path: Path, dataset: Artifact) -> Artifact:
     return write_artifact(path, "adapter", fill)
 
 
-def report_of(path: Path, adapter: Artifact, rows: Sequence[Mapping[str, Any]] | None = None) -> Artifact:
+def report_of(
+    path: Path,
+    adapter: Artifact,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    probes: Mapping[str, Any] | None = None,
+) -> Artifact:
     """A Report in which the tuned model won two rows, lost one, and both were right of one."""
     if rows is None:
         scores = (("won", 0.0, 1.0), ("won", 0.0, 1.0), ("lost", 1.0, 0.0), ("same", 1.0, 1.0))
@@ -102,7 +107,7 @@ def report_of(path: Path, adapter: Artifact, rows: Sequence[Mapping[str, Any]] |
                 "exact_match": metric,
                 "loss": {"base": 3.0, "tuned": 1.0, "difference": -2.0, "low": -3.0, "high": -1.0},
             },
-            "probes": {},
+            "probes": dict(probes or {}),
             "warnings": [{"problem": "four rows are few", "remedy": "add rows"}],
             "rows": len(rows),
             "groups": len(rows),

@@ -175,6 +175,17 @@ def test_report_opens_with_rows_that_there_are(site: Site) -> None:
     assert "tuned a" in site.page("/evaluate/faq/all-right")
 
 
+def test_report_says_where_the_tuned_model_is_worse(site: Site) -> None:
+    """Beside the verdict on the primary metric: a gain is no news where the gate will hold the Release back."""
+    write_specialist(site.folder)
+    adapter = sartor.open(site.folder / "faq" / "adapter")
+    language = {"base": 2.0, "tuned": 2.5, "difference": 0.5, "low": 0.4, "high": 0.6}
+    report_of(site.folder / "faq" / "forgets", adapter, probes={"language": language})
+    text = site.page("/evaluate/faq/forgets")
+    assert "It is worse at: language loss (forgetting)." in text
+    assert "It is worse at" not in site.page("/evaluate/faq/report")
+
+
 def test_adapter_shows_its_losses(full: Site) -> None:
     text = full.page("/artefact/faq/adapter")
     points = re.search(r'<polyline class=line points="([^"]+)"', text)

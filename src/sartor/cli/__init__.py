@@ -248,8 +248,10 @@ def _show(result: Any, as_json: bool) -> None:
 
         result.draw(Console())
         return
-    rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in payload.items()]
-    width = max(len(name) for name, _ in rows)
+    # what there is none of, as the receipt of a local reply, is in the JSON alone
+    present = [(key, value) for key, value in payload.items() if value is not None]
+    rows = result.table() if hasattr(result, "table") else present
+    width = max((len(name) for name, _ in rows), default=0)
     lines: list[str] = []
     for name, value in rows:
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):

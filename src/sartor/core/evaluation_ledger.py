@@ -57,7 +57,8 @@ class ChoiceEvidence:
     def sentence(self) -> str:
         """Sentence that explains the counts."""
         plural = "" if self.evaluations_known == 1 else "s"
-        adapters = f"{self.adapters_known} adapter{'' if self.adapters_known == 1 else 's'}"
+        # evaluations of a run's checkpoints chose its weights, so each of them counts
+        adapters = "1 adapter" if self.adapters_known == 1 else f"{self.adapters_known} adapters or checkpoints"
         text = (
             f"at least {self.evaluations_known} evaluation{plural} of these rows known on this machine since "
             f"{self.since}, "

@@ -62,7 +62,7 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
     if kind_of(out) != "adapter":
         check_output_free(out, replace=False)
         if not result.checkpoint:
-            notice(f"there is no checkpoint in {folder_of(out)}; starting from the beginning")
+            notice(f"no earlier run left a checkpoint in {folder_of(out)}: starting from the beginning")
     return result
 
 
