@@ -44,6 +44,13 @@ def steps_of_the_tour(base: Path) -> Iterator[tuple[str, str, str]]:
             yield from (("", "bash", script) for script in scripts(body))
 
 
+# It serves until Ctrl-C; here until it has printed its address. `kill -0` ends the script if it ended before.
+STUDIO = (
+    "sartor studio . --port 0 >studio.out 2>&1 & until grep -q http:// studio.out; do kill -0 $!; sleep 0.2; done; "
+    "kill $!; wait $! || true; rm studio.out; "
+)
+
+
 def wait_until_listening(output: Path, server: subprocess.Popen[bytes]) -> None:
     give_up = time.monotonic() + START_S
     while "listening" not in output.read_text():
@@ -72,6 +79,7 @@ def test_commands_of_the_tour_succeed(tmp_path: Path, tiny_base: Path, commands:
                     )
                 wait_until_listening(output, servers[-1])
                 continue
+            text = text.replace("sartor studio .", STUDIO)
             command = ["python", "-c", text] if program == "python" else ["bash", "-euo", "pipefail", "-c", text]
             done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
