@@ -137,3 +137,4 @@ def test_progress_file_that_cannot_be_written_to_stops_nothing(
     monkeypatch.setenv(progress.PROGRESS_FILE, str(tmp_path / "nowhere" / "x"))
     with Progress("tune", 1, "updates", lambda line: None) as tuning:
         tuning.show(1)
+    assert tuning.done == 1 and not (tmp_path / "nowhere").exists()
