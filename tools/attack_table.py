@@ -35,7 +35,7 @@ MEANINGS = {
     NEW: "the test cannot run there, since what it tests did not exist",
     SOUND: "the older code held too: the test is a guard",
     SKIPPED: "not run: something that it needs was absent",
-    UNKNOWN: f"no result within {LIMIT_S} s a file",
+    UNKNOWN: f"not run, or no result within {LIMIT_S} s a file",
 }
 ABSENT = re.compile(
     r"ImportError|ModuleNotFoundError|AttributeError|fixture '\w+' not found|unexpected keyword argument|"
