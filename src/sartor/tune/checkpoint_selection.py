@@ -116,9 +116,7 @@ class CheckpointSelection:
         longest = max((len(replies[index][1]) for batch in batches for index in batch), default=0) + _SPARE_TOKENS
         asked = [prompt_rows[index] for batch in batches for index in batch]
         # weights are read where the training has them: a second copy would need as much memory as the base
-        decoder = paired_replies.open_pair(
-            model, asked, longest, cache_tokens=_CACHE_TOKENS, moves_weights=False
-        )
+        decoder = paired_replies.open_pair(model, asked, longest, cache_tokens=_CACHE_TOKENS, moves_weights=False)
         if decoder is None:
             batches = reply_batches(replies, context, _BATCH_ROWS)
         for batch in batches:
