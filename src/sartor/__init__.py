@@ -43,6 +43,7 @@ _NAMES = {
     "ask_team": "sartor.serving.commands.ask_team:ask_team",
     "bias": "sartor.curate.bias_report:bias",
     "chat": "sartor.quickstart.chat:chat",
+    "compare_costs": "sartor.tune.cost_comparison:compare_costs",
     "curate": "sartor.curate",
     "dedup": "sartor.curate.dedup.dedup_files:dedup",
     "demo": "sartor.demo",

@@ -213,7 +213,15 @@ def schema(name: str = "", *, out: Path | None = None, replace: REPLACE = False)
 
 
 @app.command
-def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
+def plan(
+    recipe: Path,
+    *flags: Flags,
+    device: str = "",
+    price: str = "",
+    compare: REPLACE = False,
+    bases: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    gpu: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+) -> Any:
     """Forecast the cost of `tune`: time, peak memory and an evaluation with intervals, warnings, refusals.
 
     A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
@@ -222,7 +230,16 @@ def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
         recipe: YAML file of a tuning
         device: cpu, cuda or mps; by default the one that tune would take
         price: of this machine, 0.45/h (also /d, /min, /s), for the cost
+        compare: what full fine-tuning, LoRA and QLoRA of these rows would cost on bases from 135 M to 70 B
+        bases: with --compare: only these (SmolLM2-135M Llama-3.1-8B ...)
+        gpu: with --compare: also on this GPU, with a price an hour (h100=2.50); from data sheets; also several
     """
+    if (bases or gpu) and not compare:
+        raise ConfigError("--bases and --gpu belong to --compare", "sartor plan RECIPE --compare --gpu h100")
+    if compare:
+        return sartor.compare_costs(
+            sartor.load_recipe(recipe, flags), bases=bases, gpus=gpu, device=device, price=price, notice=notice
+        )
     return sartor.plan(sartor.load_recipe(recipe, flags), device=device, price=price, notice=notice)
 
 
