@@ -245,11 +245,20 @@ def plan(
 
 @app.command
 def tune(
-    recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, prove: REPLACE = False, replace: REPLACE = False
+    recipe: Path,
+    *flags: Flags,
+    out: Path,
+    resume: REPLACE = False,
+    prove: REPLACE = False,
+    replace: REPLACE = False,
+    sweep: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    trials: int | None = None,
+    halving: int = 3,
 ) -> Any:
     """Fine-tune a base on a Dataset to make an Adapter.
 
-    Options of the recipe can be given as flags (--method.rank 8).
+    Options of the recipe can be given as flags (--method.rank 8). With --sweep trials of several values are tuned, the
+    better ones with more of the budget, and the winner's Adapter is kept.
 
     Args:
         recipe: YAML file
@@ -257,7 +266,25 @@ def tune(
         resume: resume from the newest checkpoint of a run that was stopped or killed
         prove: first compare losses and every gradient with the plain computation, and stop if they differ
         replace: start over, and replace an existing Adapter
+        sweep: try these values of an option (method.rank=8,16); also several options, whose values are combined
+        trials: with --sweep: only so many of the combinations, drawn by the seed
+        halving: with --sweep: one of so many trials goes on, with so many times the budget
     """
+    if sweep:
+        if prove:
+            raise ConfigError("--prove is of one run, and --sweep has several", "sartor tune RECIPE --out DIR --prove")
+        return sartor.sweep(
+            sartor.load_recipe(recipe, flags),
+            sartor.parse_grid(sweep),
+            out,
+            trials=trials,
+            factor=halving,
+            resume=resume,
+            replace=replace,
+            notice=notice,
+        )
+    if trials is not None:
+        raise ConfigError("--trials belongs to --sweep", "--sweep optimizer.learning_rate=1e-4,5e-4 --trials 2")
     return sartor.tune(
         sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice
     )
