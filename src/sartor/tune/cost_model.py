@@ -360,6 +360,7 @@ class MemoryModel:
     limit_bytes: what this process can hold at all.
     bound: name of what sets the limit.
     kernel_bytes: code of matrix products that oneDNN will still cache, for micro-batches of new lengths.
+    excess_bytes: growth of a small micro-batch above the scaled formula; it does not grow with the micro-batch.
     """
 
     shape: ModelShape
@@ -369,6 +370,7 @@ class MemoryModel:
     limit_bytes: int
     bound: str
     kernel_bytes: int = 0
+    excess_bytes: float = 0.0
 
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Return the bytes above `resident_bytes` during a micro-batch, under this or another shape."""
@@ -378,7 +380,7 @@ class MemoryModel:
         )
         grown = self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
         # low end: if an update is one micro-batch, gradients (fp32) are allocated while its activations are freed
-        return replace(grown, low=grown.low - 4 * shape.trainable)
+        return replace(grown, low=grown.low - 4 * shape.trainable, high=grown.high + self.excess_bytes)
 
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Return the bytes held at once from here on, which have to fit."""
@@ -404,16 +406,22 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     """Return the memory model fitted to a probe's samples; without samples, the formula with wide ends."""
     available = hardware.available_bytes(probe.device)
     resident_bytes = hardware.resident_bytes(probe.device)
-    ratios = [
-        sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
+    measured = [
+        (shape.activation_bytes(sample.load) + 4 * shape.trainable, sample.growth_bytes)
         for sample in sorted(probe.samples, key=lambda sample: shape.activation_bytes(sample.load))
         if sample.growth_bytes is not None and sample.growth_bytes > NOISE_BYTES
     ]
     low, estimate, high = UNMEASURED_FAST if probe.path.name == "fast" else UNMEASURED
-    if ratios:
+    excess_bytes = 0.0
+    if measured:
         # the heaviest sample is the nearest to the run's own micro-batches
-        estimate = ratios[-1]
-        low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
+        heaviest, growth = measured[-1]
+        estimate = growth / heaviest
+        ratios = [growth / expected for expected, growth in measured]
+        heavy_ratios = [growth / expected for expected, growth in measured if 2 * expected >= heaviest]
+        low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(heavy_ratios) * (1 + MEMORY_ALLOWANCE)
+        # what a small sample needs above the formula is held once (buffers, code) and must not be scaled up
+        excess_bytes = max(max(growth - estimate * expected for expected, growth in measured), 0.0)
     kernel_bytes = 0
     if probe.device.type == "cpu":
         kernel_bytes = probe.left_bytes * max(hardware.cached_batch_shapes() - PROBED_SHAPES, 0)
@@ -425,6 +433,7 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         limit_bytes=resident_bytes + available.bytes,
         bound=available.bound,
         kernel_bytes=kernel_bytes,
+        excess_bytes=excess_bytes,
     )
 
 

@@ -346,7 +346,7 @@ def _scored(trial: SweepTrial, run: Mapping[str, Any]) -> SweepTrial:
     """Return the trial with the figures of its run. Raises ConfigError if nothing was held out."""
     loss, selection = run["loss"].get("eval"), run.get("selection")
     if loss is None:
-        raise ConfigError("no row is held out, so trials cannot be compared", "--data.eval_fraction 0.1")
+        raise ConfigError("no row is held out, so trials cannot be compared", "--data.eval_fraction 0.1 and --data.eval_rows 64")
     is_exact = bool(selection) and selection["metric"] == "exact_match"
     return SweepTrial(
         **{
