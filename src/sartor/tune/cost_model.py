@@ -160,6 +160,7 @@ class TimingProbe:
         # memory that the last micro-batch did not release: kernel code for its length, buffers that grew
         self.left_bytes = 0
         self.samples: list[TimedBatch] = []
+        self._most_tokens = 0
 
     def peak_bytes(self) -> int:
         """Return the most memory held since the peak was restarted for the base, else by this process."""
@@ -176,7 +177,13 @@ class TimingProbe:
             self.samples[-1] = replace(self.samples[-1], growth_bytes=growth - self.left_bytes)
 
     def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
-        """Return the seconds of one micro-batch over `rows`. `warm_up` leaves it out of `samples`."""
+        """Return the seconds of one micro-batch over `rows`. `warm_up` leaves it out of `samples`.
+
+        The memory of a micro-batch that follows a larger one is not measured: the heap still holds the larger one's.
+        """
+        load = self.load_of(rows)
+        is_largest = load.computed >= LARGEST_FRACTION * self._most_tokens
+        self._most_tokens = max(load.computed, self._most_tokens)
         with self._untouched():
             self._past_peak_bytes = self.peak_bytes()
             is_measured = hardware.restart_peak(self.device)
@@ -186,11 +193,13 @@ class TimingProbe:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.monotonic() - start_s
-            growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
+            growth = None
+            if is_measured and is_largest:
+                growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes
         if warm_up and not self.samples:
             self.settle()
         elif not warm_up:
-            self.samples.append(TimedBatch(self.load_of(rows), seconds, growth))
+            self.samples.append(TimedBatch(load, seconds, growth))
         return seconds
 
     def load_of(self, rows: Sequence[TokenizedExample]) -> BatchLoad:
@@ -245,6 +254,8 @@ UNMEASURED = (0.6, 1.0, 1.6)
 UNMEASURED_FAST = (0.3, 0.5, 0.8)
 # Memory that the process will still take (low, estimate, high): libraries that load at first use, allocator arenas
 SETTLING_BYTES = (0.0, 16e6, 64e6)
+# A micro-batch with at least this part of the tokens of the largest before it is measured
+LARGEST_FRACTION = 0.9
 # Smaller growth is noise of the allocator and says nothing about the activations
 NOISE_BYTES = 16 * 2**20
 # Number of micro-batch lengths for which oneDNN has kernel code after a probe
