@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from sartor.core import config, reply_markup
+from sartor.core.adapter_methods import SERVED, method_of
 from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import (
     ConfigError,
