@@ -157,10 +157,12 @@ def _whole_modules(model: Any, targets: Sequence[str] | str, top_layers: int | N
         return sorted(linear_shapes(model, targets, top_layers))
     layers = _top(model, top_layers)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    names = []
+    names: list[str] = []
     for name, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
+        if not name or next(module.parameters(recurse=False), None) is None:
             continue
+        if any(name.startswith(f"{chosen}.") for chosen in names):
+            continue  # a part of a module that has weights of its own
         if layers is not None and _layer_of(name) not in layers:
             continue
         if module is head and _is_tied(model):
@@ -191,12 +193,14 @@ def linear_shapes(
     for name, module in model.named_modules():
         layer = getattr(module, "base_layer", module)
         is_targeted = any(name == target or name.endswith(f".{target}") for target in names)
-        if not is_targeted or not hasattr(layer, "weight") or (module is head and isinstance(targets, str)):
+        if not is_targeted or (module is head and isinstance(targets, str)):
             continue
-        if layers is None or _layer_of(name) in layers:
-            outs, ins = layer.weight.shape
-            is_transposed = type(layer).__name__ == "Conv1D"
-            shapes[name] = (ins, outs) if is_transposed else (outs, ins)
+        if layers is not None and _layer_of(name) not in layers:
+            continue
+        if isinstance(layer, torch.nn.Linear):  # a quantised one packs its weight, so its shape is not that
+            shapes[name] = layer.out_features, layer.in_features
+        elif type(layer).__name__ == "Conv1D":
+            shapes[name] = layer.weight.shape[1], layer.weight.shape[0]
     return shapes
 
 
