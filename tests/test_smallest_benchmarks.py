@@ -54,6 +54,8 @@ KEYS = {
     "rollback_requests rollback.false_rollbacks personal.gain.estimate deleted_found",
     "learn_personal": "personal.gain.estimate personal.gain.low personal.learners deleted_found left",
     "learn_rollback": "drifts false_rollbacks.count runs",
+    "methods": "sets.banking77.lora.metric.low sets.banking77.oft.forgetting sets.snips.full.trainable_fraction sets.snips.ia3.tokens_per_s.mean "
+    "sets.snips.pissa.peak_memory_bytes.high regret.banking77.within regret.snips.low base_parameters machine",
     "multimodal": "textile.both textile.image_only textile.text_only textile.linear_probe textile.shuffled solar.model "
     "speech.exact_match.end_to_end speech.exact_match.cascade speech.wer cached.image.ratio cached_ratio.audio",
     "norms": "adapters",

@@ -152,6 +152,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "data.reuse_frozen": False,
     "trace.features": False,
     "optimizer.epsilon": 1e-8,
+    "optimizer.b_rate_ratio": 1.0,
 }
 
 

@@ -2,7 +2,7 @@
 
     Dataset --encode--> rows --order--> updates --pack--> micro-batches --loss--> gradients --AdamW--> Adapter
 
-The base is frozen; only the adapter's fp32 factors have gradients and optimiser state.
+The base is frozen; only what the method puts on it, in fp32, has gradients and optimiser state.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, ful
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.gradient_features import FeatureRecorder
-from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
+from sartor.tune.model_setup import (
+    calibrate,
+    inject_recipe_adapter,
+    open_recipe_base,
+    rehearsal_of,
+    start_of,
+    stored_bytes,
+)
 from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft, Tracking
 from sartor.tune.recipe import load as load_recipe
@@ -165,7 +172,9 @@ def _tune(
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
-    preflight.check_disk(out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep)
+    preflight.check_disk(
+        out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep, stored_bytes(recipe, model)
+    )
     if recipe.weights == "best":
         evaluation_ledger.check_ledger()  # before time is spent on evaluations that it could not record
     environment = resumption.environment(base)
