@@ -249,6 +249,8 @@ def check_replayable(traced: TracedAdapter) -> None:
         reasons.append("it was tuned on top of a frozen version, as a personal one")
     if manifest.get("recipe", {}).get("method", {}).get("kind") == "pissa":
         reasons.append("its method is pissa, whose file has the start beside what was trained")
+    if traced.manifest.get("recipe", {}).get("objective", {}).get("kind") == "distil":
+        reasons.append("its objective is distil, whose teacher and sampled replies are not repeated")
     missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
     missing += [key for key in ("recipe", "fingerprint", "base") if key not in manifest]
     if missing and not reasons:

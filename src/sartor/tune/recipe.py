@@ -205,6 +205,65 @@ class Simpo:
         _preferring(self, "margin", "sft_weight", "plain_weight")
 
 
+@dataclass(frozen=True)
+class TeacherEndpoint:
+    """Teacher behind an OpenAI-compatible endpoint, whose completions give the log-probabilities of a prompt.
+
+    vLLM and SGLang do. The prompts are sent as token ids of `tokenizer`, with its chat template.
+    """
+
+    url: str = option(REQUIRED, "address with /v1, such as http://127.0.0.1:8000/v1")
+    model: str = option(REQUIRED, "model's name there")
+    tokenizer: str = option(
+        "", "base whose tokenizer and chat template that model has: a directory or hub name; empty: the student's"
+    )
+    key_env: str = option("", "environment variable that holds the key")
+    licence: str = option("", "SPDX licence or LicenseRef of the teacher, joined to that of the rows")
+    at_once: int = option(4, "requests at the same time")
+    tries: int = option(6, "attempts for one request, with doubling pauses")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "at_once", "tries")
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Distillation: the next-token distributions of a teacher (Agarwal et al. 2023, arXiv:2306.13649).
+
+    On-policy the student samples the replies, and the teacher scores them.
+    """
+
+    teacher: str | TeacherEndpoint = option(
+        REQUIRED,
+        "base (the student's own, untouched), another base, an Adapter or Release, or {url:, model:} of an endpoint",
+    )
+    on_policy: float = option(0.0, "fraction of the rows whose reply the student samples anew at each update, 0..1")
+    divergence: Literal["reverse", "forward", "jensen"] = option(
+        "reverse", "reverse: KL(student || teacher); forward: KL(teacher || student); jensen: between both"
+    )
+    mixture: float = option(0.5, "beta of jensen: weight of the teacher in the mixture, above 0 and below 1")
+    top_k: int = option(16, "tokens of the teacher that are compared one by one; the rest is one bin")
+    max_reply_tokens: int = option(128, "longest sampled reply")
+    temperature: float = option(1.0, "of sampled replies; 0 takes the likeliest tokens")
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rehearsal")
+    stop_at_forgetting: float | None = option(
+        None,
+        "end the run once the held-out rows cost at most so many nats a token more than under the teacher, by the "
+        "upper end of the 95 % interval",
+    )
+    kind: Literal["distil"] = "distil"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "plain_weight", "temperature")
+        _at_least(self, 1, "top_k", "max_reply_tokens")
+        if self.teacher == "":
+            raise ConfigError("teacher is empty", "objective: {kind: distil, teacher: base}")
+        if not 0 <= self.on_policy <= 1:
+            raise ConfigError(f"on_policy is {self.on_policy}; it must be in 0..1", "on_policy: 1.0")
+        if not 0 < self.mixture < 1:
+            raise ConfigError(f"mixture is {self.mixture}; it must be above 0 and below 1", "mixture: 0.5")
+
+
 def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
     _at_least(objective, 0, *weights)
     if objective.beta <= 0:
@@ -212,7 +271,7 @@ def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
         raise ConfigError(f"beta is {objective.beta}; it must be above 0", f"beta: {default}")
 
 
-Objective = Sft | Dpo | Kto | Orpo | Simpo
+Objective = Sft | Dpo | Kto | Orpo | Simpo | Distil
 # Objectives of pairs of a preferred and a rejected reply, and those whose loss needs the model before its first update
 PAIRED, REFERENCED = (Dpo, Orpo, Simpo), (Dpo, Kto)
 
@@ -381,6 +440,8 @@ class Recipe:
             problem = f"the best weights are chosen by replies, and the objective is {self.objective.kind}"
             raise ConfigError(problem, "weights: last")
         self._check_method()
+        if isinstance(self.objective, Distil):
+            self._check_distil()
 
     def _check_method(self) -> None:
         """Raise ConfigError for a method beside an option that it does not support."""
@@ -397,6 +458,13 @@ class Recipe:
             problem = f"trace.features sketches the factors of plain LoRA, and the method is {method.kind}"
             problem += f" with b_rate_ratio {ratio:g}" if ratio != 1 else ""
             raise ConfigError(problem, "trace: {features: false}, or method: {kind: lora} and b_rate_ratio: 1.0")
+
+    def _check_distil(self) -> None:
+        if self.trace.features:
+            problem = "trace.features records gradients of the rows' own replies, and the objective is distil"
+            raise ConfigError(problem, "trace: {features: false}")
+        if self.base.towers:
+            raise ConfigError("the objective is distil, which reads text alone", "base: without image and audio")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sartor.core.errors import ArtifactError, ModelError, StoppedError
+from sartor.core.errors import ArtifactError, ModelError, SartorError, StoppedError
 from sartor.core.model_refs import BaseRef
 from sartor.core.processes import DeferredSignals
 from sartor.models import hardware, packing
@@ -136,6 +136,8 @@ class TrainingRun:
         self.row_losses: list[float] = []
         self.proof: dict[str, float] | None = None
         self.position, self.rehearsal_position = sampler.START, sampler.RehearsalPosition()
+        # set by an evaluation that ends the run before its budget
+        self.is_done = False
         # facts of the objective about the last update, besides its loss
         self.objective_facts: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
@@ -206,7 +208,7 @@ class TrainingRun:
             if self.evaluation_points and fraction >= self.evaluation_points[0]:
                 self.evaluation_points = [point for point in self.evaluation_points if point > fraction]
                 self._evaluate()
-            if fraction >= 1:
+            if fraction >= 1 or self.is_done:
                 break
             if signals.received or self.saver.is_due:
                 self.save()
@@ -327,7 +329,7 @@ class TrainingRun:
         random_state = RandomState.capture(self.base.device)
         try:
             self._update(rows)
-        except ModelError:
+        except SartorError:
             random_state.put_back(self.base.device)
             self.save()
             raise
