@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,16 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples/notebooks").glob("*
 
 
 @pytest.fixture
-def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run in, with a SARTOR_HOME of its own."""
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict[str, str]) -> Path:
+    """A folder to run in, with a SARTOR_HOME of its own; `warm` is a kernel that has imported its libraries before."""
     monkeypatch.setenv("SARTOR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    python = str(Path(commands["PATH"].split(os.pathsep)[0]) / "python")
+    argv = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "warm", "language": "python"}
+    (tmp_path / "jupyter/kernels/warm").mkdir(parents=True)
+    (tmp_path / "jupyter/kernels/warm/kernel.json").write_text(json.dumps(spec))
     return tmp_path
 
 
@@ -41,7 +49,7 @@ def run(notebook: Any, folder: Path) -> list[Any]:
     import nbclient  # of the extra dev; the default tier collects this file without it
 
     resources = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="warm", resources=resources).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
