@@ -204,6 +204,7 @@ class RecipeForm:
 
     def _parsed(self, name: str, text: str, schema: Schema) -> Any:
         kind = self._kind(schema)
+        text = text.replace("\r\n", "\n")  # as browsers end the lines of a text area
         if kind is FieldKind.CHOICE:
             return next((choice for choice in _choices(schema) if _shown(choice, kind) == text), text)
         if kind is FieldKind.NUMBER:

@@ -55,7 +55,8 @@ def change(request: Request, visitor: Owner, form: PostedForm) -> Response:
     """Take a changed recipe: add, remove or move a part, check it, or start it as a job."""
     studio = studio_of(request)
     action, _, target = text_field(form, "do").partition(":")
-    text = text_field(form, "yaml", max_chars=MAX_YAML_CHARS)
+    text_field(form, "yaml", max_chars=MAX_YAML_CHARS)
+    text = str(form.get("yaml", ""))  # with the indentation of its first line
     try:
         stated = parse_yaml(text, "the recipe") if action == "yaml" else _curate_form().read(_fields(form))
     except ConfigError as error:
