@@ -16,7 +16,20 @@ from sartor.core.parquet_io import DROPS, EXAMPLES, ROWS_PER_GROUP
 
 ROWS = 1_003_521
 ROWS_PER_FILE = 100_000
-_WORDS = "delivery refund parcel invoice Saturday warehouse courier address order payment card gift".split()
+_WORDS = [
+    "delivery",
+    "refund",
+    "parcel",
+    "invoice",
+    "Saturday",
+    "warehouse",
+    "courier",
+    "address",
+    "order",
+    "payment",
+    "card",
+    "gift",
+]
 _MESSAGE_TYPE = EXAMPLES.field("messages").type.value_type
 _PART_TYPE = _MESSAGE_TYPE.field("content").type.value_type
 

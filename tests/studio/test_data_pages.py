@@ -236,3 +236,44 @@ def test_card_is_sent_without_any_right_to_act(site: Site) -> None:
     assert site.client.get("/card/data").status_code == 422
     dataset_of(site.folder / "other", 10)
     assert site.client.get("/card/other").status_code == 404
+
+
+ROUTES = (
+    "/media/",
+    "/card/",
+    "/sources/",
+    "/duplicates/",
+    "/slices/",
+    "/agreement/",
+    "/recipe?dataset=",
+    "/recipe?file=",
+)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "name", ["../outside", "%2e%2e/outside", "..%2foutside", "/etc/passwd", "link", ".studio", "x%00"]
+)
+def test_no_path_leads_out_of_the_folder(site: Site, route: str, name: str) -> None:
+    media_dataset(site.folder.parent / "outside", [media_row("image", "media/picture.png", "secret")])
+    (site.folder / "link").symlink_to(site.folder.parent / "outside")
+    site.client = site.new_client()
+    site.log_in(Role.OWNER, "owner")
+    answer = site.client.get(f"{route}{name}{'&' if '?' in route else '?'}at=0")
+    assert answer.status_code in (307, 400, 404), answer.text[:500]
+    assert "secret" not in answer.text and "root:" not in answer.text
+
+
+@pytest.mark.parametrize("role", [Role.VIEWER, Role.REVIEWER])
+def test_recipes_are_for_owners(site: Site, role: Role) -> None:
+    site.client = site.new_client()
+    site.log_in(role, "other")
+    for answer in (
+        site.client.get("/recipe"),
+        site.client.post("/recipe", data={"csrf": site.csrf("/"), "do": "check"}),
+    ):
+        assert answer.status_code == 403
+    site.client = site.new_client()
+    site.log_in(Role.OWNER, "owner")
+    assert site.client.post("/recipe", data={"csrf": "0" * 64, "do": "start", "name": "x"}).status_code == 403
+    assert not (site.folder / "x").exists()
