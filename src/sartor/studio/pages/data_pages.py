@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
-from sartor.core.artifacts import check_file
+from sartor.core.artifacts import Artifact, check_file
 from sartor.core.html import flat
 from sartor.core.text_differences import TextPiece, differences, pieces
 from sartor.serving.http.http_errors import NotFoundError
@@ -21,6 +21,7 @@ from sartor.studio.dataset_rows import (
     RowFilter,
     RowTable,
     plain_messages,
+    row_media,
     row_text,
 )
 from sartor.studio.duplicate_groups import PAGE_GROUPS, duplicate_groups
@@ -46,6 +47,7 @@ class DropView:
     """A drop beside the row that was kept in its place, with the differing words marked.
 
     kept_position: of that row among the Dataset's rows; None if there is none.
+    kept_files: its pictures and recordings.
     """
 
     position: int
@@ -53,6 +55,7 @@ class DropView:
     pieces: Sequence[TextPiece]
     kept_pieces: Sequence[TextPiece]
     kept_position: int | None
+    kept_files: Sequence[dict[str, Any]] = ()
 
 
 @router.get("/data")
@@ -98,7 +101,7 @@ def rows(
         title=name,
         name=name,
         dataset=dataset,
-        splits=dataset.manifest.get("counts", {}).get("splits", {}),
+        splits=_splits(dataset),
         dropped_total=drops.total,
         split=split,
         q=q[:MAX_QUERY_CHARS],
@@ -108,6 +111,15 @@ def rows(
         shown_chars=SHOWN_CHARS,
         **context,
     )
+
+
+def _splits(dataset: Artifact) -> dict[str, int]:
+    """Return the rows of each split by the manifest, which may be written by anybody."""
+    counts = dataset.manifest.get("counts")
+    splits = counts.get("splits") if isinstance(counts, Mapping) else None
+    if not isinstance(splits, Mapping):
+        return {}
+    return {str(name)[:60]: count for name, count in splits.items() if isinstance(count, int)}
 
 
 def _by_reason(drops: RowTable, *, only_duplicates: bool = False) -> dict[str, int]:
@@ -129,7 +141,8 @@ def _drop_views(rows: Sequence[tuple[int, dict[str, Any]]], examples: RowTable) 
             shown, kept = differences(text, row_text(kept_rows[kept_position])[: max(len(text), SHOWN_CHARS)])
         elif kept_position is not None:
             kept = pieces(row_text(kept_rows[kept_position]))
-        views.append(DropView(position, drop, shown, kept, kept_position))
+        files = row_media(kept_rows[kept_position]) if kept_position is not None else []
+        views.append(DropView(position, drop, shown, kept, kept_position, files))
     return views
 
 
@@ -184,8 +197,9 @@ def card(request: Request, visitor: Viewer, name: str) -> Response:
 def sources(request: Request, visitor: Viewer, name: str) -> Response:
     """Show the sources of a Dataset with their rows, the reasons of the dropped ones, and the recipe."""
     dataset = studio_of(request).folder.artifact(name, ("dataset",))
+    drops = RowTable(dataset, DROPS)
     listed = [source for source in dataset.manifest.get("sources") or [] if isinstance(source, Mapping)]
-    recipe = dataset.manifest.get("recipe")
+    recipe, counts = dataset.manifest.get("recipe"), dataset.manifest.get("counts")
     return render(
         request,
         visitor,
@@ -195,8 +209,10 @@ def sources(request: Request, visitor: Viewer, name: str) -> Response:
         dataset=dataset,
         sources=listed[:MAX_SOURCES],
         more_sources=len(listed) - MAX_SOURCES,
-        reasons=_reasons_by_source(RowTable(dataset, DROPS)),
-        counts=dataset.manifest.get("counts") or {},
+        reasons=_reasons_by_source(drops),
+        splits=_splits(dataset),
+        dropped_total=drops.total,
+        counts=counts if isinstance(counts, Mapping) else {},
         steps=list(flat(dataset.manifest.get("steps") or {}).items())[:100],
         obligations=dataset.manifest.get("obligations") or [],
         conflicts=dataset.manifest.get("licence_conflicts") or [],
@@ -229,7 +245,7 @@ def duplicates(request: Request, visitor: Viewer, name: str, reason: str = "", s
         "data_duplicates",
         title=name,
         name=name,
-        splits=dataset.manifest.get("counts", {}).get("splits", {}),
+        splits=_splits(dataset),
         dropped_total=drops.total,
         groups=groups,
         page=page,
