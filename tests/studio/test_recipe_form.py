@@ -92,7 +92,7 @@ RECIPES: list[dict[str, Any]] = [
         "steps": [
             "repair_text",
             {"length": {"min_words": 3}},
-            {"kind": "language", "languages": ["en", "de"]},
+            {"kind": "language", "allow": ["en", "de"]},
             {"rules": [{"match": "a: [b]\\d", "action": "replace", "with": "x"}, {"match": "'"}]},
             {"near_duplicates": {"threshold": 0.7}},
             "exact_duplicates",

@@ -114,8 +114,8 @@ def _slices(rows: Sequence[Mapping[str, Any]], primary: str) -> Iterator[SliceVi
     column = score_column(primary)
     scored = [row for row in rows if _is_scored(row, column)]
     # a row of a Report is as long as a reply; labels of a very long one are no slices
-    fields = [*known_fields(str(row["reference"])[:10_000] for row in scored), WHOLE]
-    labels = {field: [label_of(str(row["reference"]), field) for row in scored] for field in fields[: 2 * MAX_VALUES]}
+    fields = known_fields(str(row["reference"])[:10_000] for row in scored)[: 2 * MAX_VALUES] or [WHOLE]
+    labels = {field: [label_of(str(row["reference"]), field) for row in scored] for field in fields}
     labels[MEDIA_FIELD] = [str(row.get("media") or TEXT_ONLY) for row in scored]
     for field, values in labels.items():
         known_values = sorted({value for value in values if value is not None})

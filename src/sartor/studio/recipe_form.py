@@ -173,6 +173,18 @@ class RecipeForm:
             error=errors.take(name),
         )
 
+    def without_defaults(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a recipe, such as that of a manifest, without options that are at their defaults."""
+        filled = self.fill(recipe)
+        waiting = [*(group for groups in filled.lists.values() for group in groups), *filled.others]
+        fields: dict[str, str] = {}
+        while waiting:
+            group = waiting.pop(0)
+            waiting += group.nested
+            fields |= {f"{group.name}.kind": group.kind} if group.kind else {}
+            fields |= {item.name: item.value for item in group.fields if item.value != item.default}
+        return self.read(fields)
+
     def read(self, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the recipe that a filled form says. Raises ConfigError for a field of YAML that is none."""
         recipe: dict[str, Any] = {}
@@ -317,7 +329,7 @@ def _chosen(members: Mapping[str, Schema], value: Any) -> tuple[str, Schema, Map
         if is_union:
             return str(value)[:100], _UNKNOWN, {}
         value = {next(name for name in members[""]["properties"] if name != "kind"): value}
-    kind = str(value.get("kind", "")) if is_union else ""
+    kind = str(value.get("kind", ""))[:100] if is_union else ""
     return kind, members.get(kind, _UNKNOWN), value
 
 

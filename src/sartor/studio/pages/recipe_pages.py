@@ -42,7 +42,7 @@ def recipe(request: Request, visitor: Owner, dataset: str = "", file: str = "") 
         found = folder.artifact(dataset, ("dataset",)).manifest.get("recipe")
         if not isinstance(found, Mapping):
             raise ConfigError(f"{dataset} was not made by a recipe", "choose another Dataset")
-        return _show(request, visitor, _without_defaults(found))
+        return _show(request, visitor, _curate_form().without_defaults(found))
     start: dict[str, Any] = {**STARTING_RECIPE}
     if file:
         folder.resolve(file)
@@ -244,25 +244,3 @@ def _start(request: Request, studio: Studio, visitor: Visitor, stated: Mapping[s
         out=str(out),
     )
     return redirect(request, f"/jobs/{job.id}")
-
-
-def _without_defaults(recipe_of_manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a manifest, which has every option, without empty ones and those at their defaults."""
-    schema = sartor.schema("curate").schema
-    defaults: dict[str, list[Any]] = {}
-    for definition in (schema, *schema["$defs"].values()):
-        for key, entry in definition.get("properties", {}).items():
-            defaults.setdefault(key, []).append(entry.get("default"))
-
-    def trimmed(key: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            pairs = ((name, trimmed(name, inner)) for name, inner in value.items())
-            return {name: inner for name, inner in pairs if inner not in ("", None, [], {})}
-        if isinstance(value, list):
-            return [trimmed(key, item) for item in value]
-        # an option of one name may be required elsewhere, or have another default there: then it stays
-        of_name = defaults.get(key, [None])
-        return None if all(default == value for default in of_name) else value
-
-    result = {key: trimmed(key, value) for key, value in recipe_of_manifest.items()}
-    return {key: value for key, value in result.items() if value not in ("", None, {})}
