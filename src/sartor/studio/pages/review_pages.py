@@ -77,7 +77,8 @@ def review(
         mine=_own(finding, visitor.user.name) if finding else "",
         decided=decided,
         settles=bool(settle and finding and finding["state"] == "conflict"),
-        media=_media(dataset, finding["rows"]) if finding else {},
+        # a finding of personal data is shown masked, and a picture cannot be
+        media=_media(dataset, finding["rows"]) if finding and finding["kind"] != "personal" else {},
         arguments=["review", "accept", str(dataset.path), chosen, f"--by={visitor.user.name}"] if chosen else [],
     )
 
