@@ -142,7 +142,7 @@ def test_groups_of_duplicates_come_largest_first_and_whole(site: Site) -> None:
     assert re.findall(r"(\d+) dropped for one row", page) == ["12", "2", "1"]
     assert "15 rows were dropped for another one, in 3 groups" in page and "LONG" not in page
     assert page.count("<article class=row>") == 8 + 2 + 1 and "and 4 further ones" in page
-    assert "<mark>3</mark>" in page and "<mark>100</mark>" in page and "changed or dropped by a later step" in page
+    assert "<mark>100</mark>" in page and "changed or dropped by a later step" in page
     only = site.page("/duplicates/data?reason=exact_duplicate")
     assert only.count("<article class=row>") == 1 and "question 200" in only.replace("<mark>", "").replace(
         "</mark>", ""

@@ -104,7 +104,7 @@ def test_groups_of_people_have_gaps_with_intervals(site: Site) -> None:
     page = Tags(site.page("/slices/faq/audited")).text
     line = "sex: women approved 24 0.400 0.600 -0.200 -0.310 … -0.090 -0.200 -0.300 … -0.100"
     assert page.count(line) == 2 and "Your own prompts" in page and "Templates: hiring" in page
-    assert "bias not passed" in page and "memorisation not passed not measured: women" in page
+    assert "bias fail own prompts, sex: women" in page and "memorisation fail not measured: women" in page
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -168,7 +168,7 @@ def test_checks_that_hold_it_back_can_be_waived(unreleased: Site) -> None:
             break
     page = unreleased.page("/evaluate/faq/other")
     assert re.findall(r'name=waive value="([^"]+)"', page) == ["gain", "slice:polite"]
-    assert "cannot tell" not in page.partition("Gate")[0] and "not passed" in page
+    assert "slice:polite fail" in Tags(page).text
 
 
 def test_viewer_waives_nothing(unreleased: Site) -> None:

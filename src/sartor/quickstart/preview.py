@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sartor.core.config import load
 from sartor.core.records import Drop, Example
@@ -16,6 +16,7 @@ from sartor.curate.recipe import CurateRecipe
 from sartor.curate.shards import apply_steps
 from sartor.curate.sources.planner import columns_of, plan_reading, read_all
 from sartor.curate.sources.types import SourceOptions
+from sartor.curate.step import RowStep
 from sartor.curate.steps import makes_copies, needs_all_rows
 
 # rows that a preview of a recipe reads of a source; all of them may be dropped
@@ -86,7 +87,13 @@ def preview_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, *, row
     Raises the errors of `curate` for a recipe that is wrong and a source that cannot be read.
     """
     loaded = load_recipe(recipe)
-    row_steps = [step for step in loaded.steps if not (needs_all_rows(step) or makes_copies(step))]
+    row_steps: list[RowStep] = []
+    later: list[str] = []
+    for step in loaded.steps:
+        if needs_all_rows(step) or makes_copies(step):
+            later.append(step.kind)
+        else:
+            row_steps.append(cast(RowStep, step))
     kept: list[Example] = []
     drops: list[Drop] = []
     with tempfile.TemporaryDirectory() as name:
@@ -100,5 +107,4 @@ def preview_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, *, row
                 (kept if isinstance(outcome, Example) else drops).append(outcome)  # type: ignore[arg-type]
                 if len(kept) >= most:
                     break
-    later = [step.kind for step in loaded.steps if step not in row_steps]
     return RecipePreview(kept[:rows], drops[:rows], later)

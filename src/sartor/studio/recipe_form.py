@@ -235,7 +235,8 @@ class RecipeForm:
         """Return {kind: definition} of the mappings that a property takes; a class without kinds has the kind ""."""
         members: dict[str, Schema] = {}
         for variant in _variants(schema):
-            reference = variant.get("$ref") or next(iter(variant.get("allOf", ())), {}).get("$ref", "")
+            parts: Sequence[Schema] = [variant, *variant.get("allOf", ())]
+            reference = next((part["$ref"] for part in parts if "$ref" in part), "")
             definition = self._definitions.get(str(reference).removeprefix("#/$defs/"), {})
             if definition.get("type") == "object":
                 members[str(definition["properties"].get("kind", {}).get("const", ""))] = definition
@@ -246,6 +247,8 @@ class RecipeForm:
         if _choices(schema):
             return FieldKind.CHOICE
         lists = [variant for variant in variants if variant.get("type") == "array"]
+        if lists and self._members(schema):  # a mapping, or a list of its names
+            return FieldKind.YAML
         if lists:
             items = _variants(lists[0]["items"])
             is_plain = all(item.get("type") == "string" or "enum" in item for item in items)
