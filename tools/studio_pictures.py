@@ -68,12 +68,14 @@ def pages_of(app: StudioApp) -> dict[str, str]:
     pages = {"home": "/", "data": "/data", "evaluate": "/evaluate", "jobs": "/jobs", "new": "/new", "talk": "/talk"}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
+        pages |= {"sources": f"/sources/{name}", "duplicates": f"/duplicates/{name}"}
+        pages |= {"review": f"/review/{name}", "agreement": f"/agreement/{name}"}
     if name := first.get("report"):
-        pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won"}
+        pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won", "slices": f"/slices/{name}"}
     if name := first.get("adapter"):
         pages |= {"adapter": f"/artefact/{name}"}
     if files := app.studio.folder.data_files():
-        pages |= {"preview": f"/new?file={files[0]}"}
+        pages |= {"preview": f"/new?file={files[0]}", "recipe": f"/recipe?file={files[0]}"}
     for status in app.studio.jobs.files.statuses():
         pages.setdefault(
             "served" if status.job.verb == "serve" else f"job-{status.job.verb}", f"/jobs/{status.job.id}"

@@ -71,6 +71,7 @@ from sartor.edge.tuning.energy_policy import EnergyPolicy as EnergyPolicy
 from sartor.edge.update.fleet_monitor import FleetPolicy as FleetPolicy
 from sartor.edge.update.tuf_roles import Expiry as Expiry
 from sartor.evaluate.evaluation import evaluate as evaluate
+from sartor.evaluate.report_findings import report_findings as report_findings
 from sartor.evaluate.report_view import read_report as read_report
 from sartor.federate.flower.flower_client import ClientOptions as ClientOptions
 from sartor.federate.flower.flower_client import join_rounds as federate_client
@@ -104,6 +105,7 @@ from sartor.quickstart.chat import chat as chat
 from sartor.quickstart.doctor import doctor as doctor
 from sartor.quickstart.init import init as init
 from sartor.quickstart.preview import preview as preview
+from sartor.quickstart.preview import preview_recipe as preview_recipe
 from sartor.quickstart.show import show as show
 from sartor.quickstart.tailor import tailor as tailor
 from sartor.quickstart.yaml_schemas import schema as schema
@@ -268,6 +270,7 @@ __all__ = [
     "parse_grid",
     "plan",
     "preview",
+    "preview_recipe",
     "promote_agent",
     "prove",
     "prune",
@@ -282,6 +285,7 @@ __all__ = [
     "remove_keys",
     "repair_agent",
     "replay_plans",
+    "report_findings",
     "reseal_registry",
     "rethreshold",
     "retrain",

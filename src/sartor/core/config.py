@@ -80,31 +80,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as text: {error}",
             f"ls -l {path}; of another encoding: iconv -f CP1252 -t UTF-8 {path} > recipe.yaml",
         ) from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Return the mapping in a YAML text. Raises ConfigError with the line where it does not parse.
+
+    name: of the text, for its errors.
+    """
     depth = 0
     for bracket in _BRACKET.findall(text):
         depth += 1 if bracket in "[{" else -1
         if depth > _MOST_NESTED:  # PyYAML's time grows with the square of it
             raise ConfigError(
-                f"{path} has more than {_MOST_NESTED} brackets open at once",
+                f"{name} has more than {_MOST_NESTED} brackets open at once",
                 "close them, or write lists and mappings by lines and indentation",
             )
     try:
         data = yaml.load(text, _UniqueKeys)  # based on SafeLoader: builds plain values only
     except ConfigError as error:
-        raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
+        raise ConfigError(f"{name}, {error.problem}", error.remedy) from None
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(
-            f"{path}{position} is not YAML: {getattr(error, 'problem', error)}",
+            f"{name}{position} is not YAML: {getattr(error, 'problem', error)}",
             "write it as `key: value`, indented by spaces; quote a value that holds `: `, ` #` or begins with a sign",
         ) from None
     if not isinstance(data, dict):
         description = "nothing" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(f"{path} holds {description}, not a mapping of options", "write `key: value` lines")
+        raise ConfigError(f"{name} holds {description}, not a mapping of options", "write `key: value` lines")
     if _written_out(data, {}) > _MOST_VALUES:
         raise ConfigError(
-            f"{path} holds more than {_MOST_VALUES:,} values once its aliases (*NAME) are written out",
+            f"{name} holds more than {_MOST_VALUES:,} values once its aliases (*NAME) are written out",
             "write the values out where they are needed, without aliases of aliases",
         )
     return data
@@ -371,7 +379,7 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
             problem = (
                 f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
             )
-            raise ConfigError(problem, f"{where}.kind: {having[0]}")
+            raise _option_error(where, problem, f"{where}.kind: {having[0]}")
         raise _invalid_value(
             f"{where}.kind".lstrip("."),
             key_or_kind,
@@ -423,7 +431,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
                 remedy = f"{where}.{suggestion}: ...".lstrip(".")
             elif names:
                 remedy = f"one of {names}"
-            raise ConfigError(problem, remedy)
+            raise _option_error(path, problem, remedy)
     hints = get_type_hints(cls)
     built = {}
     for name, field in fields.items():
@@ -432,12 +440,17 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
             hint = hints[field.name]
             built[field.name] = _build(hint, _with_default_kind(field, _classes(hint), value[name]), path)
         elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"the option {path!r} is missing: {field.metadata.get('help', '')}", f"{path}: ...")
+            problem = f"the option {path!r} is missing: {field.metadata.get('help', '')}"
+            raise _option_error(path, problem, f"{path}: ...")
     try:
         return cls(**built)
     except ConfigError as error:
         prefix = f"{where}: " if where else ""
-        raise ConfigError(f"{prefix}{error.problem}", error.remedy) from None
+        # by convention a class's own check begins with the option's name, or its remedy is the line to write
+        first_words = (text.replace(".", " ").replace(":", " ").split()[:1] for text in (error.problem, error.remedy))
+        name = next((word for words in first_words for word in words if word in fields), "")
+        path = ".".join(part for part in (where, name) if part)
+        raise _option_error(path, f"{prefix}{error.problem}", error.remedy) from None
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
@@ -496,7 +509,13 @@ _MOST_SHOWN = 1_000  # characters of a value in an error
 def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
     shown = repr(value) if len(repr(value)) <= _MOST_SHOWN else f"{repr(value)[:_MOST_SHOWN]}..."
     text = f"{where} is {shown}; it must be {expected}" if where else f"{shown} is not {expected}"
-    return ConfigError(text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
+    return _option_error(where, text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
+
+
+def _option_error(option_path: str, problem: str, remedy: str) -> ConfigError:
+    error = ConfigError(problem, remedy)
+    error.option = option_path
+    return error
 
 
 def _describe_type(hint: Any) -> str:

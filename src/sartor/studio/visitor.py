@@ -26,7 +26,8 @@ from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.studio_folder import StudioFolder
 
 CSRF_FIELD = "csrf"
-MAX_FIELDS, MAX_FIELD_BYTES = 200, 2 << 20
+# a recipe of many sources and steps has a field for each option
+MAX_FIELDS, MAX_FIELD_BYTES = 2000, 2 << 20
 _TOKEN = re.compile(r"[\w-]{20,80}")
 
 
