@@ -160,7 +160,7 @@ def test_licences_show_what_they_permit(site: Site) -> None:
     assert "faq/data" in page and "commercial, non-commercial, research, internal" in page
     row = settings_pages._licence_row("x", "dataset", [{"source": "x", "licence": "CC-BY-NC-4.0"}])
     assert "commercial" not in row.uses and row.objection
-    assert settings_pages._licence_row("x", "dataset", [{"source": "x", "licence": "???"}]).uses == ()
+    assert "commercial" not in settings_pages._licence_row("x", "base", [{"source": "x", "licence": "???"}]).uses
 
 
 def test_storage_counts_bytes_and_warns(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

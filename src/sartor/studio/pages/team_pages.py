@@ -41,7 +41,10 @@ FAST_S, SLOW_S = 2, 5
 
 
 class AgentAction(StrEnum):
-    """What an owner may do to an agent: verbs of `sartor agents`."""
+    """What an owner may do to an agent, by verbs of `sartor agents`.
+
+    CANARY: by `promote --canary`, which changes nothing if another version is live than was expected.
+    """
 
     PROMOTE = "promote"
     ROLLBACK = "rollback"
@@ -124,7 +127,7 @@ def _found_team(request: Request, studio: Studio, name: str, file: Path, events:
 
 def _own_address(request: Request) -> str:
     """Return the address of the server that shows the studio, as this machine reaches it."""
-    host, port = request.scope["server"]
+    host, port = request.scope.get("server") or ("", 0)
     return local_address(host, port or 0)
 
 
@@ -248,8 +251,9 @@ def act(request: Request, visitor: Owner, name: str, form: PostedForm) -> Respon
     if action not in list(AgentAction):
         raise ConfigError(f"there is no action {action[:40]!a}", f"one of {', '.join(AgentAction)}")
     reason = text_field(form, "reason", max_chars=MAX_REASON_CHARS)
-    arguments = [VERB, action, agent, *_version_arguments(AgentAction(action), agent, overview.versions, form)]
-    if action in (AgentAction.PROMOTE, AgentAction.ROLLBACK) and (expected := text_field(form, "expected")):
+    verb = AgentAction.PROMOTE if action == AgentAction.CANARY else AgentAction(action)
+    arguments = [VERB, verb, agent, *_version_arguments(AgentAction(action), agent, overview.versions, form)]
+    if verb in (AgentAction.PROMOTE, AgentAction.ROLLBACK) and (expected := text_field(form, "expected")):
         arguments.append(f"--expected-version={expected}")
     # `sartor agents` names the system's user: the studio's stands in the reason
     author = f"{visitor.user.name}: {reason}" if reason else visitor.user.name
@@ -274,7 +278,7 @@ def _version_arguments(action: AgentAction, agent: str, versions: Mapping[str, A
         raise ConfigError(f"{agent} has no version {version[:80]!a}", "sartor agents add RELEASE registers one")
     if action is AgentAction.PROMOTE:
         return [version]
-    return [version, f"{_fraction(text_field(form, 'percent', max_chars=10)):g}"]
+    return [version, f"--canary={_fraction(text_field(form, 'percent', max_chars=10)):g}"]
 
 
 def _fraction(text: str) -> float:
