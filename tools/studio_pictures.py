@@ -24,6 +24,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
+from sartor.studio.pages.team_pages import team_files
 from sartor.studio.studio_app import StudioApp
 from sartor.studio.studio_server import StudioServer
 
@@ -82,6 +83,17 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         )
         if status.job.verb == "serve":
             pages.setdefault("conversation", f"/talk/{status.job.id}")
+    pages |= {"team": "/team", "devices": "/devices", "settings": "/settings"}
+    pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
+    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in team_files(app.studio).items()}
+    for folder in app.studio.folder.walk():
+        name = app.studio.folder.name_of(folder)
+        if (folder / "metadata" / "1.root.json").is_file():
+            pages.setdefault("fleet", f"/devices/fleet/{name}")
+    for item in found:
+        run = item.artifact.manifest.get("run", {}) if item.artifact else {}
+        if isinstance(run, dict) and "federated" in run:
+            pages.setdefault("rounds", f"/devices/rounds/{item.name}")
     pages["error"] = "/data/nothing"
     return pages
 

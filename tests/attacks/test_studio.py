@@ -27,6 +27,8 @@ READING = (
     "/evaluate/faq/report",
     "/artefact/faq/adapter",
     "/jobs",
+    "/team",
+    "/devices",
 )
 ACTING = {
     "/new/upload": Role.OWNER,
@@ -39,6 +41,13 @@ ACTING = {
     "/review/faq/data": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef/clear": Role.REVIEWER,
+    "/team/team.yaml": Role.OWNER,
+    "/devices/fleet/repository": Role.OWNER,
+    "/devices/resume/wards.rounds": Role.OWNER,
+    "/settings/users": Role.OWNER,
+    "/settings/backup": Role.OWNER,
+    "/settings/storage": Role.OWNER,
+    "/settings/doctor": Role.OWNER,
 }
 
 

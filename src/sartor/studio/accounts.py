@@ -153,17 +153,30 @@ class Accounts:
         """Add a user without a password; return the token of the one-time link by which they choose one.
 
         For an existing user, a new link is made: the role is changed and the old password counts until the link is
-        used. Raises ConfigError for an invalid name.
+        used. Raises ConfigError for an invalid name, and for another role of the last owner.
         """
         name = checked_name(name)
         with self._database.change() as connection:
             known = connection.execute(select(users.c.name).where(users.c.name == name)).first()
             if known:
-                connection.execute(update(users).where(users.c.name == name).values(role=role.value))
+                self._set_role(connection, name, role)
             else:
                 fields = {"name": name, "role": role.value, "password": "", "created_at": self._now()}
                 connection.execute(insert(users).values(**fields))
             return self._invite(connection, name, role)
+
+    def change_role(self, name: str, role: Role) -> None:
+        """Give a user another role, at once. Raises ConfigError for an unknown user and for the last owner."""
+        with self._database.change() as connection:
+            if connection.execute(select(users.c.name).where(users.c.name == name)).first() is None:
+                raise ConfigError(f"there is no user {name!r}", "sartor studio user list")
+            self._set_role(connection, name, role)
+
+    def _set_role(self, connection: Connection, name: str, role: Role) -> None:
+        if role is not Role.OWNER:
+            _check_other_owner(connection, name)
+        connection.execute(update(users).where(users.c.name == name).values(role=role.value))
+        connection.execute(update(invitations).where(invitations.c.name == name).values(role=role.value))
 
     def remove_user(self, name: str) -> None:
         """Remove a user, their sessions and links. Raises ConfigError for an unknown user and for the last owner."""
@@ -171,9 +184,8 @@ class Accounts:
             row = connection.execute(select(users).where(users.c.name == name)).first()
             if row is None:
                 raise ConfigError(f"there is no user {name!r}", "sartor studio user list")
-            others = select(func.count()).where(users.c.role == Role.OWNER.value, users.c.name != name)
-            if row.role == Role.OWNER.value and not connection.execute(others).scalar():
-                raise ConfigError(f"{name} is the only owner", "sartor studio user add NAME --role owner, first")
+            if row.role == Role.OWNER.value:
+                _check_other_owner(connection, name)
             for table in (users, sessions, invitations):
                 connection.execute(delete(table).where(table.c.name == name))
 
@@ -317,6 +329,13 @@ def checked_name(name: str) -> str:
     if not name or len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
         raise ConfigError(f"{name[:40]!a} is no name", f"letters, digits, spaces, . @ + -: at most {MAX_NAME_CHARS}")
     return name
+
+
+def _check_other_owner(connection: Connection, name: str) -> None:
+    """Raise ConfigError if a user is the only owner."""
+    owners = select(users.c.name).where(users.c.role == Role.OWNER.value)
+    if [row.name for row in connection.execute(owners)] == [name]:
+        raise ConfigError(f"{name} is the only owner", "sartor studio user add NAME --role owner, first")
 
 
 def _digest(token: str) -> str:

@@ -40,6 +40,7 @@ class Studio:
     """What the pages of one studio share.
 
     id: distinguishes its cookies from those of other studios on the host.
+    served_team: file of the team, or directory of the Adapter, whose server shows the studio; None if it stands alone.
     """
 
     folder: StudioFolder
@@ -47,6 +48,7 @@ class Studio:
     jobs: JobControl
     id: str
     max_upload_bytes: int
+    served_team: Path | None = None
 
     @property
     def talks(self) -> Path:
