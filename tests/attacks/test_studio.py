@@ -39,6 +39,14 @@ ACTING = {
     "/review/faq/data": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef/clear": Role.REVIEWER,
+    "/talk/20260101-000000-000000000-abcdef/stop": Role.REVIEWER,
+    "/talk/20260101-000000-000000000-abcdef/feedback": Role.REVIEWER,
+    "/talk/20260101-000000-000000000-abcdef/why": Role.REVIEWER,
+    "/why/0123456789abcdef/trace": Role.REVIEWER,
+    "/why/0123456789abcdef/suspects": Role.REVIEWER,
+    "/why/0123456789abcdef/key": Role.OWNER,
+    "/why/0123456789abcdef/ablate": Role.OWNER,
+    "/why/0123456789abcdef/fix": Role.OWNER,
 }
 
 

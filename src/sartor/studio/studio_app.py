@@ -28,6 +28,7 @@ from sartor.studio.pages import (
     new_pages,
     review_pages,
     talk_pages,
+    why_pages,
 )
 from sartor.studio.request_guard import RequestGuard
 from sartor.studio.studio_folder import StudioFolder
@@ -74,7 +75,17 @@ class StudioApp:
 def _application(studio: Studio) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.studio = studio
-    groups = (login_pages, home_page, data_pages, review_pages, evaluate_pages, job_pages, new_pages, talk_pages)
+    groups = (
+        login_pages,
+        home_page,
+        data_pages,
+        review_pages,
+        evaluate_pages,
+        job_pages,
+        new_pages,
+        talk_pages,
+        why_pages,
+    )
     for group in groups:
         app.include_router(group.router)
     app.add_exception_handler(SartorError, _on_error)
