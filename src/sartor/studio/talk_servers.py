@@ -51,13 +51,17 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class ServerView:
-    """Running server. speaks: whether it has a voice. problem: why its models are unknown; empty if they are known."""
+    """Running server.
+
+    speaks: whether it has a voice.
+    problems: why its models are unknown, or some of its agents are not served.
+    """
 
     status: JobStatus
     address: str
     models: Sequence[ServedModel]
     speaks: bool = False
-    problem: str = ""
+    problems: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -238,18 +242,19 @@ def views(studio: Studio) -> list[ServerView]:
 
 
 def _view(status: JobStatus, result: Mapping[str, Any]) -> ServerView:
-    address = address_of(result)
+    address, agents = address_of(result), [str(agent) for agent in result.get("agents") or ()]
     try:
-        answer = httpx.get(f"{address}/v1/models", headers=key_headers(), timeout=LIST_S, trust_env=False)
-        listed = answer.json()["data"] if answer.status_code == 200 else []
-        problem = "" if listed else str(answer.json()["error"]["message"])
-        names = {str(model["id"]): model for model in listed}
+        with httpx.Client(base_url=address, headers=key_headers(), timeout=LIST_S, trust_env=False) as client:
+            answer = client.get("/v1/models")
+            if answer.status_code != 200:
+                return ServerView(status, address, (), problems=[str(answer.json()["error"]["message"])])
+            listed = {str(model["id"]): model for model in answer.json()["data"]}
+            troubles = client.get("/health").json()["troubles"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        problem, names = f"the server does not answer: {error}", {}
-    live = {str(model["root"]) for name, model in names.items() if "@" not in name}
-    agents = [str(agent) for agent in result.get("agents") or ()]
+        return ServerView(status, address, (), problems=[f"the server does not answer: {error}"])
+    live = {str(model["root"]) for name, model in listed.items() if "@" not in name}
     models = []
-    for name, model in names.items():
+    for name, model in listed.items():
         is_repeated = "@" in name and name in live
         is_choice = name == _AUTO and len(agents) < 2  # with one agent it is that one or the base, as the router says
         if name != _SPEECH and not is_repeated and not is_choice:
@@ -257,7 +262,8 @@ def _view(status: JobStatus, result: Mapping[str, Any]) -> ServerView:
             root = name if name in (_AUTO, BASE) else str(model["root"])
             models.append(ServedModel(Side(status.job.id, name), root, status.job.title, reads))
     models.sort(key=lambda model: _rank(model.side.model, agents))
-    return ServerView(status, address, models, _SPEECH in names, problem)
+    problems = [f"{name}: {problem}" for name, problem in troubles.items()]
+    return ServerView(status, address, models, _SPEECH in listed, problems)
 
 
 def _rank(name: str, agents: Sequence[str]) -> int:

@@ -135,7 +135,7 @@ def _start(
     """Start a command about a question as a job, note it and go to a page of the question."""
     job = studio.jobs.start(
         arguments,
-        title=question.prompt.strip()[:80] or question.agent,
+        title=question.agent,  # users who may not read the question see the list of jobs
         by=visitor.user.name if visitor.user else "",
         cwd=studio.folder.root,
         out=out,
