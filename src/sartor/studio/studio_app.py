@@ -32,6 +32,7 @@ from sartor.studio.pages import (
     settings_pages,
     talk_pages,
     team_pages,
+    why_pages,
 )
 from sartor.studio.request_guard import RequestGuard
 from sartor.studio.studio_folder import StudioFolder
@@ -87,8 +88,22 @@ class StudioApp:
 def _application(studio: Studio) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.studio = studio
-    groups = (login_pages, home_page, data_pages, review_pages, evaluate_pages, job_pages, new_pages, talk_pages)
-    for group in (*groups, recipe_pages, team_pages, device_pages, settings_pages):
+    groups = (
+        login_pages,
+        home_page,
+        data_pages,
+        recipe_pages,
+        review_pages,
+        evaluate_pages,
+        job_pages,
+        new_pages,
+        talk_pages,
+        why_pages,
+        team_pages,
+        device_pages,
+        settings_pages,
+    )
+    for group in groups:
         app.include_router(group.router)
     app.add_exception_handler(SartorError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
