@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +34,7 @@ from sqlalchemy import (
 )
 
 from sartor.core.database import Database, Form, open_database
-from sartor.core.errors import ConfigError, KeyRefusedError
+from sartor.core.errors import ConfigError, KeyRefusedError, MissingError
 from sartor.studio.passwords import hash_password, is_password
 
 MAX_FAILURES = 5
@@ -286,7 +287,8 @@ class Accounts:
         if row is None or row.seen_at < now - IDLE_S or row.created_at < now - SESSION_S:
             return None
         if row.seen_at < now - SEEN_S:
-            with self._database.change() as connection:
+            # a full disk must not shut out those who could free it
+            with suppress(MissingError), self._database.change() as connection:
                 connection.execute(
                     update(sessions).where(sessions.c.token_digest == _digest(token)).values(seen_at=now)
                 )
