@@ -279,7 +279,8 @@ class Circle:
         self._asked[path].append(question)
         turns = page.locator("#talk article")
         deadline = time.monotonic() + TIMEOUT_S
-        while turns.count() < len(self._asked[path]) or page.locator("#talk article .busy:visible").count():
+        unfinished = page.locator("#talk [aria-busy=true], #talk .busy:visible")
+        while turns.count() < len(self._asked[path]) or unfinished.count():
             if time.monotonic() > deadline:
                 raise CircleError(f"no reply to {question!r}: {self._text()}")
             time.sleep(LOOK_S)

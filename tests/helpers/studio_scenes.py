@@ -20,6 +20,7 @@ from sartor.core.processes import ProcessId
 from sartor.studio.jobs.job_files import END, LOG, OUTPUT, PROCESS, PROGRESS, RUNNER, Job, JobFiles, new_id, write_json
 from studio_artefacts import write_specialist
 
+MODELS = ("faq", "base")
 REPLY = "Open it in the app under Products. It takes about five minutes."
 _GATE = {"gain": "cannot tell", "forgetting": "pass", "licence": "pass"}
 
@@ -86,7 +87,7 @@ class Scenes:
         progress.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         if address:
             self.jobs["served"] = self._write(
-                "serve", "served", process=self._alive, result={"address": address, "agents": ["faq", "base"]}
+                "serve", "served", process=self._alive, result={"address": address, "agents": ["faq"]}
             )
 
     def _write(
@@ -131,6 +132,13 @@ class _Replies(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         return
+
+    def do_GET(self) -> None:
+        listed = [{"id": name, "object": "model", "root": f"{name}@1.0", "modalities": ["text"]} for name in MODELS]
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps({"object": "list", "data": listed}).encode())
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from own_home import environment_in
 pytest.importorskip("playwright", reason="no playwright here: pip install playwright")
 
 from studio_circle import Circle, end_jobs  # noqa: E402
+
 from studio_visit import CHROMIUM, StudioProcess, chromium  # noqa: E402
 
 pytestmark = [
@@ -24,13 +26,14 @@ QUESTIONS = [f"what colour is sky number {number}" for number in range(120)]
 ANSWER = "the sky is blue"
 
 
-def test_circle_survives_kills(tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
-    environment = environment_in(tmp_path / "home", commands)
+def test_circle_survives_kills(tmp_path: Path, tiny_base: Path) -> None:
+    environment = environment_in(tmp_path / "home", {})
     work, table = tmp_path / "work", tmp_path / "sky.csv"
     work.mkdir()
     table.write_text("prompt,completion\n" + "".join(f"{question},{ANSWER}\n" for question in QUESTIONS))
     key = str(tmp_path / "home" / "keys" / "default")
-    subprocess.run(["sartor", "keygen", key, "--trust"], env=environment, check=True, capture_output=True)
+    keygen = [sys.executable, "-P", "-m", "sartor", "keygen", key, "--trust"]
+    subprocess.run(keygen, env=environment, check=True, capture_output=True)
     try:
         with StudioProcess(work, environment) as studio, chromium() as browser:
             circle = Circle(browser, studio, work, base=str(tiny_base), rows=table, questions=QUESTIONS)
