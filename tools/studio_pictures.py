@@ -26,7 +26,7 @@ from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
 from sartor.studio.studio_app import StudioApp
 from sartor.studio.studio_server import StudioServer
-from studio_visit import CHROMIUM, NAME, Visit, chromium
+from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
 
 WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
 HEIGHT = 900
@@ -47,12 +47,15 @@ def served(folder: Path) -> Iterator[tuple[StudioApp, str]]:
         app.close()
 
 
-def visit_of(
-    browser: Browser, app: StudioApp, address: str, name: str = NAME, role: Role = Role.OWNER, **options: Any
-) -> Visit:
-    """Open a new user's browser window on a studio, logged in. options: of Visit."""
+def log_in(page: Page, app: StudioApp, address: str, name: str = NAME, role: Role = Role.OWNER) -> None:
+    """Choose a password by a one-time link, as a new user does."""
+    choose_password(page, address, f"/welcome/{app.studio.accounts.add_user(name, role)}")
+
+
+def visit_of(browser: Browser, app: StudioApp, address: str, **options: Any) -> Visit:
+    """Open an owner's browser window on a studio, logged in. options: of Visit."""
     visit = Visit(browser, address, **options)
-    visit.accept(f"/welcome/{app.studio.accounts.add_user(name, role)}")
+    log_in(visit.page, app, address)
     return visit
 
 

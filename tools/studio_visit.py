@@ -116,13 +116,7 @@ class Visit:
 
         link: its address or its path. name: where the link leaves it open.
         """
-        self.open(link.removeprefix(self.address))
-        if name:
-            self.page.fill("input[name=name]", name)
-        self.page.fill("input[name=password]", PASSWORD)
-        self.page.fill("input[name=repeated]", PASSWORD)
-        self.page.click("main button")
-        self.page.wait_for_url(f"{self.address}/")
+        choose_password(self.page, self.address, link.removeprefix(self.address), name)
 
     def log_in(self, name: str = NAME) -> None:
         """Log in with the name and the password."""
@@ -135,3 +129,14 @@ class Visit:
     def close(self) -> None:
         """Close the window and forget its cookies."""
         self._context.close()
+
+
+def choose_password(page: Page, address: str, path: str, name: str = "") -> None:
+    """Fill in the form of a one-time link below an address. name: where the link leaves it open."""
+    page.goto(f"{address}{path}")
+    if name:
+        page.fill("input[name=name]", name)
+    page.fill("input[name=password]", PASSWORD)
+    page.fill("input[name=repeated]", PASSWORD)
+    page.click("main button")
+    page.wait_for_url(f"{address}/")
