@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,9 +140,13 @@ class Accounts:
         self.file = file
         self._now = now
         self._database: Database = open_database(f"sqlite:///{file}", FORM)
+        # one connection stays open: else SQLite makes its shared memory anew for each page, which a full disk refuses
+        self._held = sqlite3.connect(file, check_same_thread=False)
+        self._held.execute("select count(*) from users").fetchall()
 
     def close(self) -> None:
         """Close the database."""
+        self._held.close()
         self._database.close()
 
     def list_users(self) -> list[User]:
