@@ -79,6 +79,9 @@ KEYS = {
     "agrees open_loop adapter_bytes attach_s",
     "spoken_rows": "train eval words clips voices",
     "start": "start.help.median_s start.import.least_s start.python.median_s modules",
+    "studio": "first_page.seconds first_page.bytes review.rows_per_minute review.stored million.seconds.browse million.seconds.filter_text "
+    "million.seconds.drops million.worst_s time_left.error.25 time_left.error.50 time_left.error.75 time_left.worst circle.kills "
+    "circle.kills_in_all circle.untrue circle.lost circle.seconds.talk",
     "synth": "false_alarm power.group_shift power.mode_collapse power.copied_seeds power.topic_drift lift.estimate lift.low "
     "lift.high audit.planted_caught audit.planted audit.clean_passed audit.clean mitigation.gap_before mitigation.gap_after "
     "mitigation.metric_cost",
@@ -94,7 +97,7 @@ KEYS = {
     "trl trl_bf16 llamafactory litgpt mlx",
     "whisper": "clips wer encoder_ms.1 short_windows ctranslate2",
 }
-NEEDS = {"spoken_rows": "espeak-ng"}
+NEEDS = {"spoken_rows": "espeak-ng", "studio": "chromium"}
 
 
 def programs() -> list[str]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +35,7 @@ from sqlalchemy import (
 )
 
 from sartor.core.database import Database, Form, open_database
-from sartor.core.errors import ConfigError, KeyRefusedError
+from sartor.core.errors import ConfigError, KeyRefusedError, MissingError
 from sartor.studio.passwords import hash_password, is_password
 
 MAX_FAILURES = 5
@@ -138,9 +140,13 @@ class Accounts:
         self.file = file
         self._now = now
         self._database: Database = open_database(f"sqlite:///{file}", FORM)
+        # one connection stays open: else SQLite makes its shared memory anew for each page, which a full disk refuses
+        self._held = sqlite3.connect(file, check_same_thread=False)
+        self._held.execute("select count(*) from users").fetchall()
 
     def close(self) -> None:
         """Close the database."""
+        self._held.close()
         self._database.close()
 
     def list_users(self) -> list[User]:
@@ -298,7 +304,8 @@ class Accounts:
         if row is None or row.seen_at < now - IDLE_S or row.created_at < now - SESSION_S:
             return None
         if row.seen_at < now - SEEN_S:
-            with self._database.change() as connection:
+            # a full disk must not shut out those who could free it
+            with suppress(MissingError), self._database.change() as connection:
                 connection.execute(
                     update(sessions).where(sessions.c.token_digest == _digest(token)).values(seen_at=now)
                 )
