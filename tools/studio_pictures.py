@@ -72,7 +72,11 @@ def pages_of(app: StudioApp) -> dict[str, str]:
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
         pages |= {"finding": f"/review/{name}"}
-        pages |= {"sources": f"/sources/{name}", "duplicates": f"/duplicates/{name}", "agreement": f"/agreement/{name}"}
+        pages |= {
+            "sources": f"/sources/{name}",
+            "duplicates": f"/duplicates/{name}",
+            "agreement": f"/agreement/{name}",
+        }
     if name := first.get("report"):
         pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won"}
         pages |= {"slices": f"/slices/{name}"}
