@@ -14,6 +14,7 @@ import tiny
 from killed_tuning import WEIGHTS, killed, tune
 from method_rows import FAMILIES, IDS, ROWS, MethodRow, base_of, logits, placed, trained
 from sample_data import recipe_on
+from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import file_digest
@@ -68,6 +69,14 @@ def test_only_trained_parameters_get_gradients(row: MethodRow, family: str) -> N
     assert with_gradient and not frozen & {id(parameter) for parameter in with_gradient}
     assert {parameter.dtype for parameter in with_gradient} == {torch.float32}
     assert adapters.trainable(model)[0] == sum(parameter.numel() for parameter in with_gradient)
+
+
+@each_method
+def test_a_few_steps_lower_the_loss(row: MethodRow) -> None:
+    model = placed(row.method, base_of("llama"))
+    before = float(model(input_ids=IDS, labels=IDS).loss.detach())
+    after = float(trained(model, steps=8)(input_ids=IDS, labels=IDS).loss.detach())
+    assert after < before - 0.02
 
 
 @each_family
@@ -161,11 +170,11 @@ def test_pissa_in_16_bits_sums_both_pairs_before_rounding() -> None:
 @each_method
 def test_engine_serves_it_or_names_the_method(row: MethodRow, written: dict[str, Path], tiny_base: Path) -> None:
     shapes = adapters.linear_shapes(tiny.model(), "all-linear")
-    path, config = written[row.kind], tiny.model().config
+    path, base_config = written[row.kind], tiny.model().config.to_dict()
     serving = (
         lambda: read_pairs(path, shapes),
         lambda: adapter_checks.read_config(path / adapters.CONFIG),
-        lambda: gguf_writer.write_adapter_gguf(path, config.to_dict(), path.parent / f"{row.kind}.gguf"),
+        lambda: gguf_writer.write_adapter_gguf(path, base_config, path.parent / f"{row.kind}.gguf"),
     )
     for serve in serving:
         if row.is_fast:
@@ -192,7 +201,7 @@ def test_rounds_and_devices_take_lora_or_name_the_method(row: MethodRow) -> None
     if row.kind == "lora":
         return
     with pytest.raises(SartorError, match=f"method.kind is '{row.kind}'; it must be lora"):
-        sartor.core.config.load(FederateRecipe, {"base": "x", "method": {"kind": row.kind}})
+        config.load(FederateRecipe, {"base": "x", "method": {"kind": row.kind}})
     from sartor.edge.tuning.peak_memory import device_lora
 
     with pytest.raises(ConfigError, match=f"not {row.kind}"):
@@ -214,7 +223,6 @@ def test_killed_run_ends_at_the_bits_of_an_uninterrupted_one(
     manifest = open_artifact(tmp_path / "cut").manifest
     assert manifest["recipe"]["method"]["kind"] == row.kind
     assert manifest["run"]["path"] == ("fast" if row.is_fast else "general")
-    assert manifest["run"]["loss"]["last"] < manifest["run"]["loss"]["first"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +296,7 @@ def test_b_rate_ratio_moves_the_factors_b_alone_faster(
     def watched(self: TrainingRun, rows: Any) -> None:
         before = {name: parameter.detach().clone() for name, parameter in self.named.items()}
         step(self, rows)
-        moved.update({name: float((self.named[name] - before[name]).abs().max()) for name in before})
+        moved.update({name: float((self.named[name].detach() - before[name]).abs().max()) for name in before})
 
     monkeypatch.setattr(TrainingRun, "_update", watched)
     monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
