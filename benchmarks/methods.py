@@ -3,7 +3,8 @@
     python benchmarks/methods.py --data ../shared/data --work methods-work --json [--sets snips] [--methods lora full]
     python benchmarks/methods.py --small --json      # made-up rows, a tiny base, one seed: shows that everything runs
 
-Every run is a process of its own (at the smallest size one a set) in fp32, with the passes over the rows and the batch that `auto` chooses for LoRA.
+Every run is a process of its own in fp32 (at the smallest size, the first of each set), with the passes over the rows
+and the batch that `auto` chooses for LoRA.
 LoRA has the rate of `auto` and `full` a tenth of it: "LoRA without regret" (Schulman et al. 2025) found LoRA's best
 rate at ten times that of full tuning. The other methods have LoRA's rate times RATES, by their papers' own settings.
 With `--factors 0.3 1 3` each method is first tuned at so many times its rate with seed 0, and the best goes on. All
