@@ -20,7 +20,8 @@ from sartor.core.errors import AdmissionError, ConfigError, ModelError, SartorEr
 from sartor.core.filesystem import file_digest
 from sartor.federate.recipe import FederateRecipe
 from sartor.inference.local.lora_stacks import read_pairs
-from sartor.models import adapters, gguf_writer
+from sartor.models import adapters, gguf_writer, hardware
+from sartor.models.hardware import FreeMemory
 from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.fused_decoder import FusedDecoder
@@ -28,7 +29,7 @@ from sartor.models.losses.lora_linear import Unsupported
 from sartor.models.packing import TokenizedExample, pack
 from sartor.personalization import user_tokens
 from sartor.serving.admission import adapter_checks
-from sartor.tune import model_setup, optimizers
+from sartor.tune import cost_model, model_setup, optimizers, preflight
 from sartor.tune.recipe import Recipe, ResolvedOptimizer, load
 from sartor.tune.training_loop import TrainingRun
 
@@ -324,7 +325,20 @@ def test_full_counts_no_weight_twice() -> None:
     assert adapters.trainable(model) == (weights, weights)
 
 
-def test_full_keeps_a_tied_head_tied(tmp_path: Path) -> None:
+def test_memory_of_full_is_foreseen(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 bytes a weight before the base is opened; gradients and moments of all weights afterwards."""
+    weights = sum(parameter.numel() for parameter in tiny.model().parameters())
+    recipe = load({"base": str(tiny_base), "data": "y", "method": "full"})
+    for free, count in ((20 * weights, 0), (20 * weights - 1, 1)):
+        monkeypatch.setattr(hardware, "available_bytes", lambda device=None, free=free: FreeMemory(free, "a test"))
+        refusals = list(preflight.of_base(recipe))
+        assert len(refusals) == count
+    assert "tuning all weights" in refusals[0].problem and "method.kind=lora" in refusals[0].remedy
+    shape = cost_model.shape_of(placed(recipe.method, base_of("llama")), recipe)
+    assert shape.state_bytes == 12 * weights
+
+
+def test_full_keeps_a_tied_head_tied() -> None:
     model = trained(placed(ROWS["full"].method, base_of("llama")))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.modules_to_save["default"].weight is embedding.modules_to_save["default"].weight
