@@ -89,7 +89,6 @@ def tune_and_measure(job: dict[str, Any]) -> Figures:
         "rate": manifest["recipe"]["optimizer"]["learning_rate"],
         "batch_tokens": manifest["recipe"]["optimizer"]["batch_tokens"],
         "budget": {name: limit for name, limit in manifest["recipe"]["budget"].items() if limit is not None},
-        "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
     }
 
 
@@ -204,7 +203,8 @@ def measure(
         row_means(by_method["full"]), row_means(by_method["lora"]), by_method["full"][0]["ids"]
     )
     regret = {"difference": compared.difference, "low": compared.low, "high": compared.high}
-    return results, {**regret, "within": compared.low > -REGRET}, shared["base_parameters"]
+    base_parameters = round(shared["trainable"] / shared["trainable_fraction"]) - shared["trainable"]
+    return results, {**regret, "within": compared.low > -REGRET}, base_parameters
 
 
 def main() -> None:
@@ -227,7 +227,7 @@ def main() -> None:
     began = time.monotonic()
     methods = [method for method in METHODS if method in {*arguments.methods, "lora", "full"}]
     seeds = SEEDS[:1] if arguments.small else SEEDS
-    with tempfile.TemporaryDirectory() as temporary, smallest.home(arguments.small):
+    with tempfile.TemporaryDirectory() as temporary, smallest.home(arguments.small, "chitchat"):
         folder = parts.work_folder(Path(temporary))
         options = Options(arguments.data, folder, arguments.rows)
         if arguments.small:
