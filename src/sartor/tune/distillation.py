@@ -24,6 +24,7 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.token_scores import token_log_probabilities
+from sartor.models.losses.transformers_backend import unpacked
 from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
 from sartor.tune.checkpoint_selection import last_reply
@@ -174,13 +175,9 @@ class DistilRun(TrainingRun):
         is_training = self.model.training
         self.model.eval()
         seed = self.recipe.seed * _SEEDS + self.counters.updates
-        replies = generate(
-            self.model,
-            prompts,
-            stop=self._chat.stops,
-            pad=self._chat.pad,
-            sampling=Sampling(room, temperature=self._objective.temperature, seed=seed),
-        )
+        sampling = Sampling(room, temperature=self._objective.temperature, seed=seed)
+        with unpacked(self.model):
+            replies = generate(self.model, prompts, stop=self._chat.stops, pad=self._chat.pad, sampling=sampling)
         self.model.train(is_training)
         result = []
         for row, prompt, reply in zip(rows, prompts, replies, strict=True):
