@@ -407,7 +407,7 @@ TUNE_PROBES = (
         {
             "teacher": ("ADAPTER", "OTHER BASE"),
             "on_policy": (0.0, 1.0),
-            "divergence": ("reverse", "forward"),
+            "divergence": ("auto", "reverse"),
             "top_k": (16, 1),
             "stop_at_forgetting": (None, 100.0),
         },

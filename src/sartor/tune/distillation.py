@@ -29,6 +29,7 @@ from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
 from sartor.tune.checkpoint_selection import last_reply
 from sartor.tune.distil_teachers import DistilTeacher, Notice, check_aligned
+from sartor.tune.objectives import Divergence
 from sartor.tune.recipe import Distil
 from sartor.tune.teacher_scores import ScoreBatch, ScoreFiles, TeacherScore
 from sartor.tune.tokenized_dataset import DistilExample
@@ -123,24 +124,37 @@ class DistilRun(TrainingRun):
     def _backward(self, rows: Sequence[TokenizedExample], weight: float = 1.0) -> float:
         own, plain_rows = distil_rows(rows), [row for row in rows if not isinstance(row, DistilExample)]
         loss = super()._backward(plain_rows, weight * self._objective.plain_weight) if plain_rows else 0.0
-        learnt, scores = self._replies(own)
-        total = sum(row.weight * scores[id(row)].units for row in learnt) or 1.0
-        for micro in self._cut(learnt):
-            values, weights = self._divergences(micro, scores)
-            objective = weight * objectives.sft(values, weights, total)
-            self.scaler.scale(objective).backward()
-            loss += float(objective.detach())
+        learnt, sampled, scores = self._replies(own)
+        total = sum(row.weight * scores[id(row)].units for row in [*learnt, *sampled]) or 1.0
+        for replies, divergence in ((learnt, self._divergence()), (sampled, self._divergence(is_sampled=True))):
+            for micro in self._cut(replies) if replies else []:
+                values, weights = self._divergences(micro, scores, divergence)
+                objective = weight * objectives.sft(values, weights, total)
+                self.scaler.scale(objective).backward()
+                loss += float(objective.detach())
         return loss
 
-    def _replies(self, rows: Sequence[DistilExample]) -> tuple[list[DistilExample], dict[int, TeacherScore]]:
-        """Return an update's rows, some with replies that the student samples, and the scores of all."""
+    def _divergence(self, *, is_sampled: bool = False) -> Divergence:
+        """Return the divergence of sampled replies, or of the rows' own.
+
+        Of a reply that the student would hardly give, KL(student || teacher) has hardly a gradient: its weights are
+        the student's probabilities. On the student's own replies they are not small.
+        """
+        if self._objective.divergence == "auto":
+            return "reverse" if is_sampled else "forward"
+        return self._objective.divergence
+
+    def _replies(
+        self, rows: Sequence[DistilExample]
+    ) -> tuple[list[DistilExample], list[DistilExample], dict[int, TeacherScore]]:
+        """Return an update's rows with their own replies, those with sampled ones, and the scores of all."""
         chosen = [row for row in rows if self._is_sampled(row)]
         chosen_ids = {id(row) for row in chosen}
         learnt = [row for row in rows if id(row) not in chosen_ids]
         scores = {id(row): self.scores[id(row)] for row in learnt}
         self.objective_facts = {"sampled": len(chosen)}
         if not chosen:
-            return learnt, scores
+            return learnt, [], scores
         sampled = self.sample(chosen)
         found = self.files.read(sampled) if self.teacher.is_remote else None
         if found is None:
@@ -150,7 +164,7 @@ class DistilRun(TrainingRun):
         scores |= {id(row): score for row, score in zip(sampled, found, strict=True)}
         tokens = [row.supervised_tokens for row in sampled]
         self.objective_facts["sampled_tokens"] = round(statistics.fmean(tokens), 1)
-        return [*learnt, *sampled], scores
+        return learnt, sampled, scores
 
     def _is_sampled(self, row: DistilExample) -> bool:
         """Return whether the student replies to a row's prompt in this update, by the seed."""
@@ -192,14 +206,12 @@ class DistilRun(TrainingRun):
         return result
 
     def _divergences(
-        self, rows: Sequence[TokenizedExample], scores: dict[int, TeacherScore]
+        self, rows: Sequence[TokenizedExample], scores: dict[int, TeacherScore], divergence: Divergence
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the divergences and weights of the units of rows, (U,) each."""
         batch = ScoreBatch.of([scores[id(row)] for row in rows], self.base.device)
         student = batch.student_bins(token_log_probabilities(self.path, rows, batch.ids))
-        values = objectives.distil(
-            student, batch.teacher, divergence=self._objective.divergence, mixture=self._objective.mixture
-        )
+        values = objectives.distil(student, batch.teacher, divergence=divergence, mixture=self._objective.mixture)
         weights = torch.tensor([row.weight for row in rows], device=self.base.device)
         return values, weights[batch.row]
 
@@ -213,7 +225,7 @@ class DistilRun(TrainingRun):
         total, count = 0.0, 0
         excess: list[float] = []
         for micro in self._cut(own):
-            values, _ = self._divergences(micro, self.scores)
+            values, _ = self._divergences(micro, self.scores, self._divergence())
             total, count = total + float(values.sum()), count + len(values)
             losses, _ = self.path.losses(micro)
             found = [self.scores[id(row)] for row in micro]
