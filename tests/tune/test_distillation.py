@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from endpoint_server import EndpointServer, serving
 from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError, UnavailableError
+from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError, StoppedError, UnavailableError
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
 from sartor.models import adapters, packing
@@ -400,3 +402,25 @@ def test_a_damaged_teacher_is_an_error(tmp_path: Path, recipe: dict[str, Any]) -
     (tmp_path / "broken" / "adapter.json").write_text("{}")
     with pytest.raises((ArtifactError, ModelError)):
         tune(changed(recipe, {"teacher": str(tmp_path / "broken")}), tmp_path / "a")
+
+
+def test_a_signal_while_the_teacher_scores_keeps_what_is_scored(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sartor.tune.distillation._SCORED_ROWS", 8)
+    score, scored = LocalTeacher.score, [0]
+
+    def counted(self: LocalTeacher, rows: Any) -> Any:
+        scored[0] += len(rows)
+        if scored[0] == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(self, rows)
+
+    monkeypatch.setattr(LocalTeacher, "score", counted)
+    with pytest.raises(StoppedError, match="SIGTERM after the teacher scored 16 of"):
+        tune(recipe, tmp_path / "a")
+    before = scored[0]
+    told = tune(recipe, tmp_path / "a")
+    assert before == 16 and told["updates"] == 3
+    rows = next(line for line in lines_of(tmp_path / "a") if "teacher_rows" in line)["teacher_rows"]
+    assert scored[0] == rows

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sartor.core.errors import BusyError, ConfigError, SartorError, UnavailableError
+from sartor.core.errors import BusyError, ConfigError, SartorError, StoppedError, UnavailableError
 from sartor.core.processes import DeferredSignals
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling
@@ -88,17 +88,23 @@ class DistilRun(TrainingRun):
     def train(self, signals: DeferredSignals) -> None:
         """Score the rows' own replies, then train."""
         self.notice(f"teacher {self.teacher.name}: {self.teacher.note}")
-        self.score_rows()
+        self.score_rows(signals)
         super().train(signals)
         if self.is_done:
             upper = self.forgetting["forgetting_high"]
             self.notice(f"ended after update {self.counters.updates}: forgetting is at most {upper:.4f} nats a token")
 
-    def score_rows(self) -> None:
-        """Let the teacher score the Dataset's replies that the run needs, unless its files have them."""
+    def score_rows(self, signals: DeferredSignals) -> None:
+        """Let the teacher score the Dataset's replies that the run needs, unless its files have them.
+
+        Raises StoppedError after a signal; what was scored is kept.
+        """
         rows = distil_rows(self.data.held_out) if self.evaluation_points else []
         rows = [row for row in self.data.train if isinstance(row, DistilExample) and self._needs_own(row)] + rows
         for first in range(0, len(rows), _SCORED_ROWS):
+            if signals.received:
+                problem = f"{signals.received.name} after the teacher scored {first:,} of {len(rows):,} rows"
+                raise StoppedError(problem, _going_on(self.counters.updates), int(signals.received))
             group = rows[first : first + _SCORED_ROWS]
             scores = self.files.read(group)
             if scores is None:
@@ -258,5 +264,9 @@ def _mean_and_upper_end(values: Sequence[float]) -> dict[str, float]:
 def _lost(error: BusyError | UnavailableError, updates: int) -> SartorError:
     """Return the error for an endpoint that does not answer any more."""
     problem = f"the teacher is lost after update {updates}: {error.problem}"
-    remedy = "the same command" + (" with --resume" if updates else "") + " goes on there; what it scored is kept"
-    return UnavailableError(problem, remedy)
+    return UnavailableError(problem, _going_on(updates))
+
+
+def _going_on(updates: int) -> str:
+    """Return how a run goes on: before the first update there is no checkpoint to resume from."""
+    return "the same command" + (" with --resume" if updates else "") + " goes on there; what was scored is kept"

@@ -272,14 +272,15 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
     return changed
 
 
-def check_disk(out: Path, trainable: int, kept_checkpoints: int) -> None:
+def check_disk(out: Path, trainable: int, kept_checkpoints: int, beside_bytes: int = 0) -> None:
     """Raise MissingError if the disk of `out` has no room for the checkpoints of a run and its Adapter.
 
     trainable: number of trained parameters.
+    beside_bytes: of other files beside the checkpoints.
     There is room for one checkpoint more than is kept, because it is written before an old one is removed.
     """
     floats = trainable * (1 + _CHECKPOINT_FLOATS * (kept_checkpoints + 1))
-    needed = 4 * floats + _DISK_RESERVE_BYTES
+    needed = 4 * floats + _DISK_RESERVE_BYTES + beside_bytes
     folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     if (free := shutil.disk_usage(folder).free) < needed:
         problem = (

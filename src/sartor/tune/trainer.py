@@ -38,8 +38,9 @@ from sartor.tune.distillation import DistilRun
 from sartor.tune.gradient_features import FeatureRecorder
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
-from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft, Tracking
+from sartor.tune.recipe import Distil, Recipe, ResolvedRecipe, Sft, Tracking
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.teacher_scores import token_bytes
 from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
 from sartor.tune.training_log import OnStep, TrainingLog, plot_losses
 from sartor.tune.training_loop import Resolved, TrainingRun
@@ -174,7 +175,10 @@ def _tune(
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
-    preflight.check_disk(out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep)
+    scores_bytes = 0
+    if isinstance(recipe.objective, Distil):
+        scores_bytes = context.data.supervised_tokens * token_bytes(recipe.objective.top_k)
+    preflight.check_disk(out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep, scores_bytes)
     if recipe.weights == "best":
         evaluation_ledger.check_ledger()  # before time is spent on evaluations that it could not record
     environment = resumption.environment(base)
