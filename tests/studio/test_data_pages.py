@@ -205,6 +205,7 @@ def test_sources_show_digest_licence_and_reasons(site: Site) -> None:
     assert "3 rows read, 0 copies made, 1 kept." in page and "ab" * 8 in page
     assert 'href="/data/data?split=dropped&amp;reason=too_long"' in page and "sartor inspect" in page
     assert "/recipe" not in page  # a viewer changes none
+    assert '<a href="/data" aria-current=page>' in page
 
 
 @pytest.mark.parametrize("text", HOSTILE)
