@@ -152,9 +152,12 @@ from sartor.synthesize.validate.validation import validate as validate
 from sartor.trace.ablation import ablate as ablate
 from sartor.trace.ablation_proof import check_ablation as check_ablation
 from sartor.trace.trace import trace as trace
+from sartor.tune.cost_comparison import compare_costs as compare_costs
 from sartor.tune.plan import plan as plan
 from sartor.tune.recipe import Recipe as Recipe
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.sweep import parse_grid as parse_grid
+from sartor.tune.sweep import sweep as sweep
 from sartor.tune.trackers import track as track
 from sartor.tune.trainer import tune as tune
 from sartor.tune.training_log import TrainingStep as TrainingStep
@@ -211,6 +214,7 @@ __all__ = [
     "chat",
     "check_ablation",
     "check_personal_proof",
+    "compare_costs",
     "curate",
     "dedup",
     "demo",
@@ -263,6 +267,7 @@ __all__ = [
     "open_items",
     "open_voice",
     "options",
+    "parse_grid",
     "plan",
     "preview",
     "preview_recipe",
@@ -309,6 +314,7 @@ __all__ = [
     "show_personal",
     "speaking",
     "spoken",
+    "sweep",
     "synthesize",
     "tailor",
     "trace",

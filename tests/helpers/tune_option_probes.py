@@ -23,8 +23,9 @@ from sartor.models.base import open_base
 from sartor.tune import model_setup
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.cost_model import BatchLoad, TimedBatch, TimingProbe, shape_of
+from sartor.tune.methods.targets import Targets
 from sartor.tune.plan import TuningPlan
-from sartor.tune.recipe import Targets, load
+from sartor.tune.recipe import load
 
 PAIRS = [
     {"prompt": f"switch {room} {word}", "chosen": f"{word}:{room}", "rejected": f"{room}, {word}"}
@@ -124,6 +125,8 @@ def _recipe(changes: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     for part, value in changes.items():
         placed = _placed(value, workspace)
         is_merged = isinstance(placed, dict) and isinstance(recipe.get(part), dict) and part != "budget"
+        if part == "method" and isinstance(placed, dict) and placed.get("kind", "lora") != "lora":
+            is_merged = False  # it has other options
         recipe[part] = {**recipe[part], **placed} if is_merged else placed
     return recipe
 
@@ -340,6 +343,16 @@ TUNE_PROBES = (
         {"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.3), "sft_weight": (0.0, 1.0), "plain_weight": (1.0, 3.0)},
     ),
     *probes_of(
+        "Orpo",
+        _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "orpo"}),
+        {"odds_weight": (0.1, 1.0), "sft_weight": (1.0, 0.2), "plain_weight": (1.0, 3.0)},
+    ),
+    *probes_of(
+        "Simpo",
+        _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "simpo"}),
+        {"beta": (2.0, 5.0), "margin": (1.0, 0.3), "sft_weight": (0.0, 1.0), "plain_weight": (1.0, 3.0)},
+    ),
+    *probes_of(
         "Kto",
         _part("objective", _tuned, data="dataset:rated", objective={"kind": "kto"}),
         {
@@ -400,6 +413,8 @@ DEAR = (
     "Compute.cache_gb",
     "Kto.",
     "Dpo.",
+    "Orpo.",
+    "Simpo.",
 )
 PROBES: tuple[Probe, ...] = tuple(
     probe._replace(is_slow=probe.option.startswith(DEAR), repeats=False) for probe in TUNE_PROBES

@@ -32,12 +32,13 @@ REQUIRED: Any = dataclasses.MISSING
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # skips the full stop in "et al. 2023"
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: Any, text: str, *, default_kind: str = "") -> Any:
     """Return a dataclass field with its help text.
 
-    default: a tuple for list-like options; REQUIRED if there is none.
+    default: a tuple for list-like options; REQUIRED if there is none. default_kind: the kind of a union whose options
+    may stand without one, as they did while there was no other kind.
     """
-    return dataclasses.field(default=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text, "default_kind": default_kind})
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
@@ -300,6 +301,7 @@ def _expanded(cls: Any, data: Any) -> Any:
                 continue  # `budget: auto` is a literal, not a shorthand
             if len(members) > 1:
                 value = _with_kind({kind_of(member): member for member in members}, value)
+                value = _with_default_kind(field, members, value)
                 data[field.name] = dict(value) if isinstance(value, Mapping) else {"kind": value}
                 continue
             value = value if isinstance(value, Mapping) else _from_shorthand(members[0], value)
@@ -400,6 +402,21 @@ def _with_kind(kinds: Mapping[str, Any], value: Any) -> Any:
     return {"kind": kind, **(options if isinstance(options, Mapping) else _from_shorthand(kinds[kind], options))}
 
 
+def _with_default_kind(field: dataclasses.Field[Any], members: Sequence[Any], value: Any) -> Any:
+    """Return the options of a union with the field's default kind, if they name none and are options of that kind."""
+    default_kind = field.metadata.get("default_kind")
+    if not default_kind:
+        return value
+    kinds = {kind_of(member): member for member in members}
+    value = _with_kind(kinds, value)
+    if not isinstance(value, Mapping):
+        return {"kind": default_kind, **_from_shorthand(kinds[default_kind], value)}
+    names = {kind: {option_key(item.name) for item in dataclasses.fields(member)} for kind, member in kinds.items()}
+    # options of other kinds alone: `_by_kind` names the kinds that have them
+    is_foreign = not set(value) <= names[default_kind] and any(set(value) <= others for others in names.values())
+    return value if "kind" in value or is_foreign else {"kind": default_kind, **value}
+
+
 def _build_class(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         value = _from_shorthand(cls, value)
@@ -420,7 +437,8 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
     for name, field in fields.items():
         path = f"{where}.{name}".lstrip(".")
         if name in value:
-            built[field.name] = _build(hints[field.name], value[name], path)
+            hint = hints[field.name]
+            built[field.name] = _build(hint, _with_default_kind(field, _classes(hint), value[name]), path)
         elif field.default is dataclasses.MISSING:
             problem = f"the option {path!r} is missing: {field.metadata.get('help', '')}"
             raise _option_error(path, problem, f"{path}: ...")

@@ -30,6 +30,9 @@ NAVIGATION = (
     ("/jobs", "nav.jobs", Role.VIEWER),
     ("/new", "nav.new", Role.OWNER),
     ("/talk", "nav.talk", Role.REVIEWER),
+    ("/team", "nav.team", Role.VIEWER),
+    ("/devices", "nav.devices", Role.VIEWER),
+    ("/settings", "nav.settings", Role.OWNER),
 )
 # pages that belong to one of the navigation
 _PARENTS = {

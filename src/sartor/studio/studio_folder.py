@@ -10,6 +10,7 @@ neither the studio's own files nor anything elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sqlite3
@@ -130,6 +131,10 @@ class StudioFolder:
                 is_whole = False
                 break
         return sorted(found, key=lambda item: item.name), is_whole
+
+    def walk(self) -> Iterator[Path]:
+        """Yield the first MAX_FOLDERS folders below the root, it included, without those inside artefacts."""
+        return itertools.islice(self._folders(), MAX_FOLDERS)
 
     def _folders(self) -> Iterator[Path]:
         """Yield the folders below the root, without links, hidden ones and those inside artefacts."""
