@@ -91,18 +91,24 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         pages.setdefault("server" if status.job.verb == "serve" else f"job-{state}", f"/jobs/{status.job.id}")
         if status.job.verb == "serve":
             pages.setdefault("conversation", f"/talk/{status.job.id}")
-    pages |= {"team": "/team", "devices": "/devices", "settings": "/settings"}
+    pages |= operation_pages(app)
+    pages["error"] = "/data/nothing"
+    return pages
+
+
+def operation_pages(app: StudioApp) -> dict[str, str]:
+    """Paths of the pages of teams, devices and settings, by name."""
+    folder = app.studio.folder
+    pages = {"team": "/team", "devices": "/devices", "settings": "/settings"}
     pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
     pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in team_files(app.studio).items()}
-    for folder in app.studio.folder.walk():
-        name = app.studio.folder.name_of(folder)
-        if (folder / "metadata" / "1.root.json").is_file():
-            pages.setdefault("fleet", f"/devices/fleet/{name}")
-    for item in found:
+    for path in folder.walk():
+        if (path / "metadata" / "1.root.json").is_file():
+            pages.setdefault("fleet", f"/devices/fleet/{folder.name_of(path)}")
+    for item in folder.scan()[0]:
         run = item.artifact.manifest.get("run", {}) if item.artifact else {}
         if isinstance(run, dict) and "federated" in run:
             pages.setdefault("rounds", f"/devices/rounds/{item.name}")
-    pages["error"] = "/data/nothing"
     return pages
 
 
