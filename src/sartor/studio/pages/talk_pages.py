@@ -104,6 +104,8 @@ def _shown(studio: Studio, talk: Talk, index: int, turn: TalkTurn) -> dict[str, 
     replies = []
     for side, reply in enumerate(turn.replies):
         live = studio.replies.find(ReplyKey(talk.name, index, side)) if reply.end is ReplyEnd.PENDING else None
+        if reply.end is ReplyEnd.PENDING and live is None:  # it may have ended since the turns were read
+            _, reply = talk.reply(index, side)
         text = live.text if live else reply.text
         replies.append({"reply": reply, "text": text, "is_live": live is not None, "job": Side.of(reply.side).job_id})
     return {"prompt": turn.prompt, "replies": replies, "media": [(name, kind_of(name)) for name in turn.media]}
