@@ -108,7 +108,7 @@ def test_any_two_models_answer_side_by_side(served: Site, replies: HeldReplies) 
     assert [value.partition(":")[0] for value in chosen] == [first.rpartition("/")[2], second]
     for prompt in ("one", "two"):
         page = ask(served, first, prompt, *chosen, temperature="0.5")
-    assert page.count("the sky is blue") == 4 and "Why this model:" in page and "faq/faq-1.0" in page
+    assert page.count("dir=auto>the sky is blue") == 4 and "Why this model:" in page and "faq/faq-1.0" in page
     roles = [[message["role"] for message in request.messages] for request in replies.asked[-2:]]
     assert roles == [["user", "assistant", "user"]] * 2 and replies.asked[-1].sampling["temperature"] == 0.5
     assert (
