@@ -293,7 +293,9 @@ def ask_server(method: str, url: str, **fields: Any) -> httpx.Response:
         error = answer.json()["error"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as fault:
         raise UnavailableError(f"the server does not answer: {fault}", "open it again on the page Talk") from None
-    raise UnavailableError(str(error.get("message", ""))[:500], str(error.get("remedy") or "ask again")[:500])
+    remedy = str(error.get("remedy") or "ask again")
+    problem = str(error.get("message", "")).removesuffix(f"; try: {remedy}")
+    raise UnavailableError(problem[:500], remedy[:500])
 
 
 @router.get("/talk/{job_id}/replies/{turn}/{side}/speech")
