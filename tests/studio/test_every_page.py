@@ -16,6 +16,7 @@ pytest.importorskip("playwright", reason="no playwright here: pip install playwr
 from playwright.sync_api import Browser, Error  # noqa: E402
 
 from studio_pictures import SCHEMES, WIDTHS, pages_of, served, visit_of  # noqa: E402
+from studio_routes import routes_of  # noqa: E402
 from studio_scenes import REPLY, Scenes, answering  # noqa: E402
 from studio_visit import CHROMIUM, Visit, chromium  # noqa: E402
 
@@ -110,6 +111,6 @@ def test_every_route_is_among_the_pages(site: tuple[Any, str]) -> None:
     """A new page must be added to pages_of of tools/studio_pictures.py, or nothing here looks at it."""
     app, _ = site
     paths = [path.partition("?")[0] for path in paths_of(app).values() if path != "/data/nothing"]
-    routes = [route for route in app._asgi._app.routes if "GET" in (getattr(route, "methods", None) or ())]
+    routes = list(routes_of(app, "GET"))
     missing = [route.path for route in routes if not any(route.path_regex.match(path) for path in paths)]
     assert len(routes) > 10 and [path for path in missing if not any(part in path for part in NO_PAGES)] == []
