@@ -67,7 +67,7 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         if item.artifact:
             first.setdefault(item.kind, item.name)
     names = ("data", "review", "evaluate", "jobs", "new", "talk")
-    pages = {"home": "/", "login": "/login", **{name: f"/{name}" for name in names}}
+    pages = {"home": "/", **{name: f"/{name}" for name in names}}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
         pages |= {"finding": f"/review/{name}"}
@@ -123,7 +123,13 @@ def main() -> None:
             for width in arguments.widths:
                 for scheme in arguments.schemes:
                     options = {"viewport": {"width": width, "height": arguments.height}, "color_scheme": scheme}
-                    visit = visit_of(browser, app, address, locale=arguments.language, **options)
+                    visit = Visit(browser, address, locale=arguments.language, **options)
+                    if not arguments.only or "login" in arguments.only:
+                        photograph(
+                            visit.open("/login"), arguments.out / f"login-{width}-{scheme}.png", arguments.colours
+                        )
+                        count += 1
+                    log_in(visit.page, app, address)
                     for name, path in pages_of(app).items():
                         if arguments.only and name not in arguments.only:
                             continue
