@@ -1,7 +1,7 @@
 """Screenshots of the studio's pages at 390 and 1,280 px, dark and light.
 
     python tools/studio_pictures.py work --out studio-pictures
-    python tools/studio_pictures.py work --out docs/images --only home report --widths 1280 --schemes light
+    python tools/studio_pictures.py work --out docs/images --only home report --widths 1280 --schemes light --screens 1
 
 `work` is a folder of artefacts, such as `sartor tailor ... --out work/faq` and `sartor studio work` leave. A user is
 added to a copy of its accounts, not to its own. Look at the pictures before you show them. `--colours 128` makes them
@@ -68,7 +68,7 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         if item.artifact:
             first.setdefault(item.kind, item.name)
     names = ("data", "review", "evaluate", "jobs", "new", "talk")
-    pages = {"home": "/", "login": "/login", **{name: f"/{name}" for name in names}}
+    pages = {"home": "/", **{name: f"/{name}" for name in names}}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
         pages |= {"finding": f"/review/{name}"}
@@ -112,13 +112,14 @@ def operation_pages(app: StudioApp) -> dict[str, str]:
     return pages
 
 
-def photograph(page: Page, file: Path, colours: int) -> None:
-    """Write a picture of a page's whole height, up to three screens. colours: of its palette; 0 for all of them."""
+def photograph(page: Page, file: Path, *, screens: int, colours: int) -> None:
+    """Write a picture of a page's whole height, up to so many screens. colours: of its palette; 0 for all of them."""
     size = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
     viewport: Any = page.viewport_size
     if size[0] > viewport["width"]:
         print(f"{file.stem}: {size[0]} px wide at {viewport['width']}")
-    clip = {"x": 0, "y": 0, "width": viewport["width"], "height": min(max(size[1], viewport["height"]), 3 * HEIGHT)}
+    clip = {"x": 0, "y": 0, "width": viewport["width"], "height": viewport["height"]}
+    clip["height"] = min(max(size[1], viewport["height"]), screens * viewport["height"])
     page.screenshot(path=file, clip=clip, full_page=True)
     if colours:
         with Image.open(file) as picture:
@@ -134,21 +135,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS)
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of the window; longer pages are whole")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="of the window")
+    parser.add_argument("--screens", type=int, default=3, help="at most so many windows of a long page")
     parser.add_argument("--colours", type=int, default=0, help="of a palette, 2 to 256; all without it")
     parser.add_argument("--language", default="en")
     parser.add_argument("--browser", default=CHROMIUM)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     faults: list[str] = []
-    count = 0
+    count, style = 0, {"screens": arguments.screens, "colours": arguments.colours}
     with tempfile.TemporaryDirectory() as scratch:
         studio_folder.ACCOUNTS = str(Path(scratch) / "accounts.sqlite")
         with served(arguments.folder) as (app, address), chromium(arguments.browser) as browser:
             for width in arguments.widths:
                 for scheme in arguments.schemes:
                     options = {"viewport": {"width": width, "height": arguments.height}, "color_scheme": scheme}
-                    visit = visit_of(browser, app, address, locale=arguments.language, **options)
+                    visit = Visit(browser, address, locale=arguments.language, **options)
+                    if not arguments.only or "login" in arguments.only:
+                        visit.open("/login")
+                        photograph(visit.page, arguments.out / f"login-{width}-{scheme}.png", **style)
+                        count += 1
+                    log_in(visit.page, app, address)
                     for name, path in pages_of(app).items():
                         if arguments.only and name not in arguments.only:
                             continue
@@ -156,7 +163,7 @@ def main() -> None:
                         if name != "error" and answer is not None and answer.status == 404:
                             print(f"{name}: there is no page {path}")
                             continue
-                        photograph(visit.page, arguments.out / f"{name}-{width}-{scheme}.png", arguments.colours)
+                        photograph(visit.page, arguments.out / f"{name}-{width}-{scheme}.png", **style)
                         count += 1
                     faults += visit.faults
                     visit.close()
