@@ -86,6 +86,7 @@ _NAMES = {
     "open_items": "sartor.curate.review.review_store:open_items",
     "open_voice": "sartor.media.speech.tts_engines:open_voice",
     "plan": "sartor.tune.plan:plan",
+    "plan_tailor": "sartor.quickstart.tailor:plan_tailor",
     "promote_agent": "sartor.serving.commands.agent_commands:promote_agent",
     "read_report": "sartor.evaluate.report_view:read_report",
     "release": "sartor.release",

@@ -105,6 +105,7 @@ from sartor.quickstart.doctor import doctor as doctor
 from sartor.quickstart.init import init as init
 from sartor.quickstart.preview import preview as preview
 from sartor.quickstart.show import show as show
+from sartor.quickstart.tailor import plan_tailor as plan_tailor
 from sartor.quickstart.tailor import tailor as tailor
 from sartor.quickstart.yaml_schemas import schema as schema
 from sartor.quickstart.yaml_schemas import schema_names as schema_names
@@ -262,6 +263,7 @@ __all__ = [
     "open_voice",
     "options",
     "plan",
+    "plan_tailor",
     "preview",
     "promote_agent",
     "prove",

@@ -28,6 +28,7 @@ from sartor.studio.pages import (
     new_pages,
     review_pages,
     talk_pages,
+    tune_pages,
 )
 from sartor.studio.request_guard import RequestGuard
 from sartor.studio.studio_folder import StudioFolder
@@ -75,7 +76,7 @@ def _application(studio: Studio) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.studio = studio
     groups = (login_pages, home_page, data_pages, review_pages, evaluate_pages, job_pages, new_pages, talk_pages)
-    for group in groups:
+    for group in (*groups, tune_pages):
         app.include_router(group.router)
     app.add_exception_handler(SartorError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -122,7 +122,7 @@ class StudioFolder:
         """Return the artefacts below the folder by name, and whether all of them are there."""
         found: list[FoundArtifact] = []
         is_whole = True
-        for count, folder in enumerate(self._folders()):
+        for count, folder in enumerate(self.folders()):
             kind = kind_of(folder)
             if kind is not None:
                 found.append(self._found(folder, kind))
@@ -131,7 +131,7 @@ class StudioFolder:
                 break
         return sorted(found, key=lambda item: item.name), is_whole
 
-    def _folders(self) -> Iterator[Path]:
+    def folders(self) -> Iterator[Path]:
         """Yield the folders below the root, without links, hidden ones and those inside artefacts."""
         waiting = [(self.root, 0)]
         while waiting:

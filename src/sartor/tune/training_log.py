@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class TrainingStep:
     loss: of its rows, in nats per supervised token (for preferences: of the objective).
     learning_rate: of the adapter's factors in this update.
     tokens_per_s: mean of the run so far.
-    seconds_left: about, at that speed.
+    seconds_left: about, with the evaluations to come; infinite until the pace is known.
     eval_loss: of the held-out rows when they were last measured; None before that.
     """
 
@@ -93,10 +94,11 @@ class TrainingLog:
         """Update the progress line: loss, speed, memory, time left. Then tell the caller of the run."""
         text = f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
         self._bar.show(step.fraction, text)
+        left_s = step.seconds_left if math.isfinite(step.seconds_left) else None
         if self._whole is not None:
-            self._whole.show("tune", step.fraction, text)
+            self._whole.show("tune", step.fraction, text, left_s)
         else:
-            record_progress("tune", step.fraction, text)
+            record_progress("tune", step.fraction, text, left_s)
         if self._on_step is not None:
             self._on_step(step)
 
