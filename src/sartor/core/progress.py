@@ -14,6 +14,7 @@ import contextlib
 import html
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -159,7 +160,7 @@ class WholeProgress:
 
         fraction: 0 to 1.
         text: detail shown for the piece.
-        left_s: seconds to the end of the piece, if it knows its pace.
+        left_s: seconds to the end of the piece, if it measures its pace itself; infinite until it knows it.
         """
         if what not in self._seconds:
             return
@@ -182,13 +183,13 @@ class WholeProgress:
     def _left(self, what: str, fraction: float, left_s: float | None, now: float) -> float:
         """Return the seconds to the end of all pieces. left_s: of the piece, if it knows."""
         expected_s = max(self._seconds[what], 1e-6)
-        start_s, start_fraction = self._starts.setdefault(what, (now, fraction))
-        if left_s is not None:
-            if fraction < 1 - _LEAST_GAIN:  # near the end a small rest would tell little
-                self._scale = left_s / (expected_s * (1 - fraction))
-        else:
+        if left_s is None:
+            start_s, start_fraction = self._starts.setdefault(what, (now, fraction))
             if fraction - start_fraction >= _LEAST_GAIN:
                 self._scale = (now - start_s) / (expected_s * (fraction - start_fraction))
+        elif math.isfinite(left_s) and fraction < 1 - _LEAST_GAIN:  # near the end a small rest would tell little
+            self._scale = left_s / (expected_s * (1 - fraction))
+        if left_s is None or not math.isfinite(left_s):
             left_s = expected_s * (1 - fraction) * self._scale
         names = list(self._seconds)
         later_s = sum(self._seconds[name] for name in names[names.index(what) + 1 :])
@@ -198,7 +199,7 @@ class WholeProgress:
 def record_progress(what: str, fraction: float, text: str, left_s: float | None = None) -> None:
     """Append the progress of the whole command to the file that SARTOR_PROGRESS_FILE names, if it does.
 
-    left_s: seconds to its end, if it knows its pace.
+    left_s: seconds to its end; None or infinite if they are not known.
     At most one line in SECONDS_BETWEEN_RECORDS is written, and the last one (fraction 1). A file that cannot be
     written to is ignored: it must not fail the work.
     """
@@ -208,7 +209,7 @@ def record_progress(what: str, fraction: float, text: str, left_s: float | None 
         return
     _last_record = now
     line = {"at": round(time.time(), 3), "what": what, "fraction": round(fraction, 6), "text": text}
-    if left_s is not None:
+    if left_s is not None and math.isfinite(left_s):
         line["left_s"] = round(left_s, 2)
     with contextlib.suppress(OSError), open(name, "a", encoding="utf-8") as stream:
         stream.write(f"{json.dumps(line)}\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,11 +93,10 @@ class TrainingLog:
         """Update the progress line: loss, speed, memory, time left. Then tell the caller of the run."""
         text = f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
         self._bar.show(step.fraction, text)
-        left_s = step.seconds_left if math.isfinite(step.seconds_left) else None
         if self._whole is not None:
-            self._whole.show("tune", step.fraction, text, left_s)
+            self._whole.show("tune", step.fraction, text, step.seconds_left)
         else:
-            record_progress("tune", step.fraction, text, left_s)
+            record_progress("tune", step.fraction, text, step.seconds_left)
         if self._on_step is not None:
             self._on_step(step)
 
