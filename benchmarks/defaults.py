@@ -45,8 +45,8 @@ import sartor
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import open_artifact
 from sartor.demo.home_intents import rows as home_rows
-from sartor.inference.engine import Sampling
-from sartor.inference.generate import generate
+from sartor.evaluate.paired_measurement import measure_models
+from sartor.evaluate.predictions import HeldOut
 from sartor.models.base import machine_facts
 from sartor.models.tuned_model import open_tuned
 
@@ -329,11 +329,17 @@ class Runs:
         dataset = open_artifact(self._dataset(), "dataset")
         examples = list(parquet_io.read_examples(dataset, "eval"))[: self.options.held_out]
         base, model = open_tuned(open_artifact(adapter, "adapter"))
-        prompts = [base.chat.prompt_ids(example.prompt, example.tools, dataset.path) for example in examples]
-        sampling = Sampling(self.training_set.reply_tokens)
-        replies = generate(model, prompts, stop=base.chat.stops, pad=base.chat.pad, sampling=sampling)
-        texts = [base.chat.decode(reply.ids).strip() for reply in replies]
-        return fmean(text == example.reply.strip() for text, example in zip(texts, examples, strict=True))
+
+        def is_wrong(index: int, reply: str) -> bool:
+            """Whether the reply so far cannot become the reference."""
+            return not examples[index].reply.strip().startswith(reply.strip())
+
+        outputs = measure_models(base, model, HeldOut(examples, dataset.path), "", sides=(True,), is_decided=is_wrong)[
+            0
+        ]
+        return fmean(
+            reply.strip() == example.reply.strip() for reply, example in zip(outputs.replies, examples, strict=True)
+        )
 
 
 def copy_pictures(rows: list[Row], folder: Path) -> None:

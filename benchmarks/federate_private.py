@@ -171,7 +171,7 @@ class Study:
         for row in public:
             # causal: what stands after the last token before the reply changes nothing there
             ids = torch.tensor([row.ids[: row.learnt.index(True)]], device=resident.device)
-            resident.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            resident.model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([ids.shape[1] - 1]))
         for hook in hooks:
             hook.remove()
         for name in names:

@@ -225,7 +225,10 @@ def _generate_batch(
     reply_ids: dict[int, list[int]] = {row: [] for row in prompts}
     generations: dict[int, Generation] = {}
     while alive:
-        arguments = {cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
+        # an index, not the number 1: that would give the head a strided view, and torch's bf16 product of one copies
+        # the whole head once a row (16 prompts of 40 tokens: 920 MB instead of 13, 1.3 s instead of 0.5)
+        last = torch.tensor([ids.shape[1] - 1], device=device)
+        arguments = {cache_argument: cache, "use_cache": True, "logits_to_keep": last}
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
         _check_finite(logits)
         tokens = choose(logits, alive)

@@ -33,8 +33,9 @@ MAX_MEDIAN_REPLY_TOKENS = 64
 _SPARE_TOKENS = 4
 # No reply is generated for a longer reference: it would cost as much as all others together
 _MAX_REPLY_TOKENS = 4 * MAX_MEDIAN_REPLY_TOKENS
-# Rows of one batch: its key-value cache is small beside the memory of a micro-batch
+# The key-value cache is small beside the memory of a micro-batch: rows of one batch, and tokens of the compiled kernels
 _BATCH_ROWS = 16
+_CACHE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -101,27 +102,52 @@ class CheckpointSelection:
         """Return 1.0 for each row whose greedy reply by `model` equals the reference, else 0.0.
 
         The model must be in eval mode. A row whose reply does not fit into the model's context, or whose reference is
-        longer than _MAX_REPLY_TOKENS, is not generated and scores 0.0.
+        longer than _MAX_REPLY_TOKENS, is not generated and scores 0.0. Replies are generated in one batch by the
+        compiled kernels where they apply, and end as soon as they differ from the reference.
         """
         # imported here, because devices load this module without transformers and generate nothing
         generate = import_module("sartor.inference.generate")
+        paired_replies = import_module("sartor.inference.local.paired_replies")
         replies = [last_reply(row) for row in self.rows]
         scores = [0.0] * len(replies)
         context = generate.context_tokens(model) or math.inf
-        for batch in reply_batches(replies, context):
-            prompts = [replies[index][0] for index in batch]
+        prompt_rows = [paired_replies.PairedRow(prompt, (), len(prompt)) for prompt, _ in replies]
+        batches = reply_batches(replies, context, len(replies))
+        longest = max((len(replies[index][1]) for batch in batches for index in batch), default=0) + _SPARE_TOKENS
+        asked = [prompt_rows[index] for batch in batches for index in batch]
+        # weights are read where the training has them: a second copy would need as much memory as the base
+        decoder = paired_replies.open_pair(model, asked, longest, cache_tokens=_CACHE_TOKENS, moves_weights=False)
+        if decoder is None:
+            batches = reply_batches(replies, context, _BATCH_ROWS)
+        for batch in batches:
             limit = max(len(replies[index][1]) for index in batch) + _SPARE_TOKENS
-            room = context - max(map(len, prompts))
-            generations = generate.generate(
-                model,
-                prompts,
-                stop=self.chat.stops,
-                pad=self.chat.pad,
-                sampling=Sampling(int(min(limit, room))),
-                batch_rows=_BATCH_ROWS,
-            )
+            room = context - max(len(replies[index][0]) for index in batch)
+            limit = int(min(limit, room))
+            prompts = [replies[index][0] for index in batch]
+            if decoder is None:
+                generations = generate.generate(
+                    model,
+                    prompts,
+                    stop=self.chat.stops,
+                    pad=self.chat.pad,
+                    sampling=Sampling(limit),
+                    batch_rows=_BATCH_ROWS,
+                )
+            else:
+                references = [self._text(replies[index][1]) for index in batch]
+
+                def is_decided(row: int, tokens: Sequence[int], references: Sequence[str] = references) -> bool:
+                    text = self._text(tokens)
+                    # an incomplete UTF-8 character decodes to U+FFFD; wait for the rest of it
+                    return not references[row].startswith(text) and not text.endswith("\ufffd")
+
+                limits = paired_replies.ReplyLimits(limit, frozenset(self.chat.stops), is_decided)
+                rows = [prompt_rows[index] for index in batch]
+                results = paired_replies.reply_to_rows(decoder, rows, limits, sides=(True,))[0]
+                generations = [result.generation for result in results]
             for index, generation in zip(batch, generations, strict=True):
-                scores[index] = float(self._text(generation.ids) == self._text(replies[index][1]))
+                is_whole = generation.finish != generate.DECIDED
+                scores[index] = float(is_whole and self._text(generation.ids) == self._text(replies[index][1]))
         return scores
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -186,7 +212,9 @@ class CheckpointSelection:
         self.weights, self.candidates = weights, [CheckpointScore(**candidate) for candidate in candidates]
 
 
-def reply_batches(replies: Sequence[tuple[Sequence[int], Sequence[int]]], context: float) -> list[list[int]]:
+def reply_batches(
+    replies: Sequence[tuple[Sequence[int], Sequence[int]]], context: float, batch_rows: int = _BATCH_ROWS
+) -> list[list[int]]:
     """Return the row indices of each batch, cut so that every reply fits into the context.
 
     replies: token ids of (prompt, reference) of each row.
@@ -200,7 +228,7 @@ def reply_batches(replies: Sequence[tuple[Sequence[int], Sequence[int]]], contex
         if reply > _MAX_REPLY_TOKENS or prompt + reply > context:
             continue
         # references are sorted by length, so this one is the longest of its batch
-        is_full = not batches or len(batches[-1]) == _BATCH_ROWS
+        is_full = not batches or len(batches[-1]) == batch_rows
         if is_full or max(prompt, longest_prompt) + reply > context:
             batches.append([])
             longest_prompt = 0

@@ -134,13 +134,27 @@ class CpuDecoder:
     chunk_tokens = 4 * PAGE
     keeps_replies = True
 
-    def __init__(self, fast: FusedDecoder, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        fast: FusedDecoder,
+        cache_pages: int,
+        angles: Angles,
+        names: Mapping[int, str],
+        *,
+        moves_weights: bool = True,
+    ) -> None:
+        """Prepare the kernels' tables and an empty cache.
+
+        moves_weights: whether the weights of a small base are copied to huge pages, where they are read faster. False
+        while the base is in training, whose own copies would stay beside them.
+        """
         self._fast, self._angles = fast, angles
         self.dtype, self.vocabulary = fast.head.dtype, len(fast.head)
         projections = [part for block in fast.blocks for part in _projections(block)]
         _check(fast, projections)
         self._walker = CpuForward(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
-        _move(fast, projections)
+        if moves_weights:
+            _move(fast, projections)
         self._parts = projections
         self.factors = LoraTables(sites_of(projections, names), self.dtype, self._walker)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
@@ -335,25 +349,30 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecod
         return TorchDecoder(fast, cache_pages, angles, _names(model))
 
 
-def open_compiled(model: Any, cache_pages: int, context_tokens: int) -> CpuDecoder | None:
+def open_compiled(
+    model: Any, cache_pages: int, context_tokens: int, *, moves_weights: bool = True
+) -> CpuDecoder | None:
     """Return the compiled decoder of a model without PEFT's wrapper, or None.
 
     None means that the kernels do not support the base, the adapter or the machine.
     """
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
-        return _compiled(model, fast, cache_pages, Angles(fast, model.config, context_tokens))
+        angles = Angles(fast, model.config, context_tokens)
+        return _compiled(model, fast, cache_pages, angles, moves_weights=moves_weights)
     except (cpu.NoKernels, Unsupported):
         return None
 
 
-def _compiled(model: Any, fast: FusedDecoder, cache_pages: int, angles: Angles) -> CpuDecoder:
+def _compiled(
+    model: Any, fast: FusedDecoder, cache_pages: int, angles: Angles, *, moves_weights: bool = True
+) -> CpuDecoder:
     """Return the compiled decoder. Raises NoKernels, with the reason, if base or machine are not supported."""
     if model.device.type != "cpu":
         raise cpu.NoKernels("they are for CPUs")
     if problem := difference(fast.head.dtype):
         raise cpu.NoKernels(f"they are wrong on this machine: {problem}")
-    return CpuDecoder(fast, cache_pages, angles, _names(model))
+    return CpuDecoder(fast, cache_pages, angles, _names(model), moves_weights=moves_weights)
 
 
 def _names(model: Any) -> dict[int, str]:

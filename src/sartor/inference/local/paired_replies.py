@@ -129,9 +129,18 @@ class _RowReading(_Reading):
     logprobs: list[float] = field(default_factory=list)
 
 
-def open_pair(model: Any, rows: Sequence[PairedRow], max_tokens: int) -> CpuDecoder | None:
+def open_pair(
+    model: Any,
+    rows: Sequence[PairedRow],
+    max_tokens: int,
+    *,
+    cache_tokens: int = CACHE_TOKENS,
+    moves_weights: bool = True,
+) -> CpuDecoder | None:
     """Return the decoder of a model with its adapter, and a cache for `rows`.
 
+    cache_tokens: largest size of the cache, unless a row needs more.
+    moves_weights: as of `CpuDecoder`.
     None means that the compiled kernels do not support them. They support text on a CPU, a base in
     `fused_decoder.FAMILIES` that is not quantised, and a plain LoRA without dropout.
     """
@@ -139,9 +148,11 @@ def open_pair(model: Any, rows: Sequence[PairedRow], max_tokens: int) -> CpuDeco
         return None
     longest = max(max(len(row.ids), row.prompt_tokens + max_tokens) for row in rows)
     context = context_tokens(model) or longest
-    # a row in work and the shared beginning of each side
-    pages = max(CACHE_TOKENS // PAGE_TOKENS, 3 * _pages(longest))
-    decoder = open_compiled(without_peft(model), pages, context)
+    # room for all rows of both sides if they are few, and at least for a row in work and the shared beginning of each
+    # side
+    all_pages = sum(_pages(max(len(row.ids), row.prompt_tokens + max_tokens)) for row in rows)
+    pages = max(min(cache_tokens // PAGE_TOKENS, 2 * all_pages + 2 * _pages(longest)), 3 * _pages(longest))
+    decoder = open_compiled(without_peft(model), pages, context, moves_weights=moves_weights)
     if decoder is None:
         return None
     parts = list(model.modules())
