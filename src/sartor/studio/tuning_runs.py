@@ -12,7 +12,7 @@ from sartor.core.config import read_yaml
 from sartor.core.errors import ConfigError
 from sartor.core.html import flat
 from sartor.serving.http.http_errors import NotFoundError
-from sartor.studio.jobs.job_files import JobState, JobStatus
+from sartor.studio.jobs.job_files import JobState, JobStatus, read_json
 from sartor.studio.jobs.training_logs import Losses, log_of, read_losses
 from sartor.studio.jobs.unfinished_runs import UnfinishedRun, unfinished_runs
 from sartor.studio.studio_folder import FoundArtifact
@@ -72,8 +72,11 @@ class TuningRun:
         return read_losses(file) if file else None
 
     def recipe(self) -> dict[str, Any]:
-        """Return its options by dotted names: resolved for an Adapter, as they were written for one in work."""
+        """Return its options by dotted names: resolved once it has saved its state, before that as written."""
         recipe: Any = self.found.artifact.manifest.get("recipe", {}) if self.found and self.found.artifact else {}
+        if not recipe:
+            saved = sorted(self.adapter.with_name(f"{self.adapter.name}.checkpoints").glob("update-*/checkpoint.json"))
+            recipe = read_json(saved[-1]).get("fingerprint", {}).get("recipe", {}) if saved else {}
         if not recipe:
             try:
                 recipe = read_yaml(self.adapter.parent / "tune.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.filesystem import FileSystem
-from sartor.studio.jobs.job_files import tail
+from sartor.studio.jobs.job_files import modified_at, tail
 
 TRAINING_LOG = "log.jsonl"
 # points of a drawn curve
@@ -28,7 +28,7 @@ class Losses:
     fraction: of the budget; None for a log of an older Sartor. left_s: seconds left after the last update; None if
         unknown. wall_s: seconds of the run so far, without the time between a kill and its resumption.
     forecast: the run's own, as in a manifest; empty before it.
-    resumed_at: updates after which it was resumed.
+    resumed_at: updates after which it was resumed. changed_at: Unix time of the log's last line, s.
     """
 
     updates: Sequence[tuple[int, float]]
@@ -43,6 +43,7 @@ class Losses:
     wall_s: float = 0.0
     forecast: Mapping[str, Any] = field(default_factory=dict)
     resumed_at: Sequence[int] = ()
+    changed_at: float = 0.0
 
 
 def log_of(adapter: Path) -> Path | None:
@@ -94,6 +95,7 @@ def read_losses(file: Path) -> Losses | None:
         wall_s=wall_s,
         forecast=forecast,
         resumed_at=resumed_at,
+        changed_at=modified_at(file),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
@@ -63,9 +63,8 @@ def tunings(request: Request, visitor: Viewer) -> Response:
     shown = []
     for run in runs[:MAX_RUNS]:
         losses = None if run.facts() else run.losses()
-        shown.append(
-            (run, run.facts().get("loss") or _last_losses(losses), _progress(studio_of(request), run, losses))
-        )
+        progress = _progress(studio_of(request), run, losses)
+        shown.append((run, run.facts().get("loss") or _last_losses(losses), progress))
     return render(request, visitor, "tune", runs=shown, most=MAX_COMPARED)
 
 
@@ -81,12 +80,11 @@ def _progress(studio: Studio, run: TuningRun, losses: Losses | None) -> JobProgr
     """Return the progress of a tuning that runs, by its journal, or by its log for one of a terminal."""
     if run.status and run.state is JobState.RUNNING and not run.is_foreign:
         return studio.jobs.progress(run.status)
-    if not run.is_foreign or losses is None or losses.fraction is None or run.unfinished is None:
+    if not run.is_foreign or losses is None or losses.fraction is None:
         return None
     left_s = losses.left_s
     if left_s is not None:
-        age_s = time.time() - (run.unfinished.folder / "log.jsonl").stat().st_mtime
-        left_s = max(0.0, left_s - age_s)
+        left_s = max(0.0, left_s - (time.time() - losses.changed_at))
     return JobProgress("tune", losses.fraction, f"{losses.updates[-1][0]:,}", left_s)
 
 
@@ -152,14 +150,15 @@ def resume(request: Request, visitor: Owner, form: PostedForm) -> Response:
 
 
 @router.get("/tune/compare")
-def compare(request: Request, visitor: Viewer, run: list[str] = Query(default=[])) -> Response:  # noqa: B006, B008
+def compare(request: Request, visitor: Viewer) -> Response:
     """Show the losses of several tunings in one plot, and the options in which they differ."""
     known = {item.name: item for item in tuning_runs(studio_of(request))}
-    chosen = [known[name] for name in dict.fromkeys(run) if name in known][:MAX_COMPARED]
+    names = dict.fromkeys(request.query_params.getlist("run"))
+    chosen = [known[name] for name in names if name in known][:MAX_COMPARED]
     pairs = [(item, losses) for item in chosen if (losses := item.losses())]
     recipes = [item.recipe() for item, _ in pairs]
-    names = sorted({name for recipe in recipes for name in recipe})
-    rows = [(name, [recipe.get(name) for recipe in recipes]) for name in names]
+    options = sorted({name for recipe in recipes for name in recipe})
+    rows = [(name, [recipe.get(name) for recipe in recipes]) for name in options]
     return render(
         request,
         visitor,
@@ -167,16 +166,18 @@ def compare(request: Request, visitor: Viewer, run: list[str] = Query(default=[]
         pairs=pairs,
         facts=[{**_last_losses(losses), **item.facts().get("loss", {})} for item, losses in pairs],
         curves=draw_compared([losses for _, losses in pairs]) if pairs else None,
-        differences=[(name, values) for name, values in rows if any(value != values[0] for value in values)],
-        same=len([values for _, values in rows if all(value == values[0] for value in values)]),
+        differences=[(name, values) for name, values in rows if values.count(values[0]) < len(values)],
+        same=sum(values.count(values[0]) == len(values) for _, values in rows),
     )
 
 
 @router.get("/tune/new")
-def new(request: Request, visitor: Owner, data: list[str] = Query(default=[])) -> Response:  # noqa: B006, B008
+def new(request: Request, visitor: Owner) -> Response:
     """Show the form with the defaults."""
-    found = _datasets(studio_of(request))
-    chosen = [item.name for item in found if item.name in data] or [item.name for item in found][: len(found) == 1]
+    names = [item.name for item in _datasets(studio_of(request))]
+    chosen = [name for name in names if name in request.query_params.getlist("data")]
+    if len(names) == 1:
+        chosen = names
     return _form_page(request, visitor, default_values(), datasets=chosen, name="")
 
 
