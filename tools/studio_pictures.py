@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from playwright.sync_api import Page, sync_playwright
 
@@ -66,12 +67,16 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         if item.artifact:
             first.setdefault(item.kind, item.name)
     pages = {"home": "/", "data": "/data", "evaluate": "/evaluate", "jobs": "/jobs", "new": "/new", "talk": "/talk"}
+    pages |= {"tune": "/tune", "tune-new": "/tune/new"}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
     if name := first.get("report"):
         pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won"}
     if name := first.get("adapter"):
-        pages |= {"adapter": f"/artefact/{name}"}
+        pages |= {"adapter": f"/artefact/{name}", "tuning": f"/tune/run/{name}"}
+        pages |= {
+            "compare": f"/tune/compare?{urlencode([('run', item.name) for item in found if item.kind == 'adapter'])}"
+        }
     if files := app.studio.folder.data_files():
         pages |= {"preview": f"/new?file={files[0]}"}
     for status in app.studio.jobs.files.statuses():

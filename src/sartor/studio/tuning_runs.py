@@ -13,7 +13,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.html import flat
 from sartor.serving.http.http_errors import NotFoundError
 from sartor.studio.jobs.job_files import JobState, JobStatus, read_json
-from sartor.studio.jobs.training_logs import Losses, log_of, read_losses
+from sartor.studio.jobs.training_logs import TRAINING_LOG, Losses, log_of, read_losses
 from sartor.studio.jobs.unfinished_runs import UnfinishedRun, unfinished_runs
 from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.visitor import Studio
@@ -67,7 +67,7 @@ class TuningRun:
     def losses(self) -> Losses | None:
         """Return its log, also of one in work; None if there is none yet."""
         if self.unfinished and self.unfinished.is_running:
-            return read_losses(self.unfinished.folder / "log.jsonl")
+            return read_losses(self.unfinished.folder / TRAINING_LOG)
         file = log_of(self.adapter)
         return read_losses(file) if file else None
 
