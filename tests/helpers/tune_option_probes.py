@@ -340,6 +340,16 @@ TUNE_PROBES = (
         {"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.3), "sft_weight": (0.0, 1.0), "plain_weight": (1.0, 3.0)},
     ),
     *probes_of(
+        "Orpo",
+        _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "orpo"}),
+        {"odds_weight": (0.1, 1.0), "sft_weight": (1.0, 0.2), "plain_weight": (1.0, 3.0)},
+    ),
+    *probes_of(
+        "Simpo",
+        _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "simpo"}),
+        {"beta": (2.0, 5.0), "margin": (1.0, 0.3), "sft_weight": (0.0, 1.0), "plain_weight": (1.0, 3.0)},
+    ),
+    *probes_of(
         "Kto",
         _part("objective", _tuned, data="dataset:rated", objective={"kind": "kto"}),
         {
@@ -400,6 +410,8 @@ DEAR = (
     "Compute.cache_gb",
     "Kto.",
     "Dpo.",
+    "Orpo.",
+    "Simpo.",
 )
 PROBES: tuple[Probe, ...] = tuple(
     probe._replace(is_slow=probe.option.startswith(DEAR), repeats=False) for probe in TUNE_PROBES

@@ -90,7 +90,7 @@ def test_best_weights_are_those_of_their_update(
 
 
 @pytest.mark.usefixtures("fp32")
-@pytest.mark.parametrize(("kind", "rows"), [("dpo", PAIRS), ("kto", RATED), ("kto", PAIRS)])
+@pytest.mark.parametrize(("kind", "rows"), [("dpo", PAIRS), ("kto", RATED), ("kto", PAIRS), ("simpo", PAIRS)])
 def test_preference_run_is_repeated(tmp_path: Path, tune_recipe: dict[str, Any], kind: str, rows: list[Any]) -> None:
     changes = {"data": curated(tmp_path / "rows", [*rows, *PLAIN[:4]]), "objective": {"kind": kind}}
     replay = Replay.open(tuned(tune_recipe, tmp_path / "a", **changes))

@@ -29,6 +29,8 @@ CHECKED: dict[str, Callable[..., torch.Tensor]] = {
     "log_probabilities": lambda a, b, c, d: objectives.log_probabilities(a, [2, 0, 3]),
     "dpo": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3),
     "dpo, smoothed": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3, label_smoothing=0.2),
+    "orpo": lambda a, b, c, d: objectives.orpo(-a.exp(), -b.exp()),
+    "simpo": lambda a, b, c, d: objectives.simpo(a, b, beta=2.0, margin=0.7),
     "kto": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=0.3),
     "kto, weighed": lambda a, b, c, d: objectives.kto(
         a, b, GOOD, 0.4, beta=2, desirable_weight=1.5, undesirable_weight=0.5
@@ -71,6 +73,38 @@ def test_kto_is_the_papers_formula(divergence: float, weights: tuple[float, floa
         else:
             wanted = weights[1] - weights[1] * sigmoid(0.5 * (divergence - ratio))
         assert float(found[place]) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_orpo_is_the_papers_formula() -> None:
+    """arXiv:2403.07691, eq. 4 to 7: -log s(log(odds(y_w) / odds(y_l))), odds = P / (1 - P), P the mean per token."""
+    chosen, rejected = (-doubles(N, seed=seed).detach().exp() for seed in range(2))
+    found = objectives.orpo(chosen, rejected)
+    for place in range(N):
+        odds = [math.exp(mean[place]) / (1 - math.exp(mean[place])) for mean in (chosen, rejected)]
+        assert float(found[place]) == pytest.approx(-math.log(sigmoid(math.log(odds[0] / odds[1]))), rel=1e-9)
+
+
+@pytest.mark.parametrize(("beta", "margin"), [(2.0, 1.0), (10.0, 0.0)])
+def test_simpo_is_the_papers_formula(beta: float, margin: float) -> None:
+    """arXiv:2405.14734, eq. 6: -log s(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma)."""
+    sums, lengths = (
+        [doubles(N, seed=seed).detach() for seed in range(2)],
+        [torch.arange(1, N + 1), torch.full((N,), 3)],
+    )
+    found = objectives.simpo(sums[0] / lengths[0], sums[1] / lengths[1], beta=beta, margin=margin)
+    for place in range(N):
+        rewards = [
+            beta / float(length[place]) * float(total[place]) for total, length in zip(sums, lengths, strict=True)
+        ]
+        assert float(found[place]) == pytest.approx(-math.log(sigmoid(rewards[0] - rewards[1] - margin)), rel=1e-9)
+
+
+def test_a_certain_reply_has_finite_odds() -> None:
+    means = torch.tensor([0.0, -1e-9, -50.0], requires_grad=True)
+    found = objectives.orpo(means, means.detach().flip(0))
+    (slope,) = torch.autograd.grad(found.sum(), means)
+    assert torch.isfinite(found).all() and torch.isfinite(slope).all()
+    assert float(found[0]) < 1e-6 < float(found[2])
 
 
 def test_dpo_and_kto_gradients_at_reference_favour_chosen() -> None:

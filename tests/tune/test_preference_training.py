@@ -1,4 +1,4 @@
-"""dpo and kto as runs: what is learnt, what is counted, what comes back after a kill; and what stands beside: weights, rehearsal,
+"""dpo, kto, orpo and simpo as runs: what is learnt, what is counted, what comes back after a kill; and what stands beside: weights, rehearsal,
 an Adapter to go on from.
 """
 
@@ -23,7 +23,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import dataset_encoding, sampler, tokenized_dataset
 from sartor.tune.cost_model import TimeModel, load_of
-from sartor.tune.recipe import Dpo, Kto, Sft
+from sartor.tune.recipe import Dpo, Kto, Orpo, Sft, Simpo
 from sartor.tune.sampler import RehearsalPosition
 from sartor.tune.tokenized_dataset import PreferenceExample, TokenizedDataset
 from sartor.tune.training_loop import TrainingRun
@@ -98,6 +98,21 @@ def test_from_the_reference_on_the_model_moves_as_people_said(
     assert said["updates"] == 12
 
 
+@pytest.mark.parametrize("kind", ["orpo", "simpo"])
+def test_without_a_reference_the_preferred_reply_becomes_the_likelier(
+    tmp_path: Path, recipe: dict[str, Any], kind: str
+) -> None:
+    changes = {"budget": {"updates": 12}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 512}}
+    said = tune({**recipe, "objective": kind, **changes}, tmp_path / "a")
+    lines = lines_of(tmp_path / "a")
+    assert not [line for line in lines if "reference_rows" in line]
+    updates = [line for line in lines if "loss" in line]
+    assert updates[0]["agreement"] < 1 == updates[-1]["agreement"]
+    assert lines[-1]["eval_agreement"] > 0.7
+    assert said["loss"]["last"] < said["loss"]["first"]
+    assert "divergence" not in updates[0]
+
+
 def test_how_it_is_computed_changes_nothing(tmp_path: Path, recipe: dict[str, Any]) -> None:
     """Micro-batches of one pair, transformers' own module, no shared prefixes: the same weights but for rounding."""
     found = []
@@ -122,6 +137,8 @@ def test_a_pair_is_never_cut(recipe: dict[str, Any]) -> None:
 KILLED = {
     "dpo": ({"kind": "dpo", "sft_weight": 1.0}, "pairs"),
     "kto": ({"kind": "kto"}, "rated"),
+    "orpo": ({"kind": "orpo"}, "pairs"),
+    "simpo": ({"kind": "simpo", "sft_weight": 1.0}, "pairs"),
 }
 
 
@@ -193,7 +210,7 @@ def chat_of(base: Path) -> ChatTokenizer:
     return ChatTokenizer(AutoTokenizer.from_pretrained(str(base)))
 
 
-@pytest.mark.parametrize(("kind", "data"), [("dpo", "rated"), ("kto", "plain")])
+@pytest.mark.parametrize(("kind", "data"), [("dpo", "rated"), ("kto", "plain"), ("simpo", "rated")])
 def test_a_dataset_without_preferences_is_refused(
     tmp_path: Path, made: Path, recipe: dict[str, Any], kind: str, data: str
 ) -> None:
@@ -214,6 +231,15 @@ def test_options_out_of_range_are_refused(recipe: dict[str, Any], wrong: dict[st
         sartor.load_recipe({**recipe, "objective": {"kind": "dpo", **wrong}})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kind": "orpo", "odds_weight": 0.0}, {"kind": "simpo", "margin": -0.5}, {"kind": "simpo", "beta": 0.0}],
+)
+def test_options_of_orpo_and_simpo_out_of_range_are_refused(recipe: dict[str, Any], wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=list(wrong)[1]):
+        sartor.load_recipe({**recipe, "objective": wrong})
+
+
 def example(reply: str, **changes: Any) -> Example:
     turns = [("user", "switch hall on"), ("assistant", "done"), ("user", "and off"), ("assistant", reply)]
     return Example(tuple(Message.of(*turn) for turn in turns), (), **changes)
@@ -230,6 +256,8 @@ def test_what_each_row_is_learnt_as(tiny_base: Path) -> None:
 
     assert [terms(one, Sft()) for one in (pair, good, bad)] == [[("sft", 1)], [("sft", 1)], []]
     assert [terms(one, Dpo()) for one in (pair, good, bad)] == [[("pair", 1)], [("sft", 1)], []]
+    for objective in (Orpo(), Simpo()):
+        assert [terms(one, objective) for one in (pair, good, bad)] == [[("pair", 1)], [("sft", 1)], []]
     assert terms(example("x", rejected=worse, weight=3.0), Dpo()) == [("pair", 3)]
     assert terms(pair, Kto()) == [("good", 1), ("bad", 1)]
     assert [terms(one, Kto()) for one in (good, bad, example("x"))] == [[("good", 0.5)], [("bad", 1)], [("sft", 1)]]
@@ -255,7 +283,7 @@ def test_the_divergence_is_estimated_on_replies_to_other_prompts(made: Path, rec
     assert none.digest() != rows.digest()
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "simpo"])
 def test_a_weight_is_how_much_a_row_counts(tmp_path: Path, recipe: dict[str, Any], kind: str) -> None:
     """Two people contradict each other on every prompt: the one with the weight is followed, whichever way round."""
     for name, heavy in (("a", "chosen"), ("b", "rejected")):

@@ -228,7 +228,15 @@ def schema(name: str = "", *, out: Path | None = None, replace: REPLACE = False)
 
 
 @app.command
-def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
+def plan(
+    recipe: Path,
+    *flags: Flags,
+    device: str = "",
+    price: str = "",
+    compare: REPLACE = False,
+    bases: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    gpu: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+) -> Any:
     """Forecast the cost of `tune`: time, peak memory and an evaluation with intervals, warnings, refusals.
 
     A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
@@ -237,17 +245,35 @@ def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
         recipe: YAML file of a tuning
         device: cpu, cuda or mps; by default the one that tune would take
         price: of this machine, 0.45/h (also /d, /min, /s), for the cost
+        compare: what full fine-tuning, LoRA and QLoRA of these rows would cost on bases from 135 M to 70 B
+        bases: with --compare: only these (SmolLM2-135M Llama-3.1-8B ...)
+        gpu: with --compare: also on this GPU, with a price an hour (h100=2.50); from data sheets; also several
     """
+    if (bases or gpu) and not compare:
+        raise ConfigError("--bases and --gpu belong to --compare", "sartor plan RECIPE --compare --gpu h100")
+    if compare:
+        return sartor.compare_costs(
+            sartor.load_recipe(recipe, flags), bases=bases, gpus=gpu, device=device, price=price, notice=notice
+        )
     return sartor.plan(sartor.load_recipe(recipe, flags), device=device, price=price, notice=notice)
 
 
 @app.command
 def tune(
-    recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, prove: REPLACE = False, replace: REPLACE = False
+    recipe: Path,
+    *flags: Flags,
+    out: Path,
+    resume: REPLACE = False,
+    prove: REPLACE = False,
+    replace: REPLACE = False,
+    sweep: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    trials: int | None = None,
+    halving: int = 3,
 ) -> Any:
     """Fine-tune a base on a Dataset to make an Adapter.
 
-    Options of the recipe can be given as flags (--method.rank 8).
+    Options of the recipe can be given as flags (--method.rank 8). With --sweep trials of several values are tuned, the
+    better ones with more of the budget, and the winner's Adapter is kept.
 
     Args:
         recipe: YAML file
@@ -255,7 +281,25 @@ def tune(
         resume: resume from the newest checkpoint of a run that was stopped or killed
         prove: first compare losses and every gradient with the plain computation, and stop if they differ
         replace: start over, and replace an existing Adapter
+        sweep: try these values of an option (method.rank=8,16); also several options, whose values are combined
+        trials: with --sweep: only so many of the combinations, drawn by the seed
+        halving: with --sweep: one of so many trials goes on, with so many times the budget
     """
+    if sweep:
+        if prove:
+            raise ConfigError("--prove is of one run, and --sweep has several", "sartor tune RECIPE --out DIR --prove")
+        return sartor.sweep(
+            sartor.load_recipe(recipe, flags),
+            sartor.parse_grid(sweep),
+            out,
+            trials=trials,
+            factor=halving,
+            resume=resume,
+            replace=replace,
+            notice=notice,
+        )
+    if trials is not None:
+        raise ConfigError("--trials belongs to --sweep", "--sweep optimizer.learning_rate=1e-4,5e-4 --trials 2")
     return sartor.tune(
         sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice
     )

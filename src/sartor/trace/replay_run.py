@@ -231,7 +231,7 @@ class ReplayRun(TrainingRun):
 
 
 class PreferenceReplayRun(ReplayRun, PreferenceRun):
-    """ReplayRun for DPO and KTO: a row is a preference example, or a plain row beside them."""
+    """ReplayRun for preferences: a row is a preference example, or a plain row beside them."""
 
     def _prepare(self) -> None:
         self.prepare_reference()

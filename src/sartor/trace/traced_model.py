@@ -24,7 +24,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
-from sartor.tune.recipe import Dpo, Kto, Sft
+from sartor.tune.recipe import Objective, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample
 
 Notice = Callable[[str], object]
@@ -79,7 +79,7 @@ class TracedModel:
         return self.traced.known_recipe.seed if self.traced.known_recipe else 0
 
     @property
-    def objective(self) -> Sft | Dpo | Kto:
+    def objective(self) -> Objective:
         """Objective of the tuning; sft if it is not known."""
         return self.traced.known_recipe.objective if self.traced.known_recipe else Sft()
 

@@ -33,7 +33,7 @@ MAX_MEDIAN_REPLY_TOKENS = 64
 _SPARE_TOKENS = 4
 # No reply is generated for a longer reference: it would cost as much as all others together
 _MAX_REPLY_TOKENS = 4 * MAX_MEDIAN_REPLY_TOKENS
-# The key-value cache is small beside the memory of a micro-batch: rows of one batch, and tokens of the compiled kernels
+# The key-value cache is small beside the memory of a micro-batch: rows of a batch, and tokens of the compiled kernels
 _BATCH_ROWS = 16
 _CACHE_TOKENS = 2048
 

@@ -232,7 +232,7 @@ class TimingProbe:
 # Micro-batch sizes, in tokens, that `auto` chooses from
 LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
-TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
+TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.3, 0.15
 # Limit of the half-width: an interval whose high end is over twice its low end is of no use for a decision
 MOST_HALF_WIDTH = 0.33
 # Relative difference between processes of the peak while a base is opened and its loss backend chosen

@@ -15,7 +15,7 @@ from sartor.core.splits import TEST, group_of, hold_out
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
-from sartor.tune.recipe import Dpo, Kto, Recipe, Sft
+from sartor.tune.recipe import PAIRED, Kto, Objective, Recipe, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -23,7 +23,7 @@ _MAX_OTHERS = 8
 
 
 def encode_preference(
-    example: Example, objective: Sft | Dpo | Kto, chat: ChatTokenizer, folder: Path
+    example: Example, objective: Objective, chat: ChatTokenizer, folder: Path
 ) -> list[tuple[TokenizedExample, Example]]:
     """Return the tokens to learn from a row, each with the Example whose last reply they hold.
 
@@ -35,7 +35,7 @@ def encode_preference(
     if example.rejected and not isinstance(objective, Sft):
         rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
         good, bad = (keep_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
-        if isinstance(objective, Dpo):
+        if isinstance(objective, PAIRED):
             return [(_lesson(good, "pair", bad), example)]
         return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), rejected)]
     if example.rating and isinstance(objective, Kto):

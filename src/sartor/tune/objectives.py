@@ -1,4 +1,4 @@
-"""SFT, DPO and KTO losses as pure functions of tensors.
+"""SFT, DPO, KTO, ORPO and SimPO losses as pure functions of tensors.
 
 The loss of a batch is one number to minimise, or one number per row.
 
@@ -83,6 +83,36 @@ def kto(
     margin = beta * (policy - reference - divergence)
     good, bad = desirable_weight * torch.sigmoid(-margin), undesirable_weight * torch.sigmoid(margin)
     return torch.where(is_good, good, bad)
+
+
+def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return (N,) odds-ratio losses of N pairs: Hong et al. 2024, arXiv:2403.07691, equations 4 to 7.
+
+        log odds(p) = p - log(1 - exp(p))
+        loss = -log sigmoid(log odds(chosen) - log odds(rejected))
+
+    The paper's L_ORPO adds lambda times this to the sft loss of the chosen replies.
+
+    chosen, rejected: (N,) mean log-probabilities of a token, at most 0.
+    """
+
+    def log_odds(mean: torch.Tensor) -> torch.Tensor:
+        # a certain reply has infinite odds: the probability is kept below 1 by a rounding of its dtype
+        below = mean.clamp(max=-torch.finfo(mean.dtype).eps)
+        return below - torch.log(-torch.expm1(below))
+
+    return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def simpo(chosen: torch.Tensor, rejected: torch.Tensor, *, beta: float, margin: float) -> torch.Tensor:
+    """Return (N,) SimPO losses of N pairs: Meng et al. 2024, arXiv:2405.14734, equation 6.
+
+        loss = -log sigmoid(beta chosen - beta rejected - margin)
+
+    chosen, rejected: (N,) mean log-probabilities of a token.
+    margin: gamma, by which the rewards beta * chosen and beta * rejected should differ.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected) - margin)
 
 
 def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

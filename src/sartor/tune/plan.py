@@ -33,12 +33,22 @@ from sartor.tune import (
     sampler,
 )
 from sartor.tune.auto_settings import Setting, value_text
-from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
+from sartor.tune.cost_model import (
+    BatchLoad,
+    Interval,
+    MemoryModel,
+    MicroBatchChoice,
+    TimeModel,
+    TimingProbe,
+    load_of,
+    take,
+    total,
+)
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
 from sartor.tune.preference_training import reached_pairs
-from sartor.tune.recipe import Recipe, ResolvedRecipe
+from sartor.tune.recipe import REFERENCED, Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
@@ -61,6 +71,26 @@ class PlanAdvice:
 
 
 @dataclass(frozen=True)
+class PlanMeasurement:
+    """What a plan measured of the recipe's own base on this machine.
+
+    load: the heaviest micro-batch.
+    seconds: of all updates, without start and evaluations.
+    half_width: of the seconds, relative.
+    tokens, supervised_tokens: of the run.
+    mean_row_tokens: length of the row that a token is in, averaged over the tokens.
+    """
+
+    memory: MemoryModel
+    load: BatchLoad
+    seconds: float
+    half_width: float
+    tokens: int
+    supervised_tokens: int
+    mean_row_tokens: float
+
+
+@dataclass(frozen=True)
 class TuningPlan:
     """Forecast of a tuning run.
 
@@ -80,6 +110,7 @@ class TuningPlan:
     left_out: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[preflight.Refusal] = ()
     advice: PlanAdvice = field(default_factory=PlanAdvice)
+    measurement: PlanMeasurement | None = field(default=None, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return the command's JSON.
@@ -222,7 +253,7 @@ def _forecast(
         memory = _probe(probe, memory, recipe=recipe, data=data, loads=loads)
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
     refusals.extend(preflight.check_memory(memory, recipe, loads))
-    duration, warnings = None, list[DataWarning]()
+    duration, measurement, warnings = None, None, list[DataWarning]()
     if can_time:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         if updates is None:
@@ -237,9 +268,10 @@ def _forecast(
             row_tokens=[row.tokens for row in data.train],
         )
         start_s += time.monotonic() - began  # `tune` computes the warnings too
-        # reference log-probabilities are computed once, before the first update
-        reference_load = probe.load_of(all_sequences(reached_pairs(recipe, data)))
-        start_s += times.seconds(reference_load) * cost_model.FORWARD_FRACTION
+        if isinstance(recipe.objective, REFERENCED):
+            # reference log-probabilities are computed once, before the first update
+            reference_load = probe.load_of(all_sequences(reached_pairs(recipe, data)))
+            start_s += times.seconds(reference_load) * cost_model.FORWARD_FRACTION
         # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         calibration_batches = run_forecast.calibration_batches(sequences, max_tokens)
@@ -253,6 +285,17 @@ def _forecast(
             start_s=start_s,
             beginning=beginning,
         )
+        all_rows = total(loads)
+        minutes_s = (recipe.budget.minutes or 0) * 60
+        measurement = PlanMeasurement(
+            memory=memory,
+            load=settled.load,
+            seconds=minutes_s if updates is None else update_seconds(times, updates, settled.micro_batch_tokens),
+            half_width=times.half_width,
+            tokens=counters.tokens,
+            supervised_tokens=counters.supervised_tokens,
+            mean_row_tokens=all_rows.pairs / max(all_rows.tokens, 1),
+        )
     return TuningPlan(
         time_s=duration,
         peak_memory_bytes=memory.peak(settled.load, is_other_process=True),
@@ -265,6 +308,7 @@ def _forecast(
         left_out={reason: len(ids) for reason, ids in data.left_out.items()},
         refusals=refusals,
         advice=PlanAdvice(warnings=warnings),
+        measurement=measurement,
     )
 
 
@@ -328,14 +372,19 @@ def run_seconds(
     if updates is None:
         assert limit_s is not None
         return Interval(limit_s, limit_s, limit_s + evaluations_s)
-    update_seconds = []
-    for update in updates:
-        micro_batches = cost_model.micro_batches(update, micro_batch_tokens)
-        update_seconds.append(times.update_s + sum(times.seconds(micro) for micro in micro_batches))
-    total_s = sum(update_seconds) + evaluations_s
+    total_s = update_seconds(times, updates, micro_batch_tokens) + evaluations_s
     loop_s = Interval(total_s, low=total_s * (1 - times.half_width), high=total_s * (1 + times.half_width))
     duration = loop_s.at_least(0) + start_s
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration
+
+
+def update_seconds(times: TimeModel, updates: Sequence[Sequence[BatchLoad]], micro_batch_tokens: int) -> float:
+    """Return the seconds of these updates, without start and evaluations."""
+    seconds = 0.0
+    for update in updates:
+        micro_batches = cost_model.micro_batches(update, micro_batch_tokens)
+        seconds += times.update_s + sum(times.seconds(micro) for micro in micro_batches)
+    return seconds
 
 
 def _count_by_minutes(

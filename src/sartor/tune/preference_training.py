@@ -1,8 +1,9 @@
-"""Training loop for DPO and KTO.
+"""Training loop for DPO, KTO, ORPO and SimPO.
 
-The reference is the model before its first update: the base under a new adapter, or the adapter that tuning starts
-from. Its log-probabilities are one number per reply. They are computed once, before the first update, and kept in
-every checkpoint. So no second model is loaded, and no update needs a forward pass of the reference.
+ORPO and SimPO need no reference. That of DPO and KTO is the model before its first update: the base under a new
+adapter, or the adapter that tuning starts from. Its log-probabilities are one number per reply. They are computed
+once, before the first update, and kept in every checkpoint. So no second model is loaded, and no update needs a
+forward pass of the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from sartor.core.processes import DeferredSignals
 from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives, sampler
-from sartor.tune.recipe import Dpo, ResolvedRecipe, Sft
+from sartor.tune.recipe import PAIRED, REFERENCED, Dpo, Kto, Orpo, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample, TokenizedDataset, all_sequences, lessons, micro_batches
 from sartor.tune.training_loop import Counters, TrainingRun
 
@@ -39,10 +40,10 @@ class PreferenceLosses(NamedTuple):
 
 
 class PreferenceRun(TrainingRun):
-    """TrainingRun for DPO and KTO.
+    """TrainingRun for DPO, KTO, ORPO and SimPO.
 
     An update's loss is the weighted mean over its preference examples, plus `plain_weight` times the sft loss of its
-    plain rows. For dpo it adds `sft_weight` times the sft loss of the preferred replies.
+    plain rows. For pairs it adds `sft_weight` times the sft loss of the preferred replies.
     """
 
     reference: torch.Tensor | None = None
@@ -58,8 +59,8 @@ class PreferenceRun(TrainingRun):
         super().train(signals)
 
     def prepare_reference(self) -> None:
-        """Compute the reference log-probabilities of the rows that the run will read, unless they are there."""
-        if self.reference is None:
+        """Compute the reference log-probabilities of the rows that the run will read, if they are needed."""
+        if self.reference is None and isinstance(self._objective, REFERENCED):
             rows = [
                 *reached_pairs(self.recipe, self.data),
                 *(lessons(self.data.held_out) if self.evaluation_points else []),
@@ -72,7 +73,7 @@ class PreferenceRun(TrainingRun):
         return ({**tensors, REFERENCE: self.reference} if self.reference is not None else tensors), facts
 
     def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
-        self.reference = tensors[REFERENCE].to(self.base.device)
+        self.reference = tensors[REFERENCE].to(self.base.device) if REFERENCE in tensors else None
         super()._become(tensors, facts, source)
 
     @torch.no_grad()
@@ -132,20 +133,11 @@ class PreferenceRun(TrainingRun):
         return micro_batches(rows, self.resolved.micro_batch_tokens, share=share) if rows else []
 
     def _judge(self, rows: Sequence[PreferenceExample], divergence: torch.Tensor) -> PreferenceLosses:
+        if isinstance(self._objective, PAIRED):
+            return self._judge_pairs(rows)
         assert self.reference is not None
         objective, reference = self._objective, self.reference[[row.number for row in rows]]
         weights = torch.tensor([row.weight for row in rows], device=self.base.device)
-        if isinstance(objective, Dpo):
-            sequences = all_sequences(rows)
-            losses, token_weights = self.path.losses(sequences)
-            lengths = [row.supervised_tokens for row in sequences]
-            chosen, rejected = objectives.log_probabilities(losses, lengths).view(-1, 2).unbind(1)
-            row_losses = objectives.dpo(
-                chosen, rejected, *reference.unbind(1), beta=objective.beta, label_smoothing=objective.label_smoothing
-            )
-            reply_parts = [pair[::2] for pair in (losses.split(lengths), token_weights.split(lengths))]
-            agree = chosen - reference[:, 0] > rejected - reference[:, 1]
-            return PreferenceLosses(row_losses, weights, agree, (torch.cat(reply_parts[0]), torch.cat(reply_parts[1])))
         is_good = torch.tensor([row.term == "good" for row in rows], device=self.base.device)
         policy = self._log_probabilities(rows)
         row_losses = objectives.kto(
@@ -158,6 +150,41 @@ class PreferenceRun(TrainingRun):
             undesirable_weight=objective.undesirable_weight,
         )
         return PreferenceLosses(row_losses, weights, (policy - reference[:, 0] > divergence) == is_good)
+
+    def _judge_pairs(self, rows: Sequence[PreferenceExample]) -> PreferenceLosses:
+        """Return the losses of pairs.
+
+        They agree if the preferred reply gained more than the other one on the reference, or, where there is none,
+        has the higher mean log-probability of a token.
+        """
+        objective = self._objective
+        sequences = all_sequences(rows)
+        losses, token_weights = self.path.losses(sequences)
+        lengths = [row.supervised_tokens for row in sequences]
+        sums = objectives.log_probabilities(losses, lengths)
+        if isinstance(objective, Dpo):
+            assert self.reference is not None
+            chosen, rejected = sums.view(-1, 2).unbind(1)
+            of_chosen, of_rejected = self.reference[[row.number for row in rows]].unbind(1)
+            row_losses = objectives.dpo(
+                chosen,
+                rejected,
+                of_chosen,
+                of_rejected,
+                beta=objective.beta,
+                label_smoothing=objective.label_smoothing,
+            )
+            agree = chosen - of_chosen > rejected - of_rejected
+        else:
+            chosen, rejected = (sums / torch.tensor(lengths, device=sums.device)).view(-1, 2).unbind(1)
+            if isinstance(objective, Orpo):
+                row_losses = objective.odds_weight * objectives.orpo(chosen, rejected)
+            else:
+                row_losses = objectives.simpo(chosen, rejected, beta=objective.beta, margin=objective.margin)
+            agree = chosen > rejected
+        weights = torch.tensor([row.weight for row in rows], device=self.base.device)
+        reply_parts = [pair[::2] for pair in (losses.split(lengths), token_weights.split(lengths))]
+        return PreferenceLosses(row_losses, weights, agree, (torch.cat(reply_parts[0]), torch.cat(reply_parts[1])))
 
     def _sum(self, batch_losses: PreferenceLosses, total: float, replies: float) -> torch.Tensor:
         """Return a micro-batch's part of an update's loss.
@@ -174,7 +201,7 @@ class PreferenceRun(TrainingRun):
 
     @torch.no_grad()
     def _divergence(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
-        """Return z_0 of an update's rated rows, a scalar; 0 under dpo."""
+        """Return z_0 of an update's rated rows, a scalar; 0 for pairs."""
         other_replies = [(row.number, row.other) for row in rows if row.term != "pair" and row.other]
         if not other_replies:
             return torch.zeros((), device=self.base.device)
@@ -190,8 +217,8 @@ class PreferenceRun(TrainingRun):
         """Return the fraction of preference examples that `agree`, and under kto the divergence; empty for none."""
         if not rows:
             return {}
-        is_dpo = isinstance(self._objective, Dpo)
-        return {"agreement": round(agree / len(rows), 4), **({} if is_dpo else {"divergence": float(divergence)})}
+        is_kto = isinstance(self._objective, Kto)
+        return {"agreement": round(agree / len(rows), 4), **({"divergence": float(divergence)} if is_kto else {})}
 
 
 def split_preference_rows(rows: Iterable[TokenizedExample]) -> tuple[list[PreferenceExample], list[TokenizedExample]]:

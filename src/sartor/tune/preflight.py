@@ -21,7 +21,7 @@ from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
-from sartor.tune.recipe import Dpo, Recipe, ResolvedRecipe, Sft
+from sartor.tune.recipe import PAIRED, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
 NO_PREFERENCE = "nothing_preferred"
@@ -127,8 +127,8 @@ def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
     objective = recipe.objective
     if isinstance(objective, Sft) or lessons(data.train):
         return
-    requirement = "has a rejected reply" if isinstance(objective, Dpo) else "is rated, or has a rejected reply"
-    forms = "{prompt, chosen, rejected}" if isinstance(objective, Dpo) else "{prompt, completion, rating}"
+    requirement = "has a rejected reply" if isinstance(objective, PAIRED) else "is rated, or has a rejected reply"
+    forms = "{prompt, chosen, rejected}" if isinstance(objective, PAIRED) else "{prompt, completion, rating}"
     yield Refusal(
         NO_PREFERENCE,
         f"objective.kind is {objective.kind}, and none of the {len(data.train):,} training rows {requirement}",

@@ -221,10 +221,51 @@ class Kto:
         _preferring(self, "desirable_weight", "undesirable_weight", "plain_weight")
 
 
-def _preferring(objective: Dpo | Kto, *weights: str) -> None:
+@dataclass(frozen=True)
+class Orpo:
+    """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691) of rows with a rejected reply.
+
+    It needs no reference model: the preferred replies are learnt beside it.
+    """
+
+    odds_weight: float = option(0.1, "lambda: weight of the odds ratio beside the preferred reply's cross-entropy")
+    sft_weight: float = option(1.0, "weight of the preferred reply's own cross-entropy; the paper has 1")
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rows that are no pair, rehearsal among them")
+    kind: Literal["orpo"] = "orpo"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "odds_weight", "sft_weight", "plain_weight")
+        if not self.odds_weight:
+            raise ConfigError("odds_weight is 0: nothing would be learnt from rejected replies", "odds_weight: 0.1")
+
+
+@dataclass(frozen=True)
+class Simpo:
+    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734) of rows with a rejected reply.
+
+    Its reward is the mean log-probability of a reply's tokens, so that it needs no reference model.
+    """
+
+    beta: float = option(2.0, "scale of the reward; the paper has 2.0 to 2.5, and up to 10 for tuned chat models")
+    margin: float = option(1.0, "gamma: by how much the rewards should differ; the paper has 0.3 to 1.6")
+    sft_weight: float = option(0.0, "weight of the preferred reply's own cross-entropy beside it")
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rows that are no pair, rehearsal among them")
+    kind: Literal["simpo"] = "simpo"
+
+    def __post_init__(self) -> None:
+        _preferring(self, "margin", "sft_weight", "plain_weight")
+
+
+def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
     _at_least(objective, 0, *weights)
     if objective.beta <= 0:
-        raise ConfigError(f"beta is {objective.beta}; it must be above 0", "beta: 0.1")
+        default = type(objective)().beta
+        raise ConfigError(f"beta is {objective.beta}; it must be above 0", f"beta: {default}")
+
+
+Objective = Sft | Dpo | Kto | Orpo | Simpo
+# Objectives of pairs of a preferred and a rejected reply, and those whose loss needs the model before its first update
+PAIRED, REFERENCED = (Dpo, Orpo, Simpo), (Dpo, Kto)
 
 
 @dataclass(frozen=True)
@@ -358,7 +399,7 @@ class Recipe:
     base: BaseChoice = option(REQUIRED, "which pretrained weights")
     data: Data = option(REQUIRED, "which Dataset")
     method: Lora = option(Lora(), "what is trained")
-    objective: Sft | Dpo | Kto = option(Sft(), "what is minimised")
+    objective: Objective = option(Sft(), "what is minimised")
     budget: Literal["auto"] | StopCriteria = option(
         "auto", "when to stop; auto: epochs until there are enough updates"
     )

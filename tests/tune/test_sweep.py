@@ -1,0 +1,180 @@
+"""`sartor tune --sweep`: successive halving, kills, what is counted, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from sartor.core import evaluation_ledger
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import ConfigError, ModelError, StoppedError
+from sartor.tune import sweep as sweeping
+from sartor.tune.recipe import Recipe
+from sartor.tune.sweep import Sweep, SweepTrial, parse_grid, sweep
+
+RATES = {"optimizer.learning_rate": ["1e-5", "1e-3", "1e-2", "3e-3"]}
+
+
+@pytest.fixture
+def recipe(tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Sixteen updates, a third of the rows held out; plots are not drawn."""
+    monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    data = {**tune_recipe["data"], "eval_fraction": 0.33}
+    return {**tune_recipe, "data": data, "budget": {"updates": 16}, "optimizer": {"batch_tokens": 128}}
+
+
+class FakeTune:
+    """Runs whose score is the learning rate. fails: rates whose loss explodes; stops_at: which call is interrupted."""
+
+    def __init__(self, fails: tuple[float, ...] = (), stops_at: int = 0) -> None:
+        self.fails, self.stops_at, self.calls = fails, stops_at, list[tuple[float, int]]()
+
+    def __call__(self, recipe: Recipe, out: Path, **options: Any) -> Any:
+        assert options["resume"] and recipe.budget != "auto" and recipe.optimizer.learning_rate != "auto"
+        rate = recipe.optimizer.learning_rate
+        self.calls.append((rate, recipe.budget.updates or 0))
+        if len(self.calls) == self.stops_at:
+            raise StoppedError("stopped by SIGTERM", "--resume")
+        if rate in self.fails:
+            raise ModelError("the loss is inf", "lower it")
+        out.mkdir(exist_ok=True)
+        (out / "rate").write_text(str(rate))
+        selection = {"metric": "exact_match", "rows": 20, "evaluations": [{"score": min(10 * rate, 1.0)}]}
+        run = {"loss": {"eval": 1 - rate}, "selection": selection, "updates": recipe.budget.updates, "wall_s": 1.0}
+        return type("Tuned", (), {"adapter": type("Adapter", (), {"manifest": {"run": run}})})
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTune:
+    tuned = FakeTune()
+    monkeypatch.setattr(sweeping, "tune", tuned)
+    monkeypatch.setattr(sweeping, "_adapter", lambda out: type("Adapter", (), {"path": out}))
+    return tuned
+
+
+def test_the_better_third_goes_on_with_three_times_the_budget(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune
+) -> None:
+    rates = [f"{number}e-4" for number in range(1, 10)]
+    recipe["budget"] = {"updates": 36}
+    lines: list[str] = []
+    result = sweep(recipe, {"optimizer.learning_rate": rates}, tmp_path / "a", notice=lines.append)
+    budgets = [updates for _, updates in fake.calls]
+    assert budgets == [4] * 9 + [12] * 3 + [36]
+    assert sorted(rate for rate, updates in fake.calls if updates == 12) == [7e-4, 8e-4, 9e-4]
+    assert result.winner.values == {"optimizer.learning_rate": "9e-4"} and result.winner.fraction == 1
+    assert (tmp_path / "a" / "rate").read_text() == "0.0009"
+    assert any(line.startswith("9 trials in 3 rungs: 3 times the work of one run") for line in lines)
+    assert (tmp_path / "a.sweep" / "sweep.png").stat().st_size > 5_000
+    cells = dict(result.table())["trials"]
+    assert cells[0]["budget"] == "100%" and len(cells) == 13
+
+
+def test_the_winner_s_interval_is_wider_than_that_of_a_single_run(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune
+) -> None:
+    result = sweep(recipe, {"optimizer.learning_rate": ["0.05", "0.06", "0.07"]}, tmp_path / "a")
+    said = result.as_json()["winner"]
+    # 14 of 20 right: Clopper-Pearson has 0.457 to 0.881 at 95 %; of four measurements 98.75 % each
+    assert said["chosen_among"] == 4 and said["score"] == pytest.approx(0.7)
+    assert said["low"] == pytest.approx(0.38, abs=0.02) and said["high"] == pytest.approx(0.92, abs=0.02)
+    assert "corrected for the choice among 4" in dict(result.table())["winner"]
+
+
+def test_a_killed_sweep_goes_on_where_it_was(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweep(recipe, RATES, tmp_path / "whole", factor=2)
+    first = FakeTune(stops_at=3)
+    monkeypatch.setattr(sweeping, "tune", first)
+    with pytest.raises(StoppedError):
+        sweep(recipe, RATES, tmp_path / "a", factor=2)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ConfigError, match="has a sweep") as error:
+        sweep(recipe, RATES, tmp_path / "a", factor=2)
+    assert "--resume" in error.value.remedy
+    with pytest.raises(ConfigError, match="another recipe or grid"):
+        sweep({**recipe, "seed": 7}, RATES, tmp_path / "a", factor=2, resume=True)
+    second = FakeTune()
+    monkeypatch.setattr(sweeping, "tune", second)
+    resumed = sweep(recipe, RATES, tmp_path / "a", factor=2, resume=True)
+    assert first.calls[:2] + second.calls == fake.calls
+    assert [trial.score for trial in resumed.trials] == [trial.score for trial in whole.trials]
+
+
+def test_a_trial_that_explodes_is_out_and_said(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "tune", FakeTune(fails=(1e-2,)))
+    result = sweep(recipe, RATES, tmp_path / "a", factor=2)
+    assert result.winner.values["optimizer.learning_rate"] == "3e-3"
+    (failed,) = [trial for trial in result.trials if trial.problem]
+    assert failed.score is None and failed.problem == "the loss is inf"
+    monkeypatch.setattr(sweeping, "tune", FakeTune(fails=(1e-5, 1e-3, 1e-2, 3e-3)))
+    with pytest.raises(ModelError, match="all 4 trials of rung 0 failed"):
+        sweep(recipe, RATES, tmp_path / "b", factor=2)
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "words"),
+    [
+        ({"method.rank": ["8"]}, {}, "the sweep has 1 trials"),
+        ({"method.rank": [str(rank) for rank in range(1, 67)]}, {}, "the sweep has 66 trials"),
+        ({"budget.updates": ["8", "9"]}, {}, "budget.updates cannot be swept"),
+        ({"seed": ["1", "2"]}, {}, "seed cannot be swept"),
+        ({"method.rank": ["8", "zero"]}, {}, "zero"),
+        ({"method.rang": ["8", "9"]}, {}, "rang"),
+        (RATES, {"factor": 1}, "the factor is 1"),
+        (RATES, {"trials": 1}, "1 trials cannot be compared"),
+        ({"method.rank": [str(rank) for rank in range(1, 30)]}, {}, "the first of the rungs for 29 trials"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, recipe: dict[str, Any], grid: Any, options: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        sweep(recipe, grid, tmp_path / "a", **options)
+    assert error.value.remedy
+    assert not (tmp_path / "a.sweep" / "sweep.jsonl").exists()
+
+
+def test_some_of_a_large_grid_are_drawn_by_the_seed(tmp_path: Path, recipe: dict[str, Any], fake: FakeTune) -> None:
+    grid = {"method.rank": [str(rank) for rank in range(1, 10)], "optimizer.learning_rate": ["1e-3", "2e-3"]}
+    drawn = [sweep(recipe, grid, tmp_path / name, trials=3).as_json()["trials"][:3] for name in "ab"]
+    assert drawn[0] == drawn[1] and len({json.dumps(trial["values"]) for trial in drawn[0]}) == 3
+
+
+def test_a_sweep_is_read_from_the_command_line() -> None:
+    assert parse_grid(["method.rank=8, 16", "optimizer.epsilon=1e-8,1e-6"]) == {
+        "method.rank": ["8", "16"],
+        "optimizer.epsilon": ["1e-8", "1e-6"],
+    }
+    for text in ("method.rank", "method.rank=8", "method.rank=8,8", "=1,2"):
+        with pytest.raises(ConfigError, match="does not name an option and at least two values"):
+            parse_grid([text])
+
+
+def test_without_rows_held_out_nothing_is_compared(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["data"] = {**recipe["data"], "eval_fraction": 0.0}
+    with pytest.raises(ConfigError, match="no row is held out") as error:
+        sweep(recipe, {"method.rank": ["2", "4"]}, tmp_path / "a", show=False)
+    assert error.value.remedy == "--data.eval_fraction 0.1"
+
+
+def test_a_real_sweep_keeps_the_winner_and_each_trial_is_a_look(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    grid = {"optimizer.learning_rate": ["1e-5", "1e-2"]}
+    result: Sweep = sartor.sweep(recipe, grid, tmp_path / "a", show=False)
+    assert [trial.updates for trial in result.trials] == [5, 5, 16]
+    assert all(isinstance(trial, SweepTrial) and trial.rows for trial in result.trials)
+    adapter = open_artifact(tmp_path / "a", "adapter")
+    assert adapter.manifest["recipe"]["optimizer"]["learning_rate"] == float(
+        result.winner.values["optimizer.learning_rate"]
+    )
+    assert adapter.manifest["run"]["updates"] == 16
+    assert evaluation_ledger.ledger_file().read_text(encoding="utf-8").count("after update") == 3
+    again = sartor.sweep(recipe, grid, tmp_path / "a", show=False, resume=True, replace=True)
+    assert again.as_json() == result.as_json()
