@@ -214,7 +214,7 @@ def test_stopped_run_is_resumed(full: Site) -> None:
 
 def test_runs_are_compared(full: Site) -> None:
     text = full.page("/tune/compare?run=faq/adapter&run=wide/adapter&run=nothing&run=faq/adapter")
-    assert text.count("<polyline") == 2 and "run1" in text and text.count("<circle") == 2
+    assert text.count("<polyline") == 2 and "run1" in text and text.count('class="held') == 2
     assert "method.rank" in text and "<code>8</code>" in text and "<code>64</code>" in text
     assert "method.alpha" not in text and "4 other options are the same" in text
     assert "1.1000" in text and "0.6000" in text and "4,000 tokens" in text
