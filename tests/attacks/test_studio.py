@@ -250,7 +250,9 @@ def test_invented_link_is_refused(site: Site, token: str) -> None:
     assert site.client.get(f"/welcome/{token}").status_code in (403, 404)
 
 
-@pytest.mark.parametrize("page", ["/data/", "/row/", "/evaluate/", "/artefact/", "/tune/run/", "/tune/events/", "/new?file="])
+@pytest.mark.parametrize(
+    "page", ["/data/", "/row/", "/evaluate/", "/artefact/", "/tune/run/", "/tune/events/", "/new?file="]
+)
 @pytest.mark.parametrize(
     "name",
     [

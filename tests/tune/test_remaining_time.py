@@ -59,7 +59,7 @@ def at(steps: list[tuple[float, float | None, float]], fraction: float) -> tuple
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 4])
-def test_left_is_right_within_a_tenth_after_a_kill_at_40_percent(evaluations: int) -> None:
+def test_left_is_right_within_a_tenth_after_a_kill(evaluations: int) -> None:
     """At 25 % by the forecast of the evaluations, at 50 and 75 % of the resumed run by what was measured."""
     update_tokens = 100
     forecast_tokens = 30.0 / UPDATE_S * update_tokens / 0.4  # an evaluation costs 30 updates' seconds
@@ -75,7 +75,7 @@ def test_left_is_right_within_a_tenth_after_a_kill_at_40_percent(evaluations: in
         assert left_s == pytest.approx(run.wall_s - clock, rel=0.1), fraction
 
 
-def test_evaluation_that_was_forecast_wrongly_is_known_once_it_was_measured() -> None:
+def test_evaluation_forecast_wrongly_is_known_once_measured() -> None:
     run = SimulatedRun(evaluations=2, evaluation_s=90.0, forecast_tokens=0.0)
     list(run.process(until=0.6))
     after = list(run.process())

@@ -4,8 +4,8 @@
 tailor`), `WholeProgress` shows them as one bar; each inner Progress moves that bar.
 
 If the environment variable SARTOR_PROGRESS_FILE names a file, the progress is also appended to it for other programs,
-one JSON object a line: `{"at": Unix time in s, "what": name, "fraction": 0 to 1, "text": detail}`, and `"left_s"`, the
-seconds to the end, where the work knows its pace.
+one JSON object a line: `{"at": Unix time in s, "what": name, "fraction": 0 to 1, "text": detail}`. Work that measures
+its pace itself adds `"left_s"`, the seconds to its end; null until it knows them.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class WholeProgress:
 def record_progress(what: str, fraction: float, text: str, left_s: float | None = None) -> None:
     """Append the progress of the whole command to the file that SARTOR_PROGRESS_FILE names, if it does.
 
-    left_s: seconds to its end; None or infinite if they are not known.
+    left_s: seconds to its end, if the work measures its pace itself; infinite until it knows it.
     At most one line in SECONDS_BETWEEN_RECORDS is written, and the last one (fraction 1). A file that cannot be
     written to is ignored: it must not fail the work.
     """
@@ -209,8 +209,8 @@ def record_progress(what: str, fraction: float, text: str, left_s: float | None 
         return
     _last_record = now
     line = {"at": round(time.time(), 3), "what": what, "fraction": round(fraction, 6), "text": text}
-    if left_s is not None and math.isfinite(left_s):
-        line["left_s"] = round(left_s, 2)
+    if left_s is not None:
+        line["left_s"] = round(left_s, 2) if math.isfinite(left_s) else None
     with contextlib.suppress(OSError), open(name, "a", encoding="utf-8") as stream:
         stream.write(f"{json.dumps(line)}\n")
 

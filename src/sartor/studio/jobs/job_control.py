@@ -165,9 +165,10 @@ class JobControl:
         except (KeyError, TypeError, ValueError):
             return None
         last, (last_at, fraction), now = lines[-1], points[-1], time.time()
-        if isinstance(last.get("left_s"), (int, float)):  # the work itself knows best: it counts what has not begun
-            left_s: float | None = max(0.0, float(last["left_s"]) - (now - last_at))
-        else:
+        left_s = last.get("left_s")
+        if isinstance(left_s, (int, float)):  # the work itself knows best: it counts what has not begun
+            left_s = max(0.0, left_s - (now - last_at))
+        elif "left_s" not in last:
             left_s = time_left(points, now)
         return JobProgress(str(last["what"]), fraction, str(last.get("text", "")), left_s)
 
