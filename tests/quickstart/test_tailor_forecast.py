@@ -30,7 +30,9 @@ def test_plan_says_time_and_memory_and_keeps_nothing(
     rows: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(rows.parent.iterdir())
-    assert main(["tailor", str(rows), "--name", "faq", "--base", str(tiny_base), "--plan", "--json"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["tailor", str(rows), "--name", "faq", "--base", str(tiny_base), "--plan", "--json"])
+    assert ended.value.code == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (said["kept"], said["dropped"], said["budget"]) == (40, {}, {})
     plan = said["plan"]
