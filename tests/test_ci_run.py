@@ -11,28 +11,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# in the order in which their output is shown
 STAGES = {
     "venv": ".venv/.dev",
-    "check": "check",
     "assets": "assets",
+    "check": "check",
     "default": "test-default",
     "slow": "test-slow",
     "alone": "test-alone",
 }
-TIERS = ("default", "slow", "alone")
 MINUTES = re.compile(r"^(\w+) +(\d+\.\d) min(.*)$")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here: apt-get install bash")
 
 
-def ci_run(folder: Path, failing: str = "", *, unlocked: str = "") -> subprocess.CompletedProcess[str]:
+def ci_run(folder: Path, failing: str = "", *, condition: str = "true") -> subprocess.CompletedProcess[str]:
     """.ci/run with a `make` that prints what pytest would, and fails at one target; no package is installed.
 
-    unlocked: a condition of the shell under which the target does not fail.
+    condition: one of the shell, under which alone the target fails.
     """
     programs = folder / "bin"
     programs.mkdir()
-    make = f'[ "$1" = "{failing}" ] && {unlocked or "true"} && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
+    make = f'[ "$1" = "{failing}" ] && {condition} && status=2\necho "making $1"\necho "3 passed, CI=$CI, in 1.00s"\nexit ${{status:-0}}'
     for name, body in (("make", make), ("apt-get", "exit 1")):
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
@@ -58,22 +58,41 @@ def test_ci_prints_the_minutes_of_each_stage_behind_its_output(tmp_path: Path) -
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_failed_ci_prints_minutes_and_runs_remaining_tiers(stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "begun"),
+    [("venv", 1), ("assets", 3), ("check", 3), ("default", 6), ("slow", 6), ("alone", 6)],
+)
+def test_failed_ci_prints_minutes_and_runs_remaining_tiers(stage: str, begun: int, tmp_path: Path) -> None:
     """A failure before the tiers ends the run; the exit code is 2."""
     done = ci_run(tmp_path, STAGES[stage])
-    begun = list(STAGES) if stage in TIERS else list(STAGES)[: list(STAGES).index(stage) + 1]
-    failed = [stage, "plain"] if stage == "venv" else [stage]
+    failed = {"venv": ["venv", "plain"], "alone": ["alone", "again"]}.get(stage, [stage])
     assert done.returncode == 2
-    assert minutes(done) == {**dict.fromkeys([*begun, "total"], ""), **dict.fromkeys(failed, "  FAILED (2)")}
+    expected = dict.fromkeys([*list(STAGES)[:begun], "total"], "") | dict.fromkeys(failed, "  FAILED (2)")
+    assert minutes(done) == expected
 
 
 def test_ci_goes_on_where_the_lock_cannot_be_installed(tmp_path: Path) -> None:
     """A registry that offers wheels of other hashes fails the locked install alone, and is named."""
-    done = ci_run(tmp_path, STAGES["venv"], unlocked='[ "$LOCKED" != no ]')
+    done = ci_run(tmp_path, STAGES["venv"], condition='[ "$LOCKED" != no ]')
     assert done.returncode == 0
     assert minutes(done) == {**dict.fromkeys([*STAGES, "plain", "total"], ""), "venv": "  FAILED (2)"}
     assert "going on with LOCKED=no" in done.stderr
+
+
+def test_clocks_that_run_out_beside_others_have_the_machine_alone(tmp_path: Path) -> None:
+    """The tier `alone` runs beside `slow`, which yields to it; where it fails it is run again, and that decides."""
+    first = f'mkdir "{tmp_path}/began" 2>/dev/null'
+    done = ci_run(tmp_path, "test-alone", condition=first)
+    assert done.returncode == 0
+    assert minutes(done) == {**dict.fromkeys([*STAGES, "again", "total"], ""), "alone": "  FAILED (2)"}
+
+
+def test_stages_beside_others_hear_ctrl_c_and_yield(tmp_path: Path) -> None:
+    """A shell lets its background jobs ignore SIGINT, which tests of the tier `alone` send to their processes."""
+    ignored = "[ $((0x$(sed -n 's/^SigIgn:[^0-9a-f]*//p' /proc/self/status) & 2)) -ne 0 ]"
+    assert minutes(ci_run(tmp_path, "test-alone", condition=ignored)) == dict.fromkeys([*STAGES, "total"], "")
+    (tmp_path / "other").mkdir()
+    assert ci_run(tmp_path / "other", "test-slow", condition='[ "$(nice)" -lt 19 ]').returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")

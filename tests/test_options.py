@@ -15,6 +15,7 @@ import curate_option_probes
 import edge_option_probes
 import federate_option_probes
 import learning_option_probes
+import method_option_probes
 import round_option_probes
 import sartor
 import serving_option_probes
@@ -245,6 +246,7 @@ WEIGHT_PROBES: dict[str, dict[str, Any]] = {
     "Optimizer.weight_decay": {"optimizer": {"weight_decay": 1.0}},
     "Optimizer.clip_norm": {"optimizer": {"clip_norm": 1e-9}},
     "Optimizer.epsilon": {"optimizer": {"epsilon": 1e-2}},
+    "Optimizer.b_rate_ratio": {"optimizer": {"b_rate_ratio": 16.0}},
     "Lora.alpha": {"method": {"alpha": 32}},
     "Lora.dropout": {"method": {"dropout": 0.5}},
     "Recipe.seed": {"seed": 1},
@@ -263,6 +265,7 @@ PROBES: tuple[Probe, ...] = (
     *tune_option_probes.PROBES,
     *validate_option_probes.PROBES,
     *learning_option_probes.PROBES,
+    *method_option_probes.PROBES,
 )
 
 

@@ -114,11 +114,11 @@ def test_every_environment_variable_is_in_the_reference() -> None:
         "cli/tuning.py",
         "core/database.py",
         "curate/sources/sql.py",
+        "inference/endpoint_client.py",
         "inference/openai_engine.py",
         "release/hub/hub_session.py",
         "serving/mcp_client.py",
         "studio/jobs/job_runner.py",  # by a constant of another module
-        "synthesize/openai_teacher.py",
     }
 
 

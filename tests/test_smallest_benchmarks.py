@@ -36,6 +36,8 @@ KEYS = {
     "defaults": "sets.banking77.default sets.banking77.best sets.textile.fraction sets.documents.seeds machine",
     "dedup": "chosen chosen_on sets.edit_1.precision sets.edit_1.recall sets.edit_1.b_cubed sets.febrl1.rows_per_s peers.datasketch peers.rensa "
     "peers.semhash throughput.rows_per_s memory.bytes_per_row boilerplate",
+    "distil": "sets.banking77.teacher sets.banking77.fraction.distil sets.snips.over_sft.distil.low sets.snips.over_sft.on_policy.low "
+    "mending.before.forgetting mending.mended.high mending.rehearsal.exact_match mending.kept machine.processor",
     "edge": "cap_bytes peak_bytes predicted_error update_points update_points_survived attacks attacks_refused delta_fraction "
     "peers predictions same_losses_under_the_cap",
     "evaluate": "sets.banking77.ratio sets.banking77.measuring_ratio sets.banking77.exact_match_ratio sets.banking77.later_ratio sets.banking77.scores.f1.tuned "
@@ -54,6 +56,8 @@ KEYS = {
     "rollback_requests rollback.false_rollbacks personal.gain.estimate deleted_found",
     "learn_personal": "personal.gain.estimate personal.gain.low personal.learners deleted_found left",
     "learn_rollback": "drifts false_rollbacks.count runs",
+    "methods": "sets.banking77.lora.metric.low sets.banking77.oft.forgetting sets.snips.full.trainable_fraction sets.snips.ia3.tokens_per_s.mean "
+    "sets.snips.pissa.peak_memory_bytes.high regret.banking77.within regret.snips.low base_parameters machine",
     "multimodal": "textile.both textile.image_only textile.text_only textile.linear_probe textile.shuffled solar.model "
     "speech.exact_match.end_to_end speech.exact_match.cascade speech.wer cached.image.ratio cached_ratio.audio",
     "norms": "adapters",
@@ -75,6 +79,9 @@ KEYS = {
     "agrees open_loop adapter_bytes attach_s",
     "spoken_rows": "train eval words clips voices",
     "start": "start.help.median_s start.import.least_s start.python.median_s modules",
+    "studio": "first_page.seconds first_page.bytes review.rows_per_minute review.stored million.seconds.browse million.seconds.filter_text "
+    "million.seconds.drops million.worst_s time_left.error.25 time_left.error.50 time_left.error.75 time_left.worst circle.kills "
+    "circle.kills_in_all circle.untrue circle.lost circle.seconds.talk",
     "synth": "false_alarm power.group_shift power.mode_collapse power.copied_seeds power.topic_drift lift.estimate lift.low "
     "lift.high audit.planted_caught audit.planted audit.clean_passed audit.clean mitigation.gap_before mitigation.gap_after "
     "mitigation.metric_cost",
@@ -90,7 +97,7 @@ KEYS = {
     "trl trl_bf16 llamafactory litgpt mlx",
     "whisper": "clips wer encoder_ms.1 short_windows ctranslate2",
 }
-NEEDS = {"spoken_rows": "espeak-ng"}
+NEEDS = {"spoken_rows": "espeak-ng", "studio": "chromium"}
 
 
 def programs() -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,12 +29,15 @@ def test_every_block_of_the_page_runs_beside_the_server(team: tuple[Path, str], 
     assert len(run_blocks("team", *team, commands)) >= 6
 
 
-def test_auto_routes_prompts_to_agents_and_small_talk_to_base(team: tuple[Path, str]) -> None:
+def test_auto_routes_prompts_to_agents_and_small_talk_to_base(
+    team: tuple[Path, str], commands: dict[str, str]
+) -> None:
     """At least 0.95 of prompts reach their agent, 0.75 of each agent, and 0.9 of small talk the base."""
     alone = ["--draws", "0", "--encoders"]  # of no encoder: the team's figures without the benchmark's other parts
     team_of = ["--team", str(team[0]), "--rounds", "1", "--chitchat", "200"]
-    command = [sys.executable, "benchmarks/route.py", "--json", *alone, *team_of]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["python", "benchmarks/route.py", "--json", *alone, *team_of]
+    environment = {**os.environ, **commands}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])["team"]
     assert said["accuracy"] >= 0.95

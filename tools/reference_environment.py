@@ -53,6 +53,11 @@ VARIABLES = (
         "Queue of `sartor review`: a file or a Postgres URL. Default: `review.sqlite` beside the Dataset.",
     ),
     Variable("SARTOR_PROGRESS_FILE", Use.READ, "File to which a long command appends its progress, as JSON lines."),
+    Variable(
+        "SARTOR_STUDIO_KEY",
+        Use.READ,
+        "Admin's key by which the studio reads `/metrics` of a server on this machine that has keys.",
+    ),
     Variable("SARTOR_KERNELS", Use.READ, "Folder of the compiled kernels. Default: `SARTOR_HOME/kernels`."),
     Variable("CXX", Use.READ, "C++ compiler that is tried first, before g++, c++ and clang++."),
     Variable("RAY_ADDRESS", Use.READ, "Cluster of `curate --on ray`. Default: one is started on this machine."),

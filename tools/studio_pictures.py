@@ -4,34 +4,34 @@
     python tools/studio_pictures.py work --out docs/images --only home report --widths 1280 --schemes light
 
 `work` is a folder of artefacts, such as `sartor tailor ... --out work/faq` and `sartor studio work` leave. A user is
-added to a copy of its accounts, not to its own. Chromium is the system's, driven by Playwright
-(`pip install playwright`, no download). Look at the pictures before you show them.
+added to a copy of its accounts, not to its own. Look at the pictures before you show them. `--colours 128` makes them
+small enough for a page of the documentation.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from playwright.sync_api import Page, sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, Page
 
 from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
+from sartor.studio.pages.team_pages import team_files
 from sartor.studio.studio_app import StudioApp
 from sartor.studio.studio_server import StudioServer
+from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
 
-CHROMIUM = "/usr/bin/chromium"
 WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
 HEIGHT = 900
-NAME, PASSWORD = "Ada", "four words are enough"
 
 
 @contextmanager
@@ -51,54 +51,83 @@ def served(folder: Path) -> Iterator[tuple[StudioApp, str]]:
 
 def log_in(page: Page, app: StudioApp, address: str, name: str = NAME, role: Role = Role.OWNER) -> None:
     """Choose a password by a one-time link, as a new user does."""
-    token = app.studio.accounts.add_user(name, role)
-    page.goto(f"{address}/welcome/{token}")
-    page.fill("input[name=password]", PASSWORD)
-    page.fill("input[name=repeated]", PASSWORD)
-    page.click("main button")
-    page.wait_for_url(f"{address}/")
+    choose_password(page, address, f"/welcome/{app.studio.accounts.add_user(name, role)}")
+
+
+def visit_of(browser: Browser, app: StudioApp, address: str, **options: Any) -> Visit:
+    """Open an owner's browser window on a studio, logged in. options: of Visit."""
+    visit = Visit(browser, address, **options)
+    log_in(visit.page, app, address)
+    return visit
+
+
+def tuning_pages(adapters: Sequence[str]) -> dict[str, str]:
+    """Return {name: path} of the pages of tunings. adapters: their names."""
+    if not adapters:
+        return {"tune-new": "/tune/new"}
+    runs = urlencode([("run", name) for name in adapters])
+    return {"tune-new": "/tune/new", "tuning": f"/tune/run/{adapters[0]}", "compare": f"/tune/compare?{runs}"}
 
 
 def pages_of(app: StudioApp) -> dict[str, str]:
-    """Paths of the pages to photograph, by name: of each kind of artefact the first one."""
+    """Return {name: path} of the pages: of each kind of artefact and of each state of a job the newest one."""
     found, _ = app.studio.folder.scan()
     first: dict[str, str] = {}
     for item in found:
         if item.artifact:
             first.setdefault(item.kind, item.name)
-    pages = {"home": "/", "data": "/data", "evaluate": "/evaluate", "jobs": "/jobs", "new": "/new", "talk": "/talk"}
-    pages |= {"tune": "/tune", "tune-new": "/tune/new"}
+    names = ("data", "review", "evaluate", "jobs", "new", "talk", "tune")
+    pages = {"home": "/", "login": "/login", **{name: f"/{name}" for name in names}}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
+        pages |= {"finding": f"/review/{name}"}
+        pages |= {
+            "sources": f"/sources/{name}",
+            "duplicates": f"/duplicates/{name}",
+            "agreement": f"/agreement/{name}",
+        }
     if name := first.get("report"):
         pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won"}
-    if name := first.get("adapter"):
-        pages |= {"adapter": f"/artefact/{name}", "tuning": f"/tune/run/{name}"}
-        pages |= {
-            "compare": f"/tune/compare?{urlencode([('run', item.name) for item in found if item.kind == 'adapter'])}"
-        }
+        pages |= {"slices": f"/slices/{name}"}
+    for kind in ("adapter", "release"):
+        if name := first.get(kind):
+            pages |= {kind: f"/artefact/{name}"}
+    pages |= tuning_pages([item.name for item in found if item.kind == "adapter" and item.artifact])
     if files := app.studio.folder.data_files():
         pages |= {"preview": f"/new?file={files[0]}"}
+        pages |= {"recipe": f"/recipe?file={files[0]}"}
     for status in app.studio.jobs.files.statuses():
-        pages.setdefault(
-            "served" if status.job.verb == "serve" else f"job-{status.job.verb}", f"/jobs/{status.job.id}"
-        )
+        state = "killed" if status.signal else status.state.value
+        pages.setdefault("server" if status.job.verb == "serve" else f"job-{state}", f"/jobs/{status.job.id}")
         if status.job.verb == "serve":
             pages.setdefault("conversation", f"/talk/{status.job.id}")
+    pages |= {"team": "/team", "devices": "/devices", "settings": "/settings"}
+    pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
+    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in team_files(app.studio).items()}
+    for folder in app.studio.folder.walk():
+        name = app.studio.folder.name_of(folder)
+        if (folder / "metadata" / "1.root.json").is_file():
+            pages.setdefault("fleet", f"/devices/fleet/{name}")
+    for item in found:
+        run = item.artifact.manifest.get("run", {}) if item.artifact else {}
+        if isinstance(run, dict) and "federated" in run:
+            pages.setdefault("rounds", f"/devices/rounds/{item.name}")
     pages["error"] = "/data/nothing"
     return pages
 
 
-def photograph(page: Page, address: str, pages: dict[str, str], out: Path, end: str) -> None:
-    """One picture a page, of its whole height up to three screens."""
-    for name, path in pages.items():
-        page.goto(f"{address}{path}", wait_until="load")
-        size = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
-        viewport: Any = page.viewport_size
-        if size[0] > viewport["width"]:
-            print(f"{name}: {size[0]} px wide at {viewport['width']}")
-        clip = {"x": 0, "y": 0, "width": viewport["width"], "height": min(size[1], 3 * HEIGHT)}
-        page.screenshot(path=out / f"{name}-{end}.png", clip=clip, full_page=True)
+def photograph(page: Page, file: Path, colours: int) -> None:
+    """Write a picture of a page's whole height, up to three screens. colours: of its palette; 0 for all of them."""
+    size = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+    viewport: Any = page.viewport_size
+    if size[0] > viewport["width"]:
+        print(f"{file.stem}: {size[0]} px wide at {viewport['width']}")
+    clip = {"x": 0, "y": 0, "width": viewport["width"], "height": min(max(size[1], viewport["height"]), 3 * HEIGHT)}
+    page.screenshot(path=file, clip=clip, full_page=True)
+    if colours:
+        with Image.open(file) as picture:
+            small = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        small.save(file, optimize=True)
 
 
 def main() -> None:
@@ -109,36 +138,33 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS)
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
+    parser.add_argument("--height", type=int, default=HEIGHT, help="of the window; longer pages are whole")
+    parser.add_argument("--colours", type=int, default=0, help="of a palette, 2 to 256; all without it")
     parser.add_argument("--language", default="en")
     parser.add_argument("--browser", default=CHROMIUM)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    faults: list[str] = []
+    count = 0
     with tempfile.TemporaryDirectory() as scratch:
         studio_folder.ACCOUNTS = str(Path(scratch) / "accounts.sqlite")
-        with served(arguments.folder) as (app, address), sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=arguments.browser, args=["--no-sandbox"])
-            foreign: list[str] = []
+        with served(arguments.folder) as (app, address), chromium(arguments.browser) as browser:
             for width in arguments.widths:
                 for scheme in arguments.schemes:
-                    context = browser.new_context(
-                        viewport={"width": width, "height": HEIGHT}, color_scheme=scheme, locale=arguments.language
-                    )
-                    page = context.new_page()
-                    page.on("request", lambda request: foreign.append(request.url))
-                    page.goto(f"{address}/login")
-                    page.screenshot(path=arguments.out / f"login-{width}-{scheme}.png")
-                    log_in(page, app, address)
-                    pages = {
-                        name: path
-                        for name, path in pages_of(app).items()
-                        if not arguments.only or name in arguments.only
-                    }
-                    photograph(page, address, pages, arguments.out, f"{width}-{scheme}")
-                    context.close()
-            browser.close()
-    others = sorted({url for url in foreign if not re.match(rf"{re.escape(address)}/|data:", url)})
-    count = len(list(arguments.out.glob("*.png")))
-    print(f"{count} pictures in {arguments.out}; requests to other hosts: {others or 'none'}")
+                    options = {"viewport": {"width": width, "height": arguments.height}, "color_scheme": scheme}
+                    visit = visit_of(browser, app, address, locale=arguments.language, **options)
+                    for name, path in pages_of(app).items():
+                        if arguments.only and name not in arguments.only:
+                            continue
+                        answer = visit.page.goto(f"{address}{path}", wait_until="load")
+                        if name != "error" and answer is not None and answer.status == 404:
+                            print(f"{name}: there is no page {path}")
+                            continue
+                        photograph(visit.page, arguments.out / f"{name}-{width}-{scheme}.png", arguments.colours)
+                        count += 1
+                    faults += visit.faults
+                    visit.close()
+    print(f"{count} pictures in {arguments.out}; faults: {sorted(set(faults)) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ from sartor.edge.tuning.energy_policy import EnergyPolicy as EnergyPolicy
 from sartor.edge.update.fleet_monitor import FleetPolicy as FleetPolicy
 from sartor.edge.update.tuf_roles import Expiry as Expiry
 from sartor.evaluate.evaluation import evaluate as evaluate
+from sartor.evaluate.report_findings import report_findings as report_findings
 from sartor.evaluate.report_view import read_report as read_report
 from sartor.federate.flower.flower_client import ClientOptions as ClientOptions
 from sartor.federate.flower.flower_client import join_rounds as federate_client
@@ -104,6 +105,7 @@ from sartor.quickstart.chat import chat as chat
 from sartor.quickstart.doctor import doctor as doctor
 from sartor.quickstart.init import init as init
 from sartor.quickstart.preview import preview as preview
+from sartor.quickstart.preview import preview_recipe as preview_recipe
 from sartor.quickstart.show import show as show
 from sartor.quickstart.tailor import plan_tailor as plan_tailor
 from sartor.quickstart.tailor import tailor as tailor
@@ -151,9 +153,12 @@ from sartor.synthesize.validate.validation import validate as validate
 from sartor.trace.ablation import ablate as ablate
 from sartor.trace.ablation_proof import check_ablation as check_ablation
 from sartor.trace.trace import trace as trace
+from sartor.tune.cost_comparison import compare_costs as compare_costs
 from sartor.tune.plan import plan as plan
 from sartor.tune.recipe import Recipe as Recipe
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.sweep import parse_grid as parse_grid
+from sartor.tune.sweep import sweep as sweep
 from sartor.tune.trackers import track as track
 from sartor.tune.trainer import tune as tune
 from sartor.tune.training_log import TrainingStep as TrainingStep
@@ -210,6 +215,7 @@ __all__ = [
     "chat",
     "check_ablation",
     "check_personal_proof",
+    "compare_costs",
     "curate",
     "dedup",
     "demo",
@@ -262,9 +268,11 @@ __all__ = [
     "open_items",
     "open_voice",
     "options",
+    "parse_grid",
     "plan",
     "plan_tailor",
     "preview",
+    "preview_recipe",
     "promote_agent",
     "prove",
     "prune",
@@ -279,6 +287,7 @@ __all__ = [
     "remove_keys",
     "repair_agent",
     "replay_plans",
+    "report_findings",
     "reseal_registry",
     "rethreshold",
     "retrain",
@@ -307,6 +316,7 @@ __all__ = [
     "show_personal",
     "speaking",
     "spoken",
+    "sweep",
     "synthesize",
     "tailor",
     "trace",

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from page_markup import HOSTILE, Tags
+from sartor.core.errors import MissingError
 from sartor.core.records import Drop, Example, Message, Origin
-from sartor.studio.accounts import MAX_FAILURES, Role
+from sartor.studio.accounts import MAX_FAILURES, SEEN_S, Role
 from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.request_guard import MAX_FORM_BYTES
 from studio_artefacts import adapter_of, dataset_with, report_of, report_row, write_specialist
@@ -30,6 +31,8 @@ READING = (
     "/evaluate/faq/report",
     "/artefact/faq/adapter",
     "/jobs",
+    "/team",
+    "/devices",
 )
 ACTING = {
     "/new/upload": Role.OWNER,
@@ -47,7 +50,36 @@ ACTING = {
     "/review/faq/data": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef": Role.REVIEWER,
     "/talk/20260101-000000-000000000-abcdef/clear": Role.REVIEWER,
+    "/talk/20260101-000000-000000000-abcdef/stop": Role.REVIEWER,
+    "/talk/20260101-000000-000000000-abcdef/feedback": Role.REVIEWER,
+    "/talk/20260101-000000-000000000-abcdef/why": Role.REVIEWER,
+    "/why/0123456789abcdef/trace": Role.REVIEWER,
+    "/why/0123456789abcdef/suspects": Role.REVIEWER,
+    "/why/0123456789abcdef/key": Role.OWNER,
+    "/why/0123456789abcdef/ablate": Role.OWNER,
+    "/why/0123456789abcdef/fix": Role.OWNER,
+    "/team/team.yaml": Role.OWNER,
+    "/devices/fleet/repository": Role.OWNER,
+    "/devices/resume/wards.rounds": Role.OWNER,
+    "/settings/users": Role.OWNER,
+    "/settings/backup": Role.OWNER,
+    "/settings/storage": Role.OWNER,
+    "/settings/doctor": Role.OWNER,
 }
+# what a visitor without a session may ask or send
+PUBLIC = ("/login", "/welcome", "/logout", "/language", "/static")
+JOB = "20260101-000000-000000000-abcdef"
+
+
+def routes_of(site: Site, method: str) -> list[str]:
+    """Paths of all routes of a method that are for users alone, with names in place of their parameters."""
+    paths = []
+    for route in site.app._asgi._app.routes:
+        if method in (getattr(route, "methods", None) or ()) and not route.path.startswith(PUBLIC):
+            path = route.path.replace("{job_id}", JOB).replace("{name:path}", "faq/data")
+            paths.append(re.sub(r"\{[^}]*\}", "x", path))
+    assert len(paths) > 8
+    return paths
 
 
 @pytest.fixture
@@ -74,8 +106,11 @@ def test_stranger_sees_no_page(site: Site, path: str) -> None:
 def test_stranger_gets_no_stream_and_starts_nothing(site: Site) -> None:
     assert site.client.get("/jobs/x/events").status_code == 303
     assert site.client.get("/tune/events/faq/adapter").status_code == 303
+    for path in routes_of(site, "GET"):
+        answer = site.client.get(path)
+        assert answer.status_code == 303 and answer.headers["location"].startswith("/login"), path
     csrf = site.csrf("/login")
-    for path in ACTING:
+    for path in (*ACTING, *routes_of(site, "POST")):
         answer = site.client.post(path, data={"csrf": csrf, "adapter": "faq/adapter"}, headers={"origin": ADDRESS})
         assert answer.status_code == 303 and answer.headers["location"].startswith("/login"), path
     assert jobs_of(site) == []
@@ -90,6 +125,9 @@ def test_role_does_only_what_it_may(site: Site, role: Role) -> None:
     assert site.client.get("/tune/new").status_code == 403
     assert site.client.get("/talk").status_code == (200 if role is Role.REVIEWER else 403)
     csrf = site.csrf("/")
+    if role is Role.VIEWER:  # who only looks sends no form at all
+        for path in routes_of(site, "POST"):
+            assert site.client.post(path, data={"csrf": csrf}).status_code == 403, path
     for path, needed in ACTING.items():
         if not role.includes(needed):
             answer = site.client.post(path, data={"csrf": csrf, "adapter": "faq/adapter", "artefact": "faq/adapter"})
@@ -132,7 +170,7 @@ def test_named_host_is_taken(tmp_path: Path) -> None:
 def test_form_without_its_token_changes_nothing(site: Site, token: str | None) -> None:
     site.log_in()
     fields = {"adapter": "faq/adapter"} | ({} if token is None else {"csrf": token})
-    for path in (*ACTING, "/logout", "/language"):
+    for path in (*ACTING, *routes_of(site, "POST"), "/logout", "/language"):
         assert site.client.post(path, data=fields).status_code == 403, path
     assert jobs_of(site) == [] and site.client.get("/").status_code == 200
 
@@ -165,7 +203,7 @@ def test_form_of_a_foreign_page_is_refused_with_any_token(site: Site, headers: d
 def test_reading_changes_nothing(site: Site) -> None:
     """No GET acts, so a picture or a link of a foreign page cannot."""
     site.log_in()
-    for path in ACTING:
+    for path in (*ACTING, *routes_of(site, "GET")):
         assert site.client.get(path).status_code != 500
     assert jobs_of(site) == []
 
@@ -352,6 +390,22 @@ def test_hostile_rows_stay_text(site: Site, text: str) -> None:
         assert {tag for tag, _ in tags.tags} & {"iframe", "img", "object", "embed", "base"} == set()
         assert len([1 for tag, _ in tags.tags if tag == "script"]) == 2
         assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", page)
+
+
+def test_full_disk_shuts_nobody_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page writes when its user was seen last; who can free the disk must still come in."""
+    site.log_in()
+    accounts = site.app.studio.accounts
+
+    def full() -> None:
+        raise MissingError("the disk is full", "df -h shows the full disk")
+
+    monkeypatch.setattr(accounts._database, "change", full)
+    monkeypatch.setattr(accounts, "_now", lambda: time.time() + 2 * SEEN_S)
+    for path in READING:
+        site.page(path)
+    answer = site.post("/logout", from_page="/")
+    assert answer.status_code == 503 and "the disk is full" in answer.text
 
 
 def test_hostile_names_and_queries_stay_text(site: Site) -> None:

@@ -154,7 +154,9 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
         (["--objective.kind", "[dpo]"], "one of sft, dpo, kto", "objective.kind: dpo"),
         (["--objective.kind", "["], "--objective.kind is '[', which is not YAML", "quote it"),
         (["--objective.beta", "0.2"], "'beta' is an option of dpo and kto", "objective.kind: dpo"),
-        (["--method.kind", "dora"], "method.kind is 'dora'; it must be lora", "method.kind: lora"),
+        (["--method.kind", "dorra"], "method.kind is 'dorra'; it must be one of lora, rslora, dora", "kind: dora"),
+        (["--method.block_size", "8"], "'block_size' is an option of oft", "method.kind: oft"),
+        (["--method.rank", "a"], "method.rank is 'a'; it must be whole number", "method.rank"),
     ],
 )
 def test_a_wrong_kind_names_the_choices_and_the_closest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sartor.cli import GROUPS, _show, _table, app, main
+from sartor.cli import GROUPS, _fail, _show, _table, app, main
 from sartor.cli.app import prompt_of
 from sartor.cli.old_spellings import _RENAMED, renew
 from sartor.core import signing
+from sartor.core.errors import GateError
 
 RECIPE = "base: starter\ndata: {path: nowhere}\n"
 
@@ -230,3 +232,12 @@ def test_a_new_bash_completes_commands_flags_and_choices(
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == list(typed.values())
+
+
+def test_refusal_of_the_gate_names_each_check_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    error = GateError("the gate refuses it", "tune again")
+    error.gate = {"gain": "cannot tell", "licence": "pass"}
+    with pytest.raises(SystemExit) as ended:
+        _fail(error, as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 5 and said["gate"] == error.gate and said["error"]["kind"] == "GateError"

@@ -45,7 +45,7 @@ from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.models.packing import TokenizedExample
 from sartor.personalization import user_tokens
 from sartor.personalization.erasure_receipt import Forgotten, check_receipt
-from sartor.tune.recipe import Lora
+from sartor.tune.methods.lora import Lora
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 RECIPE: dict[str, Any] = {

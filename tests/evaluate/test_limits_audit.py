@@ -225,6 +225,7 @@ def test_through_the_verbs(
     sartor.keygen(keys)
     with pytest.raises(GateError) as refused:
         sartor.release(adapter, name="switch", version="1.0", key=keys)
+    assert {"gain", "forgetting", "licence", "bias"} <= set(refused.value.gate)
     is_named = "bias: hiring templates, nationality: german 0.003" in refused.value.problem
     assert is_named == ("rigged" in request.node.name) == ("german 0.003" in page)
     assert ("bias: " in refused.value.problem) == is_named, "an honest one is refused for other reasons alone"

@@ -36,6 +36,7 @@ class EndpointServer:
         self.silent_s = 0.6  # of the fault `silent`: longer than the client waits
         self.word = ""  # in the body of a refusal
         self.text: Callable[[dict[str, Any]], str] | None = None
+        self.completion: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # whole answers of /completions
         self.lock = threading.Lock()
         self.times: list[float] = []
         self.url = ""
@@ -98,6 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def say(self, raw: str, fault: str) -> None:
+        if self.told.completion and self.path == "/v1/completions":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(self.told.completion(json.loads(raw))).encode())
+            with self.told.lock:
+                self.told.answered[raw] += 1
+            return
         text = self.told.reply(json.loads(raw))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

@@ -87,6 +87,7 @@ def report_of(
     adapter: Artifact,
     rows: Sequence[Mapping[str, Any]] | None = None,
     probes: Mapping[str, Any] | None = None,
+    **facts: Any,
 ) -> Artifact:
     """A Report in which the tuned model won two rows, lost one, and both were right of one."""
     if rows is None:
@@ -111,6 +112,7 @@ def report_of(
             "warnings": [{"problem": "four rows are few", "remedy": "add rows"}],
             "rows": len(rows),
             "groups": len(rows),
+            **facts,
         }
 
     return write_artifact(path, "report", fill)

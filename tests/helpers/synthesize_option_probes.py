@@ -13,13 +13,13 @@ from option_probes import Observer, Probe, Workspace, probes_of, with_marks
 from rows import document, row, step_of
 from sample_data import write_jsonl
 from sartor.core.config import load
+from sartor.inference.endpoint_client import RequestThrottle
 from sartor.synthesize.answer_cache import AnswerCache
 from sartor.synthesize.generator import TeacherRequest
 from sartor.synthesize.generators import local_generators
 from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, SpokenQuestions, Templates
 from sartor.synthesize.generators.prompted_generators import Questions, Scenarios, Structured
 from sartor.synthesize.generators.rewrite_generators import Extend, Harder, Persona, Preference, Vary
-from sartor.synthesize.openai_teacher import RequestThrottle
 from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
 from sartor.synthesize.teacher_options import Endpoint, Fake, FakeTeacher, LocalTeacherOptions
 
@@ -269,7 +269,7 @@ class _Clock:
 def _endpoint(values: Any, workspace: Workspace) -> Any:
     """What an endpoint is asked, as whom and how often, and what comes of it; pauses are counted, not waited for."""
     clock = _Clock()
-    workspace.patch.setattr("sartor.synthesize.openai_teacher.time.sleep", clock.sleep)
+    workspace.patch.setattr("sartor.inference.endpoint_client.time.sleep", clock.sleep)
     workspace.patch.setattr(RequestThrottle.__init__, "__defaults__", (0, 0, lambda: clock.now, clock.sleep))
     workspace.patch.setenv("PROBE_KEY", "secret")
     options = {"model": "m", "pause_s": 0.5, **values}

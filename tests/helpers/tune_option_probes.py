@@ -23,8 +23,9 @@ from sartor.models.base import open_base
 from sartor.tune import model_setup
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.cost_model import BatchLoad, TimedBatch, TimingProbe, shape_of
+from sartor.tune.methods.targets import Targets
 from sartor.tune.plan import TuningPlan
-from sartor.tune.recipe import Targets, load
+from sartor.tune.recipe import load
 
 PAIRS = [
     {"prompt": f"switch {room} {word}", "chosen": f"{word}:{room}", "rejected": f"{room}, {word}"}
@@ -124,6 +125,8 @@ def _recipe(changes: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     for part, value in changes.items():
         placed = _placed(value, workspace)
         is_merged = isinstance(placed, dict) and isinstance(recipe.get(part), dict) and part != "budget"
+        if part == "method" and isinstance(placed, dict) and placed.get("kind", "lora") != "lora":
+            is_merged = False  # it has other options
         recipe[part] = {**recipe[part], **placed} if is_merged else placed
     return recipe
 

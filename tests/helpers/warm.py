@@ -37,6 +37,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 # what libraries read while they are imported
 READ_AT_IMPORT = (
     "HF_",
@@ -55,6 +57,7 @@ READ_AT_IMPORT = (
 # a fork does as it says
 NOT_COMPARED = ("TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+ADDRESS = "s"  # the server's socket, in the folder of the programs
 FLOWER_CLIENT = "flwr-clientapp"
 MOST_FILES = 32  # that a command is handed: its own three, and what its parent left open for it
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -97,14 +100,50 @@ os._exit(code)
 @contextmanager
 def commands(folder: Path) -> Iterator[dict[str, str]]:
     """Variables under which `sartor` and `python` are forks of a server that has imported everything. It ends with the block."""
+    environment = _write_clients(folder)
+    server = subprocess.Popen(
+        [sys.executable, __file__, str(folder / ADDRESS)], env={**os.environ, **OFFLINE}, stdin=subprocess.PIPE
+    )
+    with server:
+        while not (folder / ADDRESS).exists() and server.poll() is None:
+            time.sleep(0.05)
+        assert (folder / ADDRESS).exists(), "the server of tests/helpers/warm.py ended"
+        yield environment
+
+
+def shared_commands(folder: Path) -> dict[str, str]:
+    """The variables of `commands`, of one server for all workers of a run: it ends with the process that began them."""
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / ADDRESS).exists():
+            return _variables(folder)
+        environment = _write_clients(folder)
+        command = [sys.executable, __file__, str(folder / ADDRESS), str(os.getppid())]
+        pid = os.spawnve(os.P_NOWAIT, sys.executable, command, {**os.environ, **OFFLINE})
+        while not (folder / ADDRESS).exists():
+            assert os.waitpid(pid, os.WNOHANG)[0] == 0, "the server of tests/helpers/warm.py ended"
+            time.sleep(0.05)
+        return environment
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    return {**OFFLINE, "PATH": f"{folder}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+
+
+def _write_clients(folder: Path) -> dict[str, str]:
+    """Write the small programs into a new folder, and return the variables under which they are found."""
     folder.mkdir(parents=True)
-    address, real = folder / "s", Path(sysconfig.get_path("scripts"))
+    real = Path(sysconfig.get_path("scripts"))
     inside = {**os.environ, **OFFLINE}
     known = {
         name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT) and name not in NOT_COMPARED
     }
     for name in ("sartor", "python", "python3", FLOWER_CLIENT):
-        fields = {"python": sys.executable, "real": str(real / name), "address": str(address), "known": known}
+        fields = {
+            "python": sys.executable,
+            "real": str(real / name),
+            "address": str(folder / ADDRESS),
+            "known": known,
+        }
         text = CLIENT.format(
             **fields,
             prefixes=READ_AT_IMPORT,
@@ -114,15 +153,12 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
         )
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    with subprocess.Popen([sys.executable, __file__, str(address)], env=inside, stdin=subprocess.PIPE) as server:
-        while not address.exists() and server.poll() is None:
-            time.sleep(0.05)
-        assert address.exists(), "the server of tests/helpers/warm.py ended"
-        yield {**OFFLINE, "PATH": f"{folder}:{real}:{os.environ['PATH']}"}
+    return _variables(folder)
 
 
-def serve(address: Path) -> None:
-    """Fork for everybody who asks, until the process that began this is gone."""
+def serve(address: Path, parent: int | None = None) -> None:
+    """Fork for everybody who asks, until stdin is closed; or, if it is given, until the process `parent` is gone."""
+    end: Any = sys.stdin if parent is None else os.pidfd_open(parent)
     # the command of a worker is made when serving is imported
     own, sys.executable = sys.executable, str(address.with_name("python"))
     _import_all()
@@ -134,10 +170,10 @@ def serve(address: Path) -> None:
     os.rename(f"{address}.new", address)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
-    waiting.register(sys.stdin, selectors.EVENT_READ)
+    waiting.register(end, selectors.EVENT_READ)
     while True:
         for key, _ in waiting.select():
-            if key.fileobj is sys.stdin:
+            if key.fileobj is end:
                 return
             if key.fileobj is listener:
                 line = listener.accept()[0]
@@ -273,4 +309,4 @@ def _end(waiting: selectors.BaseSelector, line: socket.socket, process: int, pid
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), *map(int, sys.argv[2:]))

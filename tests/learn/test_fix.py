@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,10 +255,15 @@ sartor.fix(release, [example], options, out=out, key=key)
 """
 
 
-def test_fix_that_was_killed_after_its_tuning_goes_on(door: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fix_that_was_killed_after_its_tuning_goes_on(
+    door: dict[str, Any], monkeypatch: pytest.MonkeyPatch, commands: dict[str, str]
+) -> None:
     """A process of its own: the new adapter stands and is not tuned again."""
     said = [str(door["release"]), door["examples"][0], str(door["out"]), str(door["key"])]
-    done = subprocess.run([sys.executable, "-c", KILLED, *said], capture_output=True, text=True, check=False)
+    environment = {**os.environ, **commands}
+    done = subprocess.run(
+        ["python", "-c", KILLED, *said], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     monkeypatch.setattr(fixing, "train", lambda *arguments, **options: pytest.fail("tuned again"))
     assert sartor.fix(**door, options=options()).release.manifest["gate"]["cases"]["outcome"] == "pass"

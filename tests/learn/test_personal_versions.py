@@ -149,7 +149,7 @@ async def test_what_is_worse_is_refused_and_what_stood_goes_on(team: Path, tmp_p
     made = sartor.tune_personal(team, options(epochs=2.0, rank=4))
     assert made["rank"] == 4
     with pytest.raises(GateError, match="stays as it is.*worse"):
-        sartor.tune_personal(strict(team), options(data=str(others_rows(tmp_path)), learning_rate=0.1))
+        sartor.tune_personal(strict(team), options(data=str(others_rows(tmp_path)), epochs=4.0, learning_rate=0.1))
     (row,) = sartor.list_personal(team, "ada").rows
     assert row["state"] == "answers" and row["path"] == made["adapter"] and "worse" in row["note"]
     parent = Path(made["adapter"]).parent.parent

@@ -9,7 +9,6 @@ import platform
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -440,8 +439,11 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def open_starter() -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", OPEN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def open_starter(commands: dict[str, str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, **commands}
+    return subprocess.Popen(
+        ["python", "-c", OPEN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, Path]:
@@ -453,14 +455,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, Path]:
 
 
 @pytest.mark.circle
-def test_concurrent_processes_convert_the_starter_once(own_home: Path) -> None:
+def test_concurrent_processes_convert_the_starter_once(own_home: Path, commands: dict[str, str]) -> None:
     """A later process does not convert it again, and no partial folder is left."""
-    both = [open_starter(), open_starter()]
+    both = [open_starter(commands), open_starter(commands)]
     (first, path), (second, same) = (finish(process) for process in both)
     assert (first + second, path) == (1, same)
     assert [file.name for file in (own_home / "bases").iterdir() if ".part-" in file.name] == []
     inode = path.stat().st_ino
-    notices, _ = finish(open_starter())
+    notices, _ = finish(open_starter(commands))
     assert (notices, path.stat().st_ino) == (0, inode)
 
 

@@ -43,3 +43,25 @@ def test_rows_that_cannot_be_used_have_their_reason(tmp_path: Path) -> None:
 def test_file_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SartorError):
         sartor.preview(tmp_path / "none.csv")
+
+
+def test_rows_of_a_recipe_are_shown_after_its_row_steps(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("".join(f'{{"prompt": "p{number}", "completion": "<b>a{number}</b>"}}\n' for number in range(9)))
+    second.write_text(
+        '{"prompt": "q", "completion": "too short"}\n{"prompt": "r", "completion": "long enough, now"}\n'
+    )
+    steps = ["markup", {"length": {"min_words": 1}}, {"rules": [{"match": "short"}]}, "exact_duplicates"]
+    recipe = {"sources": [{"path": str(first)}, {"path": str(second)}], "steps": steps}
+    shown = sartor.preview_recipe(recipe, rows=4)
+    assert [row.reply for row in shown.rows] == ["a0", "a1", "long enough, now"]
+    assert [drop.reason for drop in shown.drops] == ["rule:1"]
+    assert shown.later_steps == ["exact_duplicates"]
+
+
+def test_recipe_that_drops_all_rows_ends(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "p", "completion": "a {number}"}}\n' for number in range(2000)))
+    recipe = {"sources": [{"path": str(file)}], "steps": [{"length": {"min_words": 5}}]}
+    shown = sartor.preview_recipe(recipe, rows=3)
+    assert shown.rows == [] and len(shown.drops) == 3

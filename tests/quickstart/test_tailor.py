@@ -17,7 +17,7 @@ import sartor
 from release_fixtures import probe_rows
 from sartor.cli import main
 from sartor.cli.tuning import _fields
-from sartor.core.artifacts import Artifact
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, StoppedError
 from sartor.evaluate.audit import probes
 from sartor.quickstart import tailor as verb
@@ -27,18 +27,23 @@ ROWS = [(f"Wie öffne ich Konto {number}?", f"Über die App, Weg {number % 3}.")
 
 
 def table(folder: Path, encoding: str = "utf-8-sig") -> Path:
+    folder.mkdir(exist_ok=True)
     file = folder / "faq.csv"
     file.write_bytes((HEADER + "".join(f"{prompt};{answer}\r\n" for prompt, answer in ROWS)).encode(encoding))
     return file
 
 
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """A dozen updates, no picture of the losses, and nothing is fetched."""
+    patch.setattr("sartor.tune.auto_settings.UPDATES", 12)
+    patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    patch.setattr(verb, "_ASSETS", ("small-talk",))
+    patch.setattr(probes, "chitchat_rows", probe_rows)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dozen updates, no picture of the losses, and nothing is fetched."""
-    monkeypatch.setattr("sartor.tune.auto_settings.UPDATES", 12)
-    monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
-    monkeypatch.setattr(verb, "_ASSETS", ("small-talk",))
-    monkeypatch.setattr(probes, "chitchat_rows", probe_rows)
+    shorten(monkeypatch)
 
 
 FIELDS = {"prompt": "Frage", "completion": "Antwort"}
@@ -47,6 +52,30 @@ FIELDS = {"prompt": "Frage", "completion": "Antwort"}
 def tailored(folder: Path, base: Path, **options: Any) -> verb.Tailored:
     said = {"fields": FIELDS, "licence": "own", **options}
     return sartor.tailor(table(folder), name="faq", base=str(base), out=folder / "faq", show=False, **said)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A folder with the rows in faq.csv, and what an uninterrupted call made of them in faq/; `kept` has a copy of both."""
+    folder = tmp_path_factory.mktemp("tailored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SARTOR_HOME", str(folder / "home"))
+        shorten(patch)
+        tailored(folder / "work", tiny_base)
+    shutil.copytree(folder / "work", folder / "kept")
+    return folder / "work"
+
+
+@pytest.fixture
+def finished(whole: Path) -> Path:
+    """The folder `whole` as that call left it: what is made of the rows names where they are."""
+    shutil.rmtree(whole)
+    shutil.copytree(whole.with_name("kept"), whole)
+    return whole
+
+
+def opened(folder: Path, name: str) -> Artifact:
+    return open_artifact(folder / "faq" / name)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252"])
@@ -93,26 +122,21 @@ def test_spreadsheet_becomes_an_adapter_with_a_report(
 
 
 def test_second_call_makes_nothing_again(
-    tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = tailored(tmp_path, tiny_base)
+    first = tuple(opened(finished, name).id for name in ("data", "adapter", "report"))
     monkeypatch.setattr(verb, "plan", lambda *_, **__: pytest.fail("planned again"))
     monkeypatch.setattr(verb, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
-    again = tailored(tmp_path, tiny_base)
-    assert (again.dataset.id, again.adapter.id, again.report.id) == (
-        first.dataset.id,
-        first.adapter.id,
-        first.report.id,
-    )
+    again = tailored(finished, tiny_base)
+    assert (again.dataset.id, again.adapter.id, again.report.id) == first
 
 
 @pytest.mark.parametrize("stage", ["plan", "tune", "evaluate", "gate"])
 def test_call_that_was_stopped_goes_on(
-    stage: str, tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    stage: str, finished: Path, tmp_path: Path, tiny_base: Path, quick: None
 ) -> None:
     """To the digests of a call that was not."""
-    whole = tailored(tmp_path, tiny_base)
-    (tmp_path / "faq").rename(tmp_path / "whole")
+    (finished / "faq").rename(tmp_path / "faq")
     with pytest.MonkeyPatch.context() as patch:
 
         def stopped(*_: Any, **__: Any) -> Any:
@@ -120,14 +144,14 @@ def test_call_that_was_stopped_goes_on(
 
         patch.setattr(verb, stage, stopped)
         with pytest.raises(StoppedError):
-            tailored(tmp_path, tiny_base)
-    made = tailored(tmp_path, tiny_base)
+            tailored(finished, tiny_base)
+    made = tailored(finished, tiny_base)
     files = ("adapter_model.safetensors", "adapter_config.json")
     assert [(made.adapter.path / file).read_bytes() for file in files] == [
-        (tmp_path / "whole" / "adapter" / file).read_bytes() for file in files
+        (tmp_path / "faq" / "adapter" / file).read_bytes() for file in files
     ]
-    assert made.dataset.manifest["digest"] == whole.dataset.manifest["digest"]
-    assert made.report.manifest["metrics"] == whole.report.manifest["metrics"]
+    assert made.dataset.manifest["digest"] == opened(tmp_path, "data").manifest["digest"]
+    assert made.report.manifest["metrics"] == opened(tmp_path, "report").manifest["metrics"]
 
 
 def test_licence_may_be_stated_later(tmp_path: Path, tiny_base: Path, quick: None) -> None:
@@ -219,11 +243,10 @@ def test_person_at_a_terminal_is_asked(tmp_path: Path, tiny_base: Path, quick: N
     assert tailored(tmp_path, tiny_base, fields=None, licence="", ask=ask).adapter.id == made.adapter.id, "asked once"
 
 
-def test_other_options_need_another_directory(tmp_path: Path, tiny_base: Path, quick: None) -> None:
-    tailored(tmp_path, tiny_base)
+def test_other_options_need_another_directory(finished: Path, tiny_base: Path, quick: None) -> None:
     with pytest.raises(ConfigError, match="was made with another system"):
-        tailored(tmp_path, tiny_base, system="Du hilfst.")
-    made = tailored(tmp_path, tiny_base, system="Du hilfst.", replace=True)
+        tailored(finished, tiny_base, system="Du hilfst.")
+    made = tailored(finished, tiny_base, system="Du hilfst.", replace=True)
     assert made.dataset.manifest["counts"]["splits"] == {"train": 32, "eval": 8}
 
 
@@ -360,13 +383,12 @@ def test_directory_in_the_folder_of_the_rows_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "faq").exists()
 
 
-def test_replace_removes_nothing_where_there_are_no_rows(tmp_path: Path, tiny_base: Path, quick: None) -> None:
-    made = tailored(tmp_path, tiny_base)
+def test_replace_removes_nothing_where_there_are_no_rows(finished: Path, tiny_base: Path, quick: None) -> None:
     with pytest.raises(ConfigError, match="names no file"):
         sartor.tailor(
-            tmp_path / "typo.csv", name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, replace=True
+            finished / "typo.csv", name="faq", base=str(tiny_base), out=finished / "faq", fields=FIELDS, replace=True
         )
-    assert made.adapter.path.is_dir() and made.report.path.is_dir()
+    assert opened(finished, "adapter").path.is_dir() and opened(finished, "report").path.is_dir()
 
 
 def test_directory_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
@@ -387,32 +409,31 @@ def test_disk_that_is_full_at_once_is_said(tmp_path: Path, monkeypatch: pytest.M
         sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq", fields=FIELDS)
 
 
-def test_rows_that_were_changed_remove_nothing(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+def test_rows_that_were_changed_remove_nothing(finished: Path, tiny_base: Path, quick: None) -> None:
     """Not even where so many came that another fraction of them is held out."""
-    made = tailored(tmp_path, tiny_base)
     more = (HEADER + "".join(f"Frage {number};Antwort {number}\r\n" for number in range(2000))).encode()
     for content in (more, b"Frage;Antwort\r\n" + b"Was?;Das.\r\n" * 3):
-        (tmp_path / "faq.csv").write_bytes(content)
+        (finished / "faq.csv").write_bytes(content)
         with pytest.raises(ConfigError, match="another number of rows|sources that have changed"):
             sartor.tailor(
-                tmp_path / "faq.csv",
+                finished / "faq.csv",
                 name="faq",
                 base=str(tiny_base),
-                out=tmp_path / "faq",
+                out=finished / "faq",
                 fields=FIELDS,
                 licence="own",
                 show=False,
             )
-        assert made.adapter.path.is_dir() and made.report.path.is_dir()
+        assert opened(finished, "adapter").path.is_dir() and opened(finished, "report").path.is_dir()
 
 
 @pytest.mark.parametrize("text", ["sources: [{path: other.csv}]\n", "sources: [\n"])
 def test_recipe_that_a_person_has_changed_is_not_overwritten(
-    text: str, tmp_path: Path, tiny_base: Path, quick: None
+    text: str, finished: Path, tiny_base: Path, quick: None
 ) -> None:
-    made = tailored(tmp_path, tiny_base)
-    (tmp_path / "faq" / "curate.yaml").write_text(text)
+    (finished / "faq" / "curate.yaml").write_text(text)
     with pytest.raises(ConfigError):
-        tailored(tmp_path, tiny_base)
-    assert (tmp_path / "faq" / "curate.yaml").read_text() == text and made.adapter.path.is_dir()
-    assert tailored(tmp_path, tiny_base, replace=True).adapter.path.is_dir()
+        tailored(finished, tiny_base)
+    recipe = finished / "faq" / "curate.yaml"
+    assert recipe.read_text() == text and opened(finished, "adapter").path.is_dir()
+    assert tailored(finished, tiny_base, replace=True).adapter.path.is_dir()

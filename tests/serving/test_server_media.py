@@ -26,9 +26,9 @@ PICTURE, OTHER, CLIP = png(220), png(30, 60), sound(0.4)
 
 
 @contextmanager
-def serving(folder: Path, lines: list[str]) -> Iterator[str]:
+def serving(folder: Path, lines: list[str], commands: dict[str, str]) -> Iterator[str]:
     (folder / "team.yaml").write_text("\n".join(lines) + "\n")
-    command = serve_command()
+    command = serve_command(commands)
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
     with process:
@@ -100,7 +100,7 @@ def receipts_of(client: httpx.Client, folder: Path) -> None:
 
 
 @pytest.mark.services
-def test_a_team_with_and_without_towers(tmp_path: Path) -> None:
+def test_a_team_with_and_without_towers(tmp_path: Path, commands: dict[str, str]) -> None:
     import openai
 
     made = Seeing(tmp_path)
@@ -126,7 +126,7 @@ def test_a_team_with_and_without_towers(tmp_path: Path) -> None:
         "base": body("base", TEXT),
         "plain": body("eye", TEXT),
     }
-    with serving(tmp_path, lines) as url, httpx.Client(base_url=url, timeout=600) as client:
+    with serving(tmp_path, lines, commands) as url, httpx.Client(base_url=url, timeout=600) as client:
         reads = {model["id"]: model["modalities"] for model in client.get("/v1/models").json()["data"]}
         assert reads == {
             "base": ["text"],

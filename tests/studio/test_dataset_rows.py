@@ -74,7 +74,7 @@ def test_scan_that_takes_too_long_says_how_far_it_came(dataset: Artifact, monkey
 
 def test_drops_are_filtered_by_reason_and_text(dataset: Artifact) -> None:
     table = RowTable(dataset, DROPS)
-    assert table.counts("reason") == {"near_duplicates": 1, "too_long": 1}
+    assert table.counts("reason") == {("near_duplicates",): 1, ("too_long",): 1}
     assert [row["reason"] for _, row in table.page(RowFilter(reason="too_long")).rows] == ["too_long"]
     assert [row["reason"] for _, row in table.page(RowFilter(text="like another")).rows] == ["near_duplicates"]
 

@@ -1,121 +1,177 @@
-"""The form of a recipe: every declared option, typed values, errors beside their fields."""
+"""The form of a recipe: a field for each option of the schema, the same recipe back, each error beside its field."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 
 import sartor
-from sartor.studio.recipe_form import COMMON, Control, check_form, default_values, recipe_fields
-from sartor.studio.tuning_drafts import TuningDrafts
+from sartor.core import config
+from sartor.core.errors import ConfigError
+from sartor.studio.recipe_form import (
+    FieldKind,
+    FilledForm,
+    FormField,
+    FormGroup,
+    RecipeForm,
+    check_recipe,
+    recipe_yaml,
+)
+
+SOURCE = {"path": "rows.csv", "licence": "own"}
 
 
-def checked(**changes: str) -> Any:
-    values = {**default_values(), **{key.replace("__", "."): text for key, text in changes.items()}}
-    return check_form(values, "data")
+@pytest.fixture(scope="module")
+def form() -> RecipeForm:
+    return RecipeForm(sartor.schema("curate").schema)
 
 
-def test_each_declared_option_is_a_field() -> None:
-    """Beside the Dataset, which the page itself asks for; what a person sets often is among them."""
-    declared = {name for name, _, _ in sartor.options(sartor.Recipe) if ".kind" not in name}
-    names = {field.name for field in recipe_fields()} | {"data.path"}
-    assert declared - names == {"budget"}  # auto, or one of the limits below it
-    assert set(COMMON) <= names and len({field.key for field in recipe_fields()}) == len(recipe_fields())
-    assert all(field.text for field in recipe_fields())
+def groups_of(filled: FilledForm) -> Iterator[FormGroup]:
+    waiting = [*(group for groups in filled.lists.values() for group in groups), *filled.others]
+    while waiting:
+        group = waiting.pop()
+        yield group
+        waiting += group.nested
 
 
-def test_fields_know_their_controls() -> None:
-    fields = {field.key: field for field in recipe_fields()}
-    assert fields["optimizer.learning_rate"].control is Control.NUMBER
-    assert fields["optimizer.learning_rate"].allows_auto and not fields["method.rank"].allows_auto
-    assert fields["objective"].choices == ("sft", "dpo", "kto") and fields["objective"].default == "sft"
-    assert fields["objective.beta@kto"].kind == "kto" and fields["base.bits"].choices == (4, 8, 16, 32, "auto")
-    assert fields["compute.share_prefixes"].control is Control.SWITCH
-    assert fields["base.use"].control is Control.CHOICES and fields["method.targets.modules"].control is Control.LIST
-    units = {key: fields[key].unit for key in ("budget.minutes", "data.max_length_tokens", "compute.cache_gb", "seed")}
-    assert units == {"budget.minutes": "min", "data.max_length_tokens": "tokens", "compute.cache_gb": "GB", "seed": ""}
+def fields_of(filled: FilledForm) -> dict[str, FormField]:
+    return {field.name: field for group in groups_of(filled) for field in group.fields}
 
 
-def test_untouched_form_is_the_shortest_recipe() -> None:
-    form = check_form(default_values(), "data")
-    assert form.recipe == {"base": {"name": "starter"}} and form.errors == {}
+def posted(filled: FilledForm) -> dict[str, str]:
+    """What a browser sends of a form."""
+    sent = {name: field.value.replace("\n", "\r\n") for name, field in fields_of(filled).items()}
+    return sent | {f"{group.name}.kind": group.kind for group in groups_of(filled) if group.kind}
 
 
-def test_values_are_typed_and_load() -> None:
-    form = checked(
-        base__bits="8",
-        base__use="commercial, research",
-        budget__epochs="2",
-        optimizer__learning_rate="1e-4",
-        method__rank="8",
-        method__targets__modules="q_proj, v_proj",
-        compute__share_prefixes="false",
-        data__rehearsal="none",
-        evaluations="3",
+def test_each_option_of_each_step_has_a_field(form: RecipeForm) -> None:
+    kinds = form.step_kinds()
+    filled = form.fill({"sources": [SOURCE], "steps": list(kinds)})
+    shown = {name.partition(".")[2] for name in fields_of(filled) if name.startswith("steps")}
+    options = [name for name, _, _ in sartor.options(sartor.CurateRecipe) if name.startswith("steps[].")]
+    # what is below an option of a step is YAML
+    declared = {name.removeprefix("steps[].").partition(".")[0].removesuffix("[]") for name in options}
+    assert {name for name in declared if not name.startswith("kind")} == shown
+    assert {"exact_duplicates", "personal_data", "counterfactuals"} <= set(kinds) and all(kinds.values())
+
+
+def test_fields_have_help_defaults_and_choices(form: RecipeForm) -> None:
+    fields = fields_of(
+        form.fill({"sources": [SOURCE], "steps": ["repair_text", {"length": {"max_words": 9}}, "rules"]})
     )
-    assert form.errors == {}
-    assert form.recipe == {
-        "base": {"name": "starter", "bits": 8, "use": ["commercial", "research"]},
-        "data": {"rehearsal": "none"},
-        "method": {"rank": 8, "targets": {"modules": ["q_proj", "v_proj"]}},
-        "budget": {"epochs": 2},
-        "optimizer": {"learning_rate": 1e-4},
-        "compute": {"share_prefixes": False},
-        "evaluations": 3,
+    assert fields["sources[0].path"].is_required and fields["sources[0].path"].value == "rows.csv"
+    assert fields["sources[0].rehearsal"].choices == ["true", "false"]
+    assert fields["sources[0].split"].choices == ["train", "eval"]
+    assert fields["steps[0].normal_form"].choices[:2] == ["NFC", "NFKC"]
+    assert fields["steps[0].normal_form"].default == "NFC" and fields["steps[0].normal_form"].value == ""
+    assert (fields["steps[1].min_words"].default, fields["steps[1].max_words"].value) == ("1", "9")
+    kinds = {name: fields[name].kind for name in ("seed", "split.eval_fraction", "sources[0].use", "steps[2].rules")}
+    assert kinds == {
+        "seed": FieldKind.NUMBER,
+        "split.eval_fraction": FieldKind.NUMBER,
+        "sources[0].use": FieldKind.LINES,
+        "steps[2].rules": FieldKind.YAML,
     }
-    recipe = sartor.load_recipe({**form.recipe, "data": {"path": "data", **form.recipe["data"]}})
-    assert recipe.budget.epochs == 2.0 and recipe.method.targets.modules == ("q_proj", "v_proj")
+    assert all(field.text for name, field in fields.items())
 
 
-def test_options_of_another_kind_do_not_count() -> None:
-    form = check_form(
-        {**default_values(), "objective": "dpo", "objective.beta@dpo": "0.2", "objective.beta@kto": "-1"}, "data"
-    )
-    assert form.errors == {} and form.recipe["objective"] == {"kind": "dpo", "beta": 0.2}
+RECIPES: list[dict[str, Any]] = [
+    {"sources": [SOURCE]},
+    {"sources": [SOURCE, {"path": "b.jsonl", "licence": "MIT", "use": ["commercial", "research"], "rehearsal": True}]},
+    {"sources": [{**SOURCE, "fields": {"prompt": "Frage", "completion": "Antwort"}, "system": "Be short.\nBe kind."}]},
+    {
+        "sources": [{**SOURCE, "inbox": {"most_rows": 5, "alpha": 0.02}}],
+        "seed": 7,
+        "max_row_bytes": 1000,
+        "workers": 2,
+    },
+    {
+        "sources": [SOURCE],
+        "steps": [
+            "repair_text",
+            {"length": {"min_words": 3}},
+            {"kind": "language", "allow": ["en", "de"]},
+            {"rules": [{"match": "a: [b]\\d", "action": "replace", "with": "x"}, {"match": "'"}]},
+            {"near_duplicates": {"threshold": 0.7}},
+            "exact_duplicates",
+        ],
+        "split": {"eval_fraction": 0.25, "test_fraction": 0.1, "by": "prompt"},
+    },
+    {"sources": [SOURCE], "steps": []},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_filled_form_says_the_same_recipe(form: RecipeForm, recipe: dict[str, Any]) -> None:
+    given = {"steps": ["exact_duplicates"], **recipe}
+    read = form.read(posted(form.fill(given)))
+    assert sartor.load_curate_recipe(read) == sartor.load_curate_recipe(given)
+    # and a third time, of what the first form said
+    assert form.read(posted(form.fill(read))) == read
+
+
+def test_whole_recipe_of_a_manifest_fits_the_form(form: RecipeForm) -> None:
+    for recipe in RECIPES:
+        whole = config.dump(sartor.load_curate_recipe(recipe))
+        assert sartor.load_curate_recipe(form.read(posted(form.fill(whole)))) == sartor.load_curate_recipe(recipe)
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "problem"),
+    ("change", "option"),
     [
-        ("method.rank", "0", "rank is 0; it must be at least 1"),
-        ("method.rank", "many", "must be whole number"),
-        ("optimizer.learning_rate", "fast", "must be auto | number"),
-        ("budget.epochs", "-1", "epochs is -1"),
-        ("base.name", "", "the base has no name"),
-        ("base.bits", "7", "base.bits"),
-        ("data.eval_fraction", "1.5", "below 1"),
-        ("track.folder", "/etc", "below its own folder"),
-        ("track.folder", "a/../../b", "below its own folder"),
-        ("compute.recompute", "perhaps", "compute.recompute"),
+        ({"sources": [{"path": ""}, {**SOURCE, "split": "tset"}]}, "sources[1].split"),
+        ({"sources": [{**SOURCE, "date": "yesterday"}]}, "sources[0].date"),
+        ({"steps": [{"kind": "length", "min_words": "x"}]}, "steps[0].min_words"),
+        ({"split": {"eval_fraction": 2}}, "split.eval_fraction"),
+        ({"seed": "x"}, "seed"),
+        ({"workers": -1}, "workers"),
     ],
 )
-def test_error_stands_beside_its_field(key: str, text: str, problem: str) -> None:
-    """And no other field is blamed for it."""
-    form = check_form({**default_values(), key: text}, "data")
-    assert list(form.errors) == [key] and problem in form.errors[key].problem and form.errors[key].remedy
+def test_error_stands_beside_its_field(form: RecipeForm, change: dict[str, Any], option: str) -> None:
+    recipe = {"sources": [SOURCE], **change}
+    filled = form.fill(recipe, check_recipe(recipe))
+    wrong = {name for name, field in fields_of(filled).items() if field.error}
+    assert wrong == {option} and filled.problems == []
 
 
-def test_several_errors_are_named_at_once() -> None:
-    form = checked(method__rank="0", budget__minutes="0", data__rehearsal="none", data__rehearsal__fraction="0.3")
-    assert set(form.errors) == {"method.rank", "budget.minutes", "data.rehearsal.fraction"}
+def test_several_errors_are_found_at_once(form: RecipeForm) -> None:
+    recipe = {
+        "sources": [{**SOURCE, "split": "tset", "licens": "x"}],
+        "seed": "x",
+        "split": {"by": "row", "eval_fraction": 2},
+    }
+    filled = form.fill(recipe, check_recipe(recipe))
+    wrong = {name for name, field in fields_of(filled).items() if field.error}
+    assert wrong == {"sources[0].split", "seed", "split.by", "split.eval_fraction"}
+    assert [str(error.problem) for error in filled.problems] == [
+        "there is no option 'sources[0].licens'; 'licence' was probably meant"
+    ]
 
 
-def test_error_of_several_fields_is_of_none() -> None:
-    form = checked(objective="kto", weights="best")
-    assert list(form.errors) == [""] and "kto" in form.errors[""].problem
+def test_unknown_step_is_named_at_the_step(form: RecipeForm) -> None:
+    recipe = {"sources": [SOURCE], "steps": ["lenght"]}
+    filled = form.fill(recipe, check_recipe(recipe))
+    group = filled.lists["steps"][0]
+    assert group.kind == "lenght" and group.error and group.error.remedy == "steps[0].kind: length"
 
 
-def test_draft_is_a_recipe_that_the_command_reads(tmp_path: Path) -> None:
-    drafts = TuningDrafts(tmp_path / "drafts", tmp_path)
-    form = checked(method__rank="8", data__rows="50")
-    draft = drafts.save(default_values(), ["a", "b/data"], name="faq", recipe=form.recipe)
-    recipe = sartor.load_recipe(drafts.recipe_file(draft, "b/data"))
-    assert (recipe.data.path, recipe.data.rows, recipe.method.rank) == (str(tmp_path / "b/data"), 50, 8)
-    assert list(yaml.safe_load(drafts.recipe_text(draft, "a"))) == ["base", "data", "method"]
-    planned = drafts.with_plans(draft, {"a": "job"})
-    again = drafts.save(default_values(), ["a", "b/data"], name="other", recipe=form.recipe)
-    assert (again.id, again.plans) == (planned.id, {"a": "job"}) and drafts.load(draft.id).name == "other"
-    assert all(file.stat().st_mode & 0o077 == 0 for file in (tmp_path / "drafts").rglob("*"))
+def test_yaml_that_cannot_be_read_is_named(form: RecipeForm) -> None:
+    with pytest.raises(ConfigError) as caught:
+        form.read({"sources[0].path": "a", "steps[0].kind": "rules", "steps[0].rules": "[{match: "})
+    assert caught.value.option == "steps[0].rules"
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], [[]], [{"kind": []}], {"a": {}}, [None, 5, {"path": {"a": 1}}]])
+def test_any_value_makes_a_form(form: RecipeForm, value: Any) -> None:
+    """A recipe as YAML may hold anything."""
+    recipe = {"sources": value, "steps": value, "split": value, "seed": value}
+    filled = form.fill(recipe, check_recipe(recipe))
+    assert fields_of(filled) and check_recipe(recipe)
+    form.read(posted(filled))
+
+
+def test_yaml_reads_back() -> None:
+    recipe = {"sources": [{**SOURCE, "system": "ä\n: #"}], "steps": [{"kind": "length", "min_words": 3}]}
+    assert config.parse_yaml(recipe_yaml(recipe), "x") == recipe

@@ -15,9 +15,10 @@ from studio_artefacts import write_specialist
 
 pytest.importorskip("playwright", reason="no playwright here: pip install playwright")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
-from studio_pictures import CHROMIUM, log_in, served  # noqa: E402
+from studio_pictures import served, visit_of  # noqa: E402
+from studio_visit import CHROMIUM, chromium  # noqa: E402
 
 pytestmark = [
     pytest.mark.browser,
@@ -37,10 +38,8 @@ print(json.dumps({"gate": {"gain": "cannot tell"}, "release": None}))
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -55,15 +54,10 @@ def site(tmp_path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def open_page(browser: Browser, site: tuple[Any, str], **options: Any) -> tuple[Page, list[str]]:
-    """A page of a logged-in owner, and what it complains of: errors, refused scripts and styles, foreign requests."""
+    """A page of a logged-in owner, and what it complains of (Visit.faults)."""
     app, address = site
-    page = browser.new_context(locale="en", **options).new_page()
-    faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(f"{address}/") else faults.append(request.url))
-    log_in(page, app, address)
-    return page, faults
+    visit = visit_of(browser, app, address, **options)
+    return visit.page, visit.faults
 
 
 def test_file_becomes_a_job_that_is_followed_live(browser: Browser, site: tuple[Any, str], tmp_path: Path) -> None:
@@ -116,24 +110,6 @@ def test_pages_work_without_javascript(browser: Browser, site: tuple[Any, str]) 
     page.click("noscript a")  # Playwright finds no text there
     page.click("button:text-is('Stop')")
     expect(page.locator(".state")).to_be_visible()
-    assert faults == []
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_is_wider_than_its_window(browser: Browser, site: tuple[Any, str], width: int) -> None:
-    page, faults = open_page(browser, site, viewport={"width": width, "height": 800})
-    for path in (
-        "/",
-        "/data",
-        "/data/faq/data",
-        "/data/faq/data?split=dropped",
-        "/evaluate/faq/report",
-        "/jobs",
-        "/new",
-        "/talk",
-    ):
-        page.goto(f"{site[1]}{path}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
     assert faults == []
 
 

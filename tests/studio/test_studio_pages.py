@@ -20,7 +20,6 @@ from sartor.core.records import Drop, Example, Message, Origin
 from sartor.studio.accounts import Role
 from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.page_renderer import STATIC
-from sartor.studio.served_talk import SideReply, Talk
 from studio_artefacts import dataset_with, report_of, report_row, write_specialist
 from studio_site import Site, TestClient
 
@@ -282,47 +281,6 @@ def test_file_that_cannot_be_read_is_explained(site: Site) -> None:
     (site.folder / "rows.json").write_bytes(b'{"a": [')
     for name in ("rows.parquet", "rows.json"):
         assert "Sartor Studio" in site.page(f"/new?file={name}")
-
-
-def test_conversation_has_both_sides(full: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    serving = "import json, time; print(json.dumps({'address': 'http://127.0.0.1:1', 'agents': ['faq']}), flush=True); time.sleep(60)"
-    full.app.studio.jobs = JobControl(full.folder / ".studio" / "jobs", (sys.executable, "-c", serving))
-    asked: list[Any] = []
-
-    def reply(address: str, side: str, messages: list[dict[str, str]], options: Any) -> SideReply:
-        asked.append((address, side, messages, options))
-        return SideReply(side, f"{side}@1", f"{side} says <b>{len(messages)}</b>", 0.5)
-
-    monkeypatch.setattr("sartor.studio.served_talk._reply", reply)
-    opened = full.post("/talk", from_page="/talk", artefact="faq/adapter")
-    path = opened.headers["location"]
-    job_id = path.rpartition("/")[2]
-    for _ in range(500):
-        if "data-send" in full.page(path):
-            break
-        time.sleep(0.02)
-    assert full.post("/talk", from_page="/talk", artefact="faq/adapter").headers["location"] == path
-    for prompt in ("one", "two"):
-        sent = full.post(path, from_page=path, prompt=prompt, compare="1", temperature="0.5")
-        assert sent.status_code == 303, sent.text
-    text = full.page(path)
-    assert "faq says &lt;b&gt;3&lt;/b&gt;" in text and "base says" in text and "faq@1" in text
-    assert {side for _, side, _, _ in asked} == {"faq", "base"} and asked[0][3]["temperature"] == 0.5
-    assert [message["role"] for message in asked[-1][2]] == ["user", "assistant", "user"]
-    assert full.post(path, from_page=path, prompt="x", temperature="9").status_code == 400
-    full.post(f"{path}/clear", from_page=path)
-    assert "faq says" not in full.page(path)
-    full.post(f"/jobs/{job_id}/stop", from_page=path)
-    ended(full, path)
-    assert full.post(path, from_page="/talk", prompt="x").status_code == 503
-
-
-def test_conversation_is_its_user_s_alone(tmp_path: Path) -> None:
-    mine, other = Talk(tmp_path, "job", "ada"), Talk(tmp_path, "job", "bob")
-    turn = mine.ask("http://127.0.0.1:1", ["faq"], "secret", temperature=None)
-    assert "does not answer" in turn.replies[0].problem
-    assert [stored.prompt for stored in mine.turns()] == ["secret"] and other.turns() == []
-    assert all(file.stat().st_mode & 0o077 == 0 for file in tmp_path.iterdir())
 
 
 def test_viewer_sees_no_forms_that_act(full: Site) -> None:

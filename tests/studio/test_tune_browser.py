@@ -73,14 +73,14 @@ def test_form_is_filled_by_keyboard_alone(site: tuple[Page, str, list[str]]) -> 
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.name || ''"))
     assert set(names) - reached == set()
-    rank = page.get_by_label("Rank of the adapter")
+    rank = page.locator("[name='method.rank@lora']")
     rank.focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("0")
     page.keyboard.press("Enter")
-    expect(page.locator("[id='fault-method.rank']")).to_contain_text("at least 1")
-    assert page.get_by_label("Rank of the adapter").get_attribute("aria-invalid") == "true"
-    page.get_by_label("Rank of the adapter").fill("8")
+    expect(page.locator("[id='fault-method.rank@lora']")).to_contain_text("at least 1")
+    assert page.locator("[name='method.rank@lora']").get_attribute("aria-invalid") == "true"
+    page.locator("[name='method.rank@lora']").fill("8")
     page.keyboard.press("Enter")
     expect(page.locator("#forecast")).to_contain_text("80 s … 130 s", timeout=15_000)
     expect(page.locator("pre.command").first).to_contain_text("rank: 8")

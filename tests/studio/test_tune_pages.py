@@ -17,7 +17,7 @@ from page_markup import Tags
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.studio.accounts import Role
 from sartor.studio.jobs.job_control import JobControl
-from sartor.studio.recipe_form import default_values, recipe_fields
+from sartor.studio.tuning_form import default_values, recipe_fields
 from studio_artefacts import dataset_of
 from studio_site import Site
 
@@ -136,16 +136,18 @@ def test_form_has_each_option_with_its_default(full: Site) -> None:
     text = full.page("/tune/new")
     for field in recipe_fields():
         assert f'name="{field.key}"' in text, field.key
-    assert text.index('name="method.rank"') < text.index("All other options") < text.index('name="compute.cache_gb"')
+    assert (
+        text.index('name="method.rank@lora"') < text.index("All other options") < text.index('name="compute.cache_gb"')
+    )
     assert 'value="faq/data" checked' in text and "default: cosine" in text and "auto or a number" in text
 
 
 def test_wrong_form_comes_back_with_errors_beside_fields(full: Site) -> None:
-    sent = form_of(full, **{"method.rank": "0", "compute.cache_gb": "-1", "name": "faq", "base.name": "<b>"})
+    sent = form_of(full, **{"method.rank@lora": "0", "compute.cache_gb": "-1", "name": "faq", "base.name": "<b>"})
     answer = full.post("/tune/start", from_page="/tune/new", **sent)
     assert answer.status_code == 400 and full.app.studio.jobs.files.ids() == []
     text = answer.text
-    assert re.search(r'name="method.rank" value="0"[^>]* aria-invalid=true[^>]*fault-method.rank', text)
+    assert re.search(r'name="method.rank@lora" value="0"[^>]* aria-invalid=true[^>]*fault-method.rank@lora', text)
     assert 'id="fault-compute.cache_gb"' in text and "<details open><summary>compute" in text
     assert "faq exists in this folder" in text and 'value="&lt;b&gt;"' in text
     answer = full.post("/tune/forecast", from_page="/tune/new", **form_of(full, datasets="../x"))
@@ -153,7 +155,7 @@ def test_wrong_form_comes_back_with_errors_beside_fields(full: Site) -> None:
 
 
 def test_forecast_stands_before_the_start(full: Site) -> None:
-    answer = full.post("/tune/forecast", from_page="/tune/new", **form_of(full, **{"method.rank": "8"}))
+    answer = full.post("/tune/forecast", from_page="/tune/new", **form_of(full, **{"method.rank@lora": "8"}))
     assert answer.status_code == 303, answer.text
     location = answer.headers["location"]
     status = ended(full, "plan")
@@ -164,12 +166,12 @@ def test_forecast_stands_before_the_start(full: Site) -> None:
         assert part in text, part
     assert "rank: 8" in text and "sartor tune" in text and 'value="8"' in text and "every 2s" not in text
     assert full.page(f"{location}/forecast").startswith("<div id=forecast")
-    again = full.post("/tune/forecast", from_page="/tune/new", **form_of(full, **{"method.rank": "8"}))
+    again = full.post("/tune/forecast", from_page="/tune/new", **form_of(full, **{"method.rank@lora": "8"}))
     assert again.headers["location"] == location and len(full.app.studio.jobs.files.ids()) == 1
 
 
 def test_start_is_the_command_with_recipe_and_forecast(full: Site) -> None:
-    sent = form_of(full, **{"method.rank": "8"})
+    sent = form_of(full, **{"method.rank@lora": "8"})
     full.post("/tune/forecast", from_page="/tune/new", **sent)
     ended(full, "plan")
     answer = full.post("/tune/start", from_page="/tune/new", **sent)

@@ -19,15 +19,8 @@ from endpoint_server import FAULTS, EndpointServer, serving
 from sample_data import write_jsonl
 from sartor.core.errors import BudgetError, BusyError, ConfigError, KeyRefusedError, UnavailableError
 from sartor.core.records import Example
-from sartor.synthesize.openai_teacher import (
-    Access,
-    EndpointTeacher,
-    IncompleteResponseError,
-    Patience,
-    RequestThrottle,
-    _retry_after,
-    read_body,
-)
+from sartor.inference.endpoint_client import Access, IncompleteResponseError, Patience, RequestThrottle, retry_after
+from sartor.synthesize.openai_teacher import EndpointTeacher, read_body
 from sartor.synthesize.teacher import TeacherQuestion
 
 SEEDS = [
@@ -246,12 +239,12 @@ def test_retry_after_is_obeyed_by_all(tmp_path: Path) -> None:
     ("value", "least", "most"), [("7", 7, 7), ("x", 0, 0), ("", 0, 0), ("-3", 0, 0), ("1e9", 600, 600)]
 )
 def test_retry_after_is_read(value: str, least: float, most: float) -> None:
-    assert least <= _retry_after(value) <= most
+    assert least <= retry_after(value) <= most
 
 
 def test_retry_after_may_be_a_date() -> None:
-    assert 0 < _retry_after("Fri, 01 Jan 2100 00:00:00 GMT") <= 600
-    assert _retry_after("Fri, 01 Jan 2010 00:00:00 GMT") == 0
+    assert 0 < retry_after("Fri, 01 Jan 2100 00:00:00 GMT") <= 600
+    assert retry_after("Fri, 01 Jan 2010 00:00:00 GMT") == 0
 
 
 @pytest.mark.parametrize(

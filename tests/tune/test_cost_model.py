@@ -336,6 +336,26 @@ def test_growth_below_the_allocators_noise_says_nothing() -> None:
     assert cost_model.memory_model(STARTER, fake).scale.estimate == pytest.approx(1.3)
 
 
+def test_what_a_small_sample_holds_besides_is_not_scaled_up() -> None:
+    """64 MB of buffers beside both samples: the interval of a load four times the large one stays below a factor 2."""
+
+    class Fake:
+        device, resident_bytes, left_bytes = torch.device("cpu"), GB, 0
+        path = SimpleNamespace(name="fast")
+
+        def peak_bytes(self) -> int:
+            return GB
+
+    loads = [BatchLoad(tokens, tokens // 2, 70 * tokens, 70 * tokens) for tokens in (40, 400, 1600)]
+    grown = [0.5 * (STARTER.activation_bytes(load) + 4 * STARTER.trainable) for load in loads]
+    fake: Any = Fake()
+    fake.samples = [TimedBatch(load, 1.0, int(byte + 64e6)) for load, byte in zip(loads[:2], grown[:2], strict=True)]
+    model = cost_model.memory_model(STARTER, fake)
+    assert 0 < model.excess_bytes < 64e6
+    found = model.growth(loads[2])
+    assert found.low < grown[2] + 8 * STARTER.trainable < found.high < 2 * found.low
+
+
 def test_code_of_unmet_lengths_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one new length leaves behind is expected again for each further length that oneDNN keeps."""
 

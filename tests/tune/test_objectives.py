@@ -22,6 +22,11 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+def bins(*scores: torch.Tensor) -> torch.Tensor:
+    """(N, K) log-probabilities of K tokens of more: two thirds of the probability, or less."""
+    return torch.stack([*scores, torch.zeros_like(scores[0])], 1).log_softmax(1)[:, :-1]
+
+
 SMOOTHING = (0.0, 0.2)
 GOOD = torch.tensor([True, False, True, False, False])
 CHECKED: dict[str, Callable[..., torch.Tensor]] = {
@@ -31,6 +36,9 @@ CHECKED: dict[str, Callable[..., torch.Tensor]] = {
     "dpo, smoothed": lambda a, b, c, d: objectives.dpo(a, b, c, d, beta=0.3, label_smoothing=0.2),
     "orpo": lambda a, b, c, d: objectives.orpo(-a.exp(), -b.exp()),
     "simpo": lambda a, b, c, d: objectives.simpo(a, b, beta=2.0, margin=0.7),
+    "distil, reverse": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d)),
+    "distil, forward": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), divergence="forward"),
+    "distil, jensen": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), divergence="jensen", mixture=0.3),
     "kto": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=0.3),
     "kto, weighed": lambda a, b, c, d: objectives.kto(
         a, b, GOOD, 0.4, beta=2, desirable_weight=1.5, undesirable_weight=0.5
@@ -104,7 +112,8 @@ def test_a_certain_reply_has_finite_odds() -> None:
     found = objectives.orpo(means, means.detach().flip(0))
     (slope,) = torch.autograd.grad(found.sum(), means)
     assert torch.isfinite(found).all() and torch.isfinite(slope).all()
-    assert float(found[0]) < 1e-6 < float(found[2])
+    values = found.detach()
+    assert float(values[0]) < 1e-6 < float(values[2])
 
 
 def test_dpo_and_kto_gradients_at_reference_favour_chosen() -> None:
@@ -153,3 +162,63 @@ def test_how_an_update_is_cut_changes_no_weighted_mean() -> None:
     total = float(weights.sum())
     parts: list[Any] = [objectives.sft(losses[part], weights[part], total) for part in (slice(0, 2), slice(2, 6))]
     assert float(sum(parts)) == pytest.approx(float((losses * weights).sum() / weights.sum()))
+
+
+DIVERGENCES = {
+    "reverse": lambda q, p: sum(a * math.log(a / b) for a, b in zip(q, p, strict=True)),
+    "forward": lambda q, p: sum(b * math.log(b / a) for a, b in zip(q, p, strict=True)),
+    "jensen": lambda q, p: sum(
+        0.3 * b * math.log(b / (0.3 * b + 0.7 * a)) + 0.7 * a * math.log(a / (0.3 * b + 0.7 * a))
+        for a, b in zip(q, p, strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_distil_is_the_papers_formula(divergence: Any) -> None:
+    """arXiv:2306.13649, section 2 and eq. 1, over two tokens and the rest of the vocabulary."""
+    student, teacher = (bins(doubles(N, seed=seed), doubles(N, seed=seed + 1)).detach() for seed in (0, 2))
+    found = objectives.distil(student, teacher, divergence=divergence, mixture=0.3)
+    for place in range(N):
+        q, p = ([float(value) for value in side[place].exp()] for side in (student, teacher))
+        q, p = [*q, 1 - sum(q)], [*p, 1 - sum(p)]
+        assert float(found[place]) == pytest.approx(DIVERGENCES[divergence](q, p), rel=1e-9)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_distil_of_all_tokens_is_the_whole_divergence_and_fewer_bins_are_a_lower_bound(divergence: Any) -> None:
+    """Data processing: joining tokens into a tail can only lose information."""
+    student, teacher = (doubles(N, 12, seed=seed).detach().log_softmax(1) for seed in (0, 1))
+    values = []
+    for count in (12, 6, 1):
+        ids = teacher.topk(count).indices
+        parts = student.gather(1, ids), teacher.gather(1, ids)
+        values.append(objectives.distil(*parts, divergence=divergence, mixture=0.3))
+    q, p = student.exp().tolist(), teacher.exp().tolist()
+    wanted = [DIVERGENCES[divergence](*pair) for pair in zip(q, p, strict=True)]
+    assert values[0].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert bool((values[0] + 1e-9 >= values[1]).all()) and bool((values[1] + 1e-9 >= values[2]).all())
+    assert bool((values[2] >= 0).all())
+
+
+def test_distil_of_equals_is_zero_and_absent_bins_count_nothing() -> None:
+    same = bins(doubles(N), doubles(N, seed=1)).detach().requires_grad_()
+    loss = objectives.distil(same, same.detach())
+    (slope,) = torch.autograd.grad(loss.sum(), same)
+    assert loss.tolist() == pytest.approx([0.0] * N, abs=1e-12)
+    assert slope.tolist() == pytest.approx([[0.0, 0.0]] * N, abs=1e-9) or float(slope.abs().max()) < 1e-9
+    other = bins(doubles(N, seed=2), doubles(N, seed=3)).detach()
+    absent = torch.full((N, 2), objectives.NO_BIN, dtype=other.dtype)
+    padded = torch.cat([other, absent], 1)
+    student = torch.cat([same, doubles(N, 2, seed=4)], 1)
+    assert objectives.distil(student, padded).tolist() == pytest.approx(objectives.distil(same, other).tolist())
+
+
+def test_distil_of_certain_tokens_is_finite() -> None:
+    student = torch.tensor([[0.0, -200.0], [-200.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-200.0, 0.0], [-200.0, 0.0]])
+    for divergence in DIVERGENCES:
+        loss = objectives.distil(student, teacher, divergence=divergence)  # type: ignore[arg-type]
+        (slope,) = torch.autograd.grad(loss.sum(), student)
+        assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
+        assert float(loss[0]) > 0.3 > abs(float(loss[1]))

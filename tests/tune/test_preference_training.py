@@ -283,8 +283,10 @@ def test_the_divergence_is_estimated_on_replies_to_other_prompts(made: Path, rec
     assert none.digest() != rows.digest()
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "simpo"])
-def test_a_weight_is_how_much_a_row_counts(tmp_path: Path, recipe: dict[str, Any], kind: str) -> None:
+@pytest.mark.parametrize(
+    "objective", [{"kind": "dpo"}, {"kind": "kto"}, {"kind": "orpo", "sft_weight": 0.0}, {"kind": "simpo"}]
+)
+def test_a_weight_is_how_much_a_row_counts(tmp_path: Path, recipe: dict[str, Any], objective: dict[str, Any]) -> None:
     """Two people contradict each other on every prompt: the one with the weight is followed, whichever way round."""
     for name, heavy in (("a", "chosen"), ("b", "rejected")):
         rows = []
@@ -293,7 +295,7 @@ def test_a_weight_is_how_much_a_row_counts(tmp_path: Path, recipe: dict[str, Any
                 weight = 1.0 if good == heavy else 0.05
                 rows.append({"prompt": row["prompt"], "chosen": row[good], "rejected": row[bad], "weight": weight})
         data = curated(tmp_path, f"{name}-rows", rows)
-        asked = {**recipe, "objective": kind, "data": {"path": str(data), "eval_fraction": 0}}
+        asked = {**recipe, "objective": objective, "data": {"path": str(data), "eval_fraction": 0}}
         asked["optimizer"] = {"learning_rate": 1e-3, "batch_tokens": 10_000}
         tune(asked, tmp_path / name)
     a, b = (load_file(tmp_path / name / WEIGHTS) for name in "ab")

@@ -159,10 +159,10 @@ def test_a_sweep_is_read_from_the_command_line() -> None:
 
 
 def test_without_rows_held_out_nothing_is_compared(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    recipe["data"] = {**recipe["data"], "eval_fraction": 0.0}
+    recipe["data"] = {**recipe["data"], "eval_rows": 0}
     with pytest.raises(ConfigError, match="no row is held out") as error:
         sweep(recipe, {"method.rank": ["2", "4"]}, tmp_path / "a", show=False)
-    assert error.value.remedy == "--data.eval_fraction 0.1"
+    assert error.value.remedy == "--data.eval_fraction 0.1 and --data.eval_rows 64"
 
 
 def test_a_real_sweep_keeps_the_winner_and_each_trial_is_a_look(tmp_path: Path, recipe: dict[str, Any]) -> None:

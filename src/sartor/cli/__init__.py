@@ -32,7 +32,7 @@ from sartor.cli import serving as agents
 from sartor.cli import serving as learning
 from sartor.cli.app import AS_JSON, app, notice
 from sartor.cli.old_spellings import renew
-from sartor.core.errors import ConfigError, SartorError
+from sartor.core.errors import ConfigError, GateError, SartorError
 from sartor.core.ipc import error_as_json
 from sartor.core.terminal import printable
 
@@ -318,7 +318,8 @@ def _lines(value: Any) -> list[str]:
 
 def _fail(error: SartorError, as_json: bool) -> NoReturn:
     if as_json:
-        print(printable(json.dumps({"error": error_as_json(error)}, ensure_ascii=False)))
+        gate = {"gate": dict(error.gate)} if isinstance(error, GateError) and error.gate else {}
+        print(printable(json.dumps({"error": error_as_json(error), **gate}, ensure_ascii=False)))
     else:
         print(printable(f"{error.kind}: {error.problem}\n  try: {error.remedy}"), file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -71,7 +71,8 @@ def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None, st
         with contextlib.ExitStack() as stack:
             mounts = {}
             if studio is not None:
-                pages = stack.enter_context(contextlib.closing(studio_app(studio, hosts=[host] if host else [])))
+                shown = studio_app(studio, hosts=[host] if host else [], team=team)
+                pages = stack.enter_context(contextlib.closing(shown))
                 mounts = {MOUNT: pages}
                 if link := pages.owner_path():
                     notice(

@@ -29,13 +29,18 @@ user_group = App(name="user", help="The studio's users.")
 studio_group.command(user_group)
 
 
-def studio_app(folder: Path, *, hosts: Collection[str] = (), max_upload_mb: int = 512) -> Any:
-    """Return the studio's ASGI application. Raises ExtraError without the extra `studio`."""
+def studio_app(
+    folder: Path, *, hosts: Collection[str] = (), max_upload_mb: int = 512, team: Path | None = None
+) -> Any:
+    """Return the studio's ASGI application. Raises ExtraError without the extra `studio`.
+
+    team: what the server serves that shows the studio; None for a studio that stands alone.
+    """
     for package in ("fastapi", "httpx", "python_multipart", "uvicorn"):
         if find_spec(package) is None:
             raise missing_package(package, "studio")
     module = import_module("sartor.studio.studio_app")
-    return module.StudioApp(folder, hosts=hosts, max_upload_bytes=max_upload_mb << 20)
+    return module.StudioApp(folder, hosts=hosts, max_upload_bytes=max_upload_mb << 20, team=team)
 
 
 @studio_group.default

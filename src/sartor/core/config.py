@@ -32,12 +32,13 @@ REQUIRED: Any = dataclasses.MISSING
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # skips the full stop in "et al. 2023"
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: Any, text: str, *, default_kind: str = "") -> Any:
     """Return a dataclass field with its help text.
 
-    default: a tuple for list-like options; REQUIRED if there is none.
+    default: a tuple for list-like options; REQUIRED if there is none. default_kind: the kind of a union whose options
+    may stand without one, as they did while there was no other kind.
     """
-    return dataclasses.field(default=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text, "default_kind": default_kind})
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
@@ -79,31 +80,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as text: {error}",
             f"ls -l {path}; of another encoding: iconv -f CP1252 -t UTF-8 {path} > recipe.yaml",
         ) from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Return the mapping in a YAML text. Raises ConfigError with the line where it does not parse.
+
+    name: of the text, for its errors.
+    """
     depth = 0
     for bracket in _BRACKET.findall(text):
         depth += 1 if bracket in "[{" else -1
         if depth > _MOST_NESTED:  # PyYAML's time grows with the square of it
             raise ConfigError(
-                f"{path} has more than {_MOST_NESTED} brackets open at once",
+                f"{name} has more than {_MOST_NESTED} brackets open at once",
                 "close them, or write lists and mappings by lines and indentation",
             )
     try:
         data = yaml.load(text, _UniqueKeys)  # based on SafeLoader: builds plain values only
     except ConfigError as error:
-        raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
+        raise ConfigError(f"{name}, {error.problem}", error.remedy) from None
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(
-            f"{path}{position} is not YAML: {getattr(error, 'problem', error)}",
+            f"{name}{position} is not YAML: {getattr(error, 'problem', error)}",
             "write it as `key: value`, indented by spaces; quote a value that holds `: `, ` #` or begins with a sign",
         ) from None
     if not isinstance(data, dict):
         description = "nothing" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(f"{path} holds {description}, not a mapping of options", "write `key: value` lines")
+        raise ConfigError(f"{name} holds {description}, not a mapping of options", "write `key: value` lines")
     if _written_out(data, {}) > _MOST_VALUES:
         raise ConfigError(
-            f"{path} holds more than {_MOST_VALUES:,} values once its aliases (*NAME) are written out",
+            f"{name} holds more than {_MOST_VALUES:,} values once its aliases (*NAME) are written out",
             "write the values out where they are needed, without aliases of aliases",
         )
     return data
@@ -292,6 +301,7 @@ def _expanded(cls: Any, data: Any) -> Any:
                 continue  # `budget: auto` is a literal, not a shorthand
             if len(members) > 1:
                 value = _with_kind({kind_of(member): member for member in members}, value)
+                value = _with_default_kind(field, members, value)
                 data[field.name] = dict(value) if isinstance(value, Mapping) else {"kind": value}
                 continue
             value = value if isinstance(value, Mapping) else _from_shorthand(members[0], value)
@@ -369,7 +379,7 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
             problem = (
                 f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
             )
-            raise ConfigError(problem, f"{where}.kind: {having[0]}")
+            raise _option_error(where, problem, f"{where}.kind: {having[0]}")
         raise _invalid_value(
             f"{where}.kind".lstrip("."),
             key_or_kind,
@@ -392,6 +402,21 @@ def _with_kind(kinds: Mapping[str, Any], value: Any) -> Any:
     return {"kind": kind, **(options if isinstance(options, Mapping) else _from_shorthand(kinds[kind], options))}
 
 
+def _with_default_kind(field: dataclasses.Field[Any], members: Sequence[Any], value: Any) -> Any:
+    """Return the options of a union with the field's default kind, if they name none and are options of that kind."""
+    default_kind = field.metadata.get("default_kind")
+    if not default_kind:
+        return value
+    kinds = {kind_of(member): member for member in members}
+    value = _with_kind(kinds, value)
+    if not isinstance(value, Mapping):
+        return {"kind": default_kind, **_from_shorthand(kinds[default_kind], value)}
+    names = {kind: {option_key(item.name) for item in dataclasses.fields(member)} for kind, member in kinds.items()}
+    # options of other kinds alone: `_by_kind` names the kinds that have them
+    is_foreign = not set(value) <= names[default_kind] and any(set(value) <= others for others in names.values())
+    return value if "kind" in value or is_foreign else {"kind": default_kind, **value}
+
+
 def _build_class(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         value = _from_shorthand(cls, value)
@@ -406,20 +431,26 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
                 remedy = f"{where}.{suggestion}: ...".lstrip(".")
             elif names:
                 remedy = f"one of {names}"
-            raise ConfigError(problem, remedy)
+            raise _option_error(path, problem, remedy)
     hints = get_type_hints(cls)
     built = {}
     for name, field in fields.items():
         path = f"{where}.{name}".lstrip(".")
         if name in value:
-            built[field.name] = _build(hints[field.name], value[name], path)
+            hint = hints[field.name]
+            built[field.name] = _build(hint, _with_default_kind(field, _classes(hint), value[name]), path)
         elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"the option {path!r} is missing: {field.metadata.get('help', '')}", f"{path}: ...")
+            problem = f"the option {path!r} is missing: {field.metadata.get('help', '')}"
+            raise _option_error(path, problem, f"{path}: ...")
     try:
         return cls(**built)
     except ConfigError as error:
         prefix = f"{where}: " if where else ""
-        raise ConfigError(f"{prefix}{error.problem}", error.remedy) from None
+        # by convention a class's own check begins with the option's name, or its remedy is the line to write
+        first_words = (text.replace(".", " ").replace(":", " ").split()[:1] for text in (error.problem, error.remedy))
+        name = next((word for words in first_words for word in words if word in fields), "")
+        path = ".".join(part for part in (where, name) if part)
+        raise _option_error(path, f"{prefix}{error.problem}", error.remedy) from None
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
@@ -478,7 +509,13 @@ _MOST_SHOWN = 1_000  # characters of a value in an error
 def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
     shown = repr(value) if len(repr(value)) <= _MOST_SHOWN else f"{repr(value)[:_MOST_SHOWN]}..."
     text = f"{where} is {shown}; it must be {expected}" if where else f"{shown} is not {expected}"
-    return ConfigError(text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
+    return _option_error(where, text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
+
+
+def _option_error(option_path: str, problem: str, remedy: str) -> ConfigError:
+    error = ConfigError(problem, remedy)
+    error.option = option_path
+    return error
 
 
 def _describe_type(hint: Any) -> str:

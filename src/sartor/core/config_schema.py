@@ -75,7 +75,12 @@ class _SchemaWriter:
                 properties[key] = {"const": kind_of(cls), "description": first_sentence(cls)}
                 continue
             text = field.metadata.get("help", "")
-            value = _any_of([*self._mappings(hints[field.name]), *self._others(hints[field.name])])
+            hint = hints[field.name]
+            mappings, others = [*self._mappings(hint)], [*self._others(hint)]
+            if default_kind := field.metadata.get("default_kind"):  # its options may stand without a kind
+                member = next(cls for cls in _classes_by_kind(hint) if kind_of(cls) == default_kind)
+                mappings, others = [self._reference(member), *mappings], [*others, *self._shorthands(member)]
+            value = _any_of([*mappings, *others])
             properties[key] = {**value, **({"description": text} if text else {}), **_default_of(field)}
             if field.default is dataclasses.MISSING:
                 required.append(key)

@@ -41,7 +41,9 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sartor.core.installation import install_command
@@ -93,9 +95,13 @@ class SartorError(Exception):
 
 
 class ConfigError(SartorError):
-    """A recipe, a flag or an output path is wrong."""
+    """A recipe, a flag or an output path is wrong.
+
+    option: dotted path of the option of a recipe that is wrong, as `sources[0].path`; empty if it is none.
+    """
 
     exit_code = 2
+    option = ""
 
 
 class InputError(SartorError):
@@ -211,7 +217,12 @@ class RefusedError(SartorError):
 
 
 class GateError(RefusedError):
-    """A release gate failed and was not waived."""
+    """A release gate failed and was not waived.
+
+    gate: outcome of each check by its name; empty if the gate was not asked.
+    """
+
+    gate: Mapping[str, str] = MappingProxyType({})
 
 
 class SignatureError(RefusedError):

@@ -18,6 +18,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -213,6 +214,16 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file, hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tree_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder. Links are not followed; what vanishes meanwhile counts nothing."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            status = path.stat(follow_symlinks=False)
+            size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size
 
 
 def make_parent(path: Path, *, is_private: bool = False) -> None:

@@ -113,19 +113,24 @@ def metric_verdicts(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[st
         yield name, metric, verdict
 
 
+def score_column(primary: str) -> str:
+    """Return the score that decides whether a row is right by the primary metric."""
+    return _OF_ROW.get(primary, primary)
+
+
 def is_right(row: Mapping[str, Any], primary: str, side: str = "tuned") -> bool | None:
     """Return whether a reply to a row is right by the primary metric; None without a score.
 
     side: "tuned" or "base".
     """
-    score = row[f"{side}_{_OF_ROW.get(primary, primary)}"]
+    score = row[f"{side}_{score_column(primary)}"]
     if score is None:
         return None
     return bool(score <= 0 if primary in LOWER_IS_BETTER else score >= 1)
 
 
 def _row_view(row: Mapping[str, Any], primary: str) -> RowView:
-    column = _OF_ROW.get(primary, primary)
+    column = score_column(primary)
     base, tuned = row.get(f"base_{column}"), row.get(f"tuned_{column}")
     outcome = RowOutcome.UNSCORED
     if base is not None and tuned is not None and math.isfinite(base) and math.isfinite(tuned):

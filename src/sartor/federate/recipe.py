@@ -13,7 +13,8 @@ from sartor.core.errors import ConfigError
 from sartor.federate.aggregation import Alternate, FactorMean, FreezeA, Mode, Residual
 from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.federate.robust_aggregation import AnyRule
-from sartor.tune.recipe import BaseChoice, Compute, Lora, ResolvedData, ResolvedOptimizer, ResolvedRecipe, StopCriteria
+from sartor.tune.methods.lora import Lora
+from sartor.tune.recipe import BaseChoice, Compute, ResolvedData, ResolvedOptimizer, ResolvedRecipe, StopCriteria
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), FactorMean())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]
@@ -210,6 +211,9 @@ class FederateRecipe:
             raise ConfigError(
                 f"method.dropout is {self.method.dropout}; a client's work is repeatable", "dropout: 0.0"
             )
+        if self.optimizer.b_rate_ratio != 1:
+            problem = f"optimizer.b_rate_ratio is {self.optimizer.b_rate_ratio:g}; rounds have one rate for A and B"
+            raise ConfigError(problem, "b_rate_ratio: 1.0")
         self._check_sum()
         if self.privacy and self.privacy.level == "example":
             self._check_rows(self.privacy)

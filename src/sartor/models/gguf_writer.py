@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
 
+from sartor.core.adapter_methods import method_of
 from sartor.core.errors import ConfigError, ModelError
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.records import Message
@@ -206,8 +207,10 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         "lora_alpha 0": not config.get("lora_alpha"),
     }
     if unfit := [field for field, is_unfit in fields.items() if is_unfit]:
+        method = method_of(config)
         raise ModelError(
-            f"llama.cpp has no form for this adapter: {', '.join(unfit)}", "--to merged, and make a GGUF of that"
+            f"llama.cpp has no form for this adapter of method {method}: {', '.join(unfit)}",
+            "--to gguf without --quantise none writes the merged model; or --to merged",
         )
     return dict(config)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from sartor.core.adapter_methods import method_of
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
 from sartor.models import adapters, composed_model
@@ -49,6 +51,8 @@ def open_bound_base(
     # a quantised base answers a little differently, so an adapter tuned on one is measured on one
     if bits == "auto" and base_manifest.get("quantisation", "none") != "none":
         bits = base_manifest["bits"]
+    if bits == "auto" and _is_full(adapter):
+        bits = 32  # as its copies of the weights, so that base and tuned model differ by what was learnt alone
     name = base_name or base_manifest["name"]
     base = open_base(name, licence=base_manifest["licence"], bits=bits, device=device, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
@@ -56,6 +60,15 @@ def open_bound_base(
         names = {kind: tower.name for kind, tower in towers.items()}
         base = composed_model.compose_base(base, composed_model.open_towers(names, base.device, notice))
     return base
+
+
+def _is_full(adapter: Artifact) -> bool:
+    """Return whether the adapter holds the base's weights themselves, tuned."""
+    try:
+        config = json.loads((adapter.path / adapters.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # `open_adapter` says what is wrong with it
+    return isinstance(config, dict) and method_of(config) == "full"
 
 
 def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) -> None:

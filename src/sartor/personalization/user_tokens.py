@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from sartor.core import config, reply_markup
+from sartor.core.adapter_methods import SERVED, method_of
 from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import (
     ConfigError,
@@ -115,9 +116,16 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
     try:
         fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+        if method_of(fields) not in SERVED:
+            raise ConfigError(
+                f"{adapter} is of method {method_of(fields)}, on top of which no personal version is tuned",
+                "a release tuned with method: {kind: lora}",
+            )
         rank, alpha = fields["r"], fields["lora_alpha"]
         with safe_open(str(adapter / WEIGHTS), framework="pt") as weights_file:
             matches = [_FACTOR.fullmatch(name) for name in weights_file.keys()]  # noqa: SIM118  # no mapping
+    except ConfigError:
+        raise
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ModelError(
             f"the adapter {adapter} or the base {base} is not whole: {error!r}",

@@ -5,20 +5,19 @@ It starts nothing, downloads nothing and compiles nothing. torch is imported onl
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sartor.core import assets
+from sartor.core.filesystem import tree_bytes
 from sartor.core.home import home
 from sartor.core.installation import install_command
 
@@ -197,12 +196,7 @@ def _cache() -> dict[str, int]:
     """Return the bytes of each folder below SARTOR_HOME that is not empty."""
     sizes = {}
     for folder in sorted(path for path in home().iterdir() if path.is_dir()):
-        size = 0
-        for path in folder.rglob("*"):
-            with contextlib.suppress(OSError):  # it was removed meanwhile
-                status = path.stat(follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    size += status.st_size
+        size = tree_bytes(folder)
         if size:
             sizes[folder.name] = size
     return sizes

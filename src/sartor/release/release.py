@@ -127,7 +127,11 @@ def release(
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
         waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
-        raise GateError(f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive]))
+        refusal = GateError(
+            f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive])
+        )
+        refusal.gate = {check: result.outcome for check, result in gate_checks.items()}
+        raise refusal
     training = training_facts.read_facts(adapter)
     facts = {
         "use": use,

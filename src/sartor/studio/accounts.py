@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +35,7 @@ from sqlalchemy import (
 )
 
 from sartor.core.database import Database, Form, open_database
-from sartor.core.errors import ConfigError, KeyRefusedError
+from sartor.core.errors import ConfigError, KeyRefusedError, MissingError
 from sartor.studio.passwords import hash_password, is_password
 
 MAX_FAILURES = 5
@@ -138,9 +140,13 @@ class Accounts:
         self.file = file
         self._now = now
         self._database: Database = open_database(f"sqlite:///{file}", FORM)
+        # one connection stays open: else SQLite makes its shared memory anew for each page, which a full disk refuses
+        self._held = sqlite3.connect(file, check_same_thread=False)
+        self._held.execute("select count(*) from users").fetchall()
 
     def close(self) -> None:
         """Close the database."""
+        self._held.close()
         self._database.close()
 
     def list_users(self) -> list[User]:
@@ -153,17 +159,30 @@ class Accounts:
         """Add a user without a password; return the token of the one-time link by which they choose one.
 
         For an existing user, a new link is made: the role is changed and the old password counts until the link is
-        used. Raises ConfigError for an invalid name.
+        used. Raises ConfigError for an invalid name, and for another role of the last owner.
         """
         name = checked_name(name)
         with self._database.change() as connection:
             known = connection.execute(select(users.c.name).where(users.c.name == name)).first()
             if known:
-                connection.execute(update(users).where(users.c.name == name).values(role=role.value))
+                self._set_role(connection, name, role)
             else:
                 fields = {"name": name, "role": role.value, "password": "", "created_at": self._now()}
                 connection.execute(insert(users).values(**fields))
             return self._invite(connection, name, role)
+
+    def change_role(self, name: str, role: Role) -> None:
+        """Give a user another role, at once. Raises ConfigError for an unknown user and for the last owner."""
+        with self._database.change() as connection:
+            if connection.execute(select(users.c.name).where(users.c.name == name)).first() is None:
+                raise ConfigError(f"there is no user {name!r}", "sartor studio user list")
+            self._set_role(connection, name, role)
+
+    def _set_role(self, connection: Connection, name: str, role: Role) -> None:
+        if role is not Role.OWNER:
+            _check_other_owner(connection, name)
+        connection.execute(update(users).where(users.c.name == name).values(role=role.value))
+        connection.execute(update(invitations).where(invitations.c.name == name).values(role=role.value))
 
     def remove_user(self, name: str) -> None:
         """Remove a user, their sessions and links. Raises ConfigError for an unknown user and for the last owner."""
@@ -171,9 +190,8 @@ class Accounts:
             row = connection.execute(select(users).where(users.c.name == name)).first()
             if row is None:
                 raise ConfigError(f"there is no user {name!r}", "sartor studio user list")
-            others = select(func.count()).where(users.c.role == Role.OWNER.value, users.c.name != name)
-            if row.role == Role.OWNER.value and not connection.execute(others).scalar():
-                raise ConfigError(f"{name} is the only owner", "sartor studio user add NAME --role owner, first")
+            if row.role == Role.OWNER.value:
+                _check_other_owner(connection, name)
             for table in (users, sessions, invitations):
                 connection.execute(delete(table).where(table.c.name == name))
 
@@ -286,7 +304,8 @@ class Accounts:
         if row is None or row.seen_at < now - IDLE_S or row.created_at < now - SESSION_S:
             return None
         if row.seen_at < now - SEEN_S:
-            with self._database.change() as connection:
+            # a full disk must not shut out those who could free it
+            with suppress(MissingError), self._database.change() as connection:
                 connection.execute(
                     update(sessions).where(sessions.c.token_digest == _digest(token)).values(seen_at=now)
                 )
@@ -317,6 +336,13 @@ def checked_name(name: str) -> str:
     if not name or len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
         raise ConfigError(f"{name[:40]!a} is no name", f"letters, digits, spaces, . @ + -: at most {MAX_NAME_CHARS}")
     return name
+
+
+def _check_other_owner(connection: Connection, name: str) -> None:
+    """Raise ConfigError if a user is the only owner."""
+    owners = select(users.c.name).where(users.c.role == Role.OWNER.value)
+    if [row.name for row in connection.execute(owners)] == [name]:
+        raise ConfigError(f"{name} is the only owner", "sartor studio user add NAME --role owner, first")
 
 
 def _digest(token: str) -> str:

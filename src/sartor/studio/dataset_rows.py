@@ -77,6 +77,7 @@ class RowTable:
     """The Parquet files of one kind of a Dataset's rows.
 
     dataset: its manifest must have been checked. prefix: EXAMPLES or DROPS.
+    files: in the order of their rows. total: number of rows.
     Raises ArtifactError for a file that cannot be read.
     """
 
@@ -84,8 +85,8 @@ class RowTable:
         names = [name for name in dataset.manifest["files"] if name.startswith(prefix) and name.endswith(".parquet")]
         self._groups: list[_Group] = []
         self.total = 0
-        for name in sorted(names):
-            file = dataset.path / name
+        self.files = [dataset.path / name for name in sorted(names)]
+        for file in self.files:
             with _readable(file) as parquet:
                 metadata = parquet.metadata
             for index in range(metadata.num_row_groups):
@@ -131,14 +132,14 @@ class RowTable:
                 for _, future in futures:
                     future.cancel()
 
-    def take(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the rows at positions, in order; each row group is read once."""
+    def take(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Return the rows at positions, in order; each row group is read once. columns: all by default."""
         rows: dict[int, dict[str, Any]] = {}
         for group in self._groups:
             inside = [place - group.start for place in positions if 0 <= place - group.start < group.rows]
             if inside:
                 with _readable(group.file, group.metadata) as parquet:
-                    table = parquet.read_row_group(group.index).take(pa.array(inside, pa.int64()))
+                    table = parquet.read_row_group(group.index, columns).take(pa.array(inside, pa.int64()))
                 for place, row in zip(inside, table.to_pylist(), strict=True):
                     rows[group.start + place] = row
         return [rows[place] for place in positions]
@@ -158,13 +159,22 @@ class RowTable:
                 break
         return result
 
-    def counts(self, name: str) -> dict[str, int]:
-        """Return how often each value of a column of texts occurs, the most frequent first."""
-        files = sorted({group.file for group in self._groups})
-        if not files:
+    def counts(self, *names: str, only_duplicates: bool = False) -> dict[tuple[str, ...], int]:
+        """Return how often each combination of values of columns of texts occurs, the most frequent first.
+
+        only_duplicates: of the rows that were dropped for another row.
+        """
+        if not self.files:
             return {}
-        column = pl.scan_parquet(files).select(pl.col(name).value_counts(sort=True)).collect()[name]
-        return {str(row[name] or ""): int(row["count"]) for row in column.to_list()}
+        rows = pl.scan_parquet(self.files)
+        if only_duplicates:
+            rows = rows.filter(pl.col("kept").str.len_bytes() > 0)
+        try:
+            counted = rows.group_by(names).len().collect()
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise _unreadable(self.files[0], error) from None
+        ordered = counted.sort("len", *names, descending=[True, *(False for _ in names)])
+        return {tuple(str(value or "") for value in row[:-1]): int(row[-1]) for row in ordered.rows()}
 
 
 def _matching(group: _Group, wanted: RowFilter) -> Any:
@@ -217,28 +227,54 @@ def _readable(file: Path, metadata: Any = None) -> Iterator[Any]:
         with pq.ParquetFile(file, metadata=metadata) as parquet:
             yield parquet
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(
-            f"{file.name} is not readable Parquet: {error}", "make the Dataset again: sartor curate --replace"
-        ) from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{file.name} is not readable Parquet: {error}", "make the Dataset again: sartor curate --replace"
+    )
 
 
 def plain_messages(row: Mapping[str, Any], name: str = "messages") -> list[dict[str, Any]]:
-    """Return the messages of a row as {role, text, media, tool_calls, is_learnt}; the assistant's turns are learnt."""
+    """Return the messages of a row as {role, text, media, files, tool_calls, is_learnt}.
+
+    The assistant's turns are learnt. name: "messages" or "rejected".
+    media: a line for each picture and recording. files: the same as {kind, path, number}; the number counts those of
+    the whole row (`row_media`).
+    """
     result = []
+    number = len(_media_parts(row, "messages")) if name == "rejected" else 0
     for message in row.get(name) or []:
         parts = message.get("content") or []
         texts = [part.get("text") or "" for part in parts if part.get("type") == "text"]
-        media = [f"{part['type']}: {part.get(part['type']) or ''}" for part in parts if part.get("type") != "text"]
+        files = []
+        for part in parts:
+            if part.get("type") != "text":
+                files.append({"kind": part["type"], "path": part.get(part["type"]) or "", "number": number})
+                number += 1
         result.append(
             {
                 "role": message.get("role") or "",
                 "text": "".join(texts),
-                "media": media,
+                "media": [f"{file['kind']}: {file['path']}" for file in files],
+                "files": files,
                 "tool_calls": message.get("tool_calls") or "",
                 "is_learnt": message.get("role") == "assistant",
             }
         )
     return result
+
+
+def row_media(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the pictures and recordings that a row names as {kind, path, number}, by their numbers."""
+    messages = [*plain_messages(row), *plain_messages(row, "rejected")]
+    return [file for message in messages for file in message["files"]]
+
+
+def _media_parts(row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    contents = [message.get("content") or [] for message in row.get(name) or []]
+    return [part for parts in contents for part in parts if part.get("type") != "text"]
 
 
 def row_text(row: Mapping[str, Any]) -> str:

@@ -31,6 +31,9 @@ NAVIGATION = (
     ("/jobs", "nav.jobs", Role.VIEWER),
     ("/new", "nav.new", Role.OWNER),
     ("/talk", "nav.talk", Role.REVIEWER),
+    ("/team", "nav.team", Role.VIEWER),
+    ("/devices", "nav.devices", Role.VIEWER),
+    ("/settings", "nav.settings", Role.OWNER),
 )
 # sheets of the card and the report first, so that the studio looks like them
 _SHEETS = ("core/page.css", "curate/card/colours.css", "curate/card/card.css", "studio/static/studio.css")

@@ -1,249 +1,370 @@
-"""Form of a tuning recipe, made of the JSON Schema that its declarations give (`sartor schema tune`).
+"""Form of a curation recipe, generated from its JSON Schema, and the recipe that a filled form says.
 
-Each option is a field with its description, default, unit and allowed values. A form becomes a recipe by typed values
-of the fields that differ from their defaults; what is wrong with a field is what the recipe itself says of it.
+    sources[0].path, sources[0].fields.prompt, steps[1].kind, steps[1].min_words, split.eval_fraction, seed
+
+A field's name is the dotted path of its option, as the recipe's own errors give it (ConfigError.option), so each error
+stands beside its field. A field that is left empty keeps the option's default. What is no scalar or list of scalars is
+one field of YAML.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import yaml
+
 import sartor
+from sartor.core.config import parse_yaml
 from sartor.core.errors import ConfigError, SartorError
 
-# options that a person sets most often, in the order of the form; the others are below a fold
-COMMON = (
-    "base.name",
-    "objective",
-    "budget.epochs",
-    "budget.minutes",
-    "optimizer.learning_rate",
-    "method.rank",
-    "data.max_length_tokens",
-    "weights",
-)
-# given by the page itself
-DATASET = "data.path"
-# options that name a folder which a run writes to: below the studio's folder alone
-WRITTEN_FOLDERS = ("track.folder",)
-STARTER = "starter"
-_UNITS = {
-    "minutes": "min",
-    "every_minutes": "min",
-    "epochs": "epochs",
-    "updates": "updates",
-    "tokens": "tokens",
-    "rows": "rows",
-    "gb": "GB",
-    "fraction": "0..1",
-}
+Schema = Mapping[str, Any]
+# errors that a page shows at once, and groups of a list
+MAX_ERRORS, MAX_GROUPS = 12, 40
+# of a kind that there is not
+_UNKNOWN: Schema = {"properties": {}}
+_PATH = re.compile(r"([A-Za-z_]\w*)|\[(\d+)\]")
 
 
-class Control(Enum):
-    """Kind of a form's control. SWITCH: true or false. CHOICES: several of a list. LIST: names between commas."""
+class FieldKind(Enum):
+    """Kind of a form's field. LINES: one value a line. CHOICE: one of several, or the default."""
 
     TEXT = "text"
     NUMBER = "number"
-    SWITCH = "switch"
     CHOICE = "choice"
-    CHOICES = "choices"
-    LIST = "list"
+    LINES = "lines"
+    YAML = "yaml"
 
 
 @dataclass(frozen=True)
-class RecipeField:
-    """An option of the recipe as a control of the form.
+class FormField:
+    """A field of the form.
 
-    name: dotted, as flags have it. kind: for an option of one of several kinds (objective), which; else empty.
-    default: as the form shows it; empty for none.
-    choices: allowed values. allows_auto: whether `auto` stands beside the numbers.
+    name: path of its option. label: the option's own name. text: its help. default: shown while nothing is entered.
+    error: what is wrong with it; None if nothing is known to be.
     """
 
     name: str
+    label: str
+    kind: FieldKind
     text: str
-    control: Control
-    default: str = ""
-    choices: tuple[Any, ...] = ()
-    allows_auto: bool = False
-    kind: str = ""
-
-    @property
-    def key(self) -> str:
-        """Name of the control in the form; options of two kinds may have one name."""
-        return f"{self.name}@{self.kind}" if self.kind else self.name
-
-    @property
-    def unit(self) -> str:
-        """Unit of a number, from the end of its name; empty without one."""
-        last = self.name.rpartition(".")[2]
-        return _UNITS.get(last) or _UNITS.get(last.rpartition("_")[2], "") if self.control is Control.NUMBER else ""
-
-    @property
-    def group(self) -> str:
-        """First part of the name."""
-        return self.name.partition(".")[0]
+    default: str
+    value: str
+    choices: Sequence[str] = ()
+    is_required: bool = False
+    error: SartorError | None = None
 
 
 @dataclass(frozen=True)
-class CheckedForm:
-    """A form that was read.
+class FormGroup:
+    """Fields of one source, one step, or another mapping of the recipe.
 
-    recipe: mapping of the options that differ from their defaults, without the Dataset.
-    errors: what is wrong, by the key of the field; "" for what concerns several.
+    name: path of the mapping; empty for the recipe's own options. kind: of a step; empty for others.
+    nested: groups that are folded within it. is_last: of its list.
     """
 
-    recipe: Mapping[str, Any]
-    errors: Mapping[str, SartorError]
+    name: str
+    kind: str
+    text: str
+    fields: Sequence[FormField]
+    nested: Sequence[FormGroup] = ()
+    error: SartorError | None = None
+    is_last: bool = False
 
 
-@functools.cache
-def recipe_fields() -> tuple[RecipeField, ...]:
-    """Return the fields of the form, as declared. The Dataset is left out."""
-    schema = sartor.schema("tune").schema
-    fields = _fields_of(schema, schema["$defs"], "", "")
-    return tuple(field for field in fields if field.name != DATASET)
+@dataclass(frozen=True)
+class FilledForm:
+    """A recipe as a form.
 
-
-def _fields_of(
-    options: Mapping[str, Any], classes: Mapping[str, Any], prefix: str, kind: str
-) -> Iterator[RecipeField]:
-    """Yield the fields of a mapping of options. classes: `$defs` of the schema."""
-    for name, value in options["properties"].items():
-        if "const" in value:  # `kind`
-            continue
-        dotted = f"{prefix}{name}"
-        forms = value.get("anyOf", [value])
-        mappings = [form["$ref"] for form in forms if "$ref" in form]
-        members = [classes[reference.rpartition("/")[2]] for reference in mappings if not _is_number(reference)]
-        kinds = [classes[form["allOf"][0]["$ref"].rpartition("/")[2]] for form in forms if "allOf" in form]
-        if kinds:
-            choices = tuple(member["properties"]["kind"]["const"] for member in kinds)
-            yield _field(dotted, value, Control.CHOICE, choices=choices, kind=kind)
-            for choice, member in zip(choices, kinds, strict=True):
-                yield from _fields_of(member, classes, f"{dotted}.", choice)
-        elif members:
-            literals = tuple(literal for form in forms for literal in form.get("enum", ()))
-            if len(literals) > 1 and value.get("default") in literals:
-                yield _field(dotted, value, Control.CHOICE, choices=literals, kind=kind)
-            yield from _fields_of(members[0], classes, f"{dotted}.", kind)
-        else:
-            yield _plain_field(dotted, value, forms, kind)
-
-
-def _is_number(reference: str) -> bool:
-    return reference.endswith("/number")
-
-
-def _plain_field(name: str, value: Mapping[str, Any], forms: Sequence[Mapping[str, Any]], kind: str) -> RecipeField:
-    literals = tuple(literal for form in forms for literal in form.get("enum", ()))
-    arrays = [form["items"] for form in forms if form.get("type") == "array"]
-    if arrays:
-        choices = tuple(arrays[0].get("enum", ()))
-        return _field(name, value, Control.CHOICES if choices else Control.LIST, choices=choices, kind=kind)
-    if any(form.get("type") == "integer" or _is_number(form.get("$ref", "")) for form in forms):
-        return _field(name, value, Control.NUMBER, allows_auto="auto" in literals, kind=kind)
-    if literals:
-        return _field(name, value, Control.CHOICE, choices=literals, kind=kind)
-    is_switch = any(form.get("type") == "boolean" for form in forms)
-    return _field(name, value, Control.SWITCH if is_switch else Control.TEXT, kind=kind)
-
-
-def _field(name: str, value: Mapping[str, Any], control: Control, **facts: Any) -> RecipeField:
-    default = value.get("default", "")
-    if name == "base.name":
-        default = STARTER
-    return RecipeField(name, value.get("description", ""), control, _shown(default), **facts)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def default_values() -> dict[str, str]:
-    """Return the values of an untouched form."""
-    return {field.key: field.default for field in recipe_fields()}
-
-
-def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
-    """Read a form. values: text of each field by its key. dataset: path of the Dataset.
-
-    Each field is first checked alone, with the defaults of the others, so that an error stands beside its field.
+    lists: {option: groups} of the lists of mappings, sources and steps. others: the other groups.
+    problems: errors that belong to no field.
     """
-    kinds = {field.name: values.get(field.key, "") for field in recipe_fields() if field.control is Control.CHOICE}
-    changed = [field for field in recipe_fields() if _is_changed(field, values, kinds)]
-    errors: dict[str, SartorError] = {}
-    recipe: dict[str, Any] = {}
-    for field in changed:
-        value = _typed(field, values.get(field.key, ""))
-        parent = field.name.rpartition(".")[0]
-        alone: dict[str, Any] = {"base": {"name": STARTER}, "data": {"path": dataset}}
-        if field.kind:
-            _put(alone, f"{parent}.kind", field.kind)
-            _put(recipe, f"{parent}.kind", field.kind)
-        try:
-            if field.name in WRITTEN_FOLDERS:
-                _check_written(field.name, str(value))
-            if kinds.get(parent) not in (None, "", "auto", field.kind):
-                raise ConfigError(f"{parent} is {kinds[parent]}, and {field.name} is given", f"{parent}: auto")
-            _put(alone, field.name, value)
-            sartor.load_recipe(alone)
-        except ConfigError as error:
-            errors[field.key] = error
-        else:
-            _put(recipe, field.name, value)
-    if not errors:
-        try:
-            sartor.load_recipe({**recipe, "data": {"path": dataset, **recipe.get("data", {})}})
-        except ConfigError as error:
-            errors[""] = error
-    return CheckedForm(recipe, errors)
+
+    lists: Mapping[str, Sequence[FormGroup]]
+    others: Sequence[FormGroup]
+    problems: Sequence[SartorError] = ()
 
 
-def _is_changed(field: RecipeField, values: Mapping[str, str], kinds: Mapping[str, str]) -> bool:
-    """Return whether a field is part of the recipe: its value is no default, and its kind is the chosen one."""
-    if field.name == "base.name":
-        return True
-    if field.kind and kinds.get(field.name.rpartition(".")[0]) != field.kind:
-        return False
-    value = values.get(field.key, field.default).strip()
-    return value != field.default and (bool(value) or field.control is Control.CHOICES)
+@dataclass
+class _Errors:
+    """Errors by the option that they are of. `placed` are those that a field or a group has shown."""
+
+    by_option: Mapping[str, SartorError]
+    placed: set[str] = field(default_factory=set)
+
+    def take(self, option: str) -> SartorError | None:
+        if option in self.by_option:
+            self.placed.add(option)
+        return self.by_option.get(option)
 
 
-def _typed(field: RecipeField, text: str) -> Any:
-    """Return the value of a field's text; a text that is none stays as it is, for the recipe to refuse."""
-    text = text.strip()
-    if field.control is Control.SWITCH:
-        return {"true": True, "false": False}.get(text, text)
-    if field.control is Control.CHOICE:
-        return next((choice for choice in field.choices if str(choice) == text), text)
-    if field.control in (Control.CHOICES, Control.LIST):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    if field.control is Control.NUMBER:
-        for read in (int, float):
-            try:
-                return read(text)
-            except ValueError:
+class RecipeForm:
+    """The form of a kind of recipe. schema: as `sartor.schema` returns it."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._definitions: Mapping[str, Schema] = schema["$defs"]
+
+    def step_kinds(self) -> dict[str, str]:
+        """Return the kinds of steps, each with a sentence on it."""
+        members = self._members(self._schema["properties"]["steps"])
+        return {kind: str(definition.get("description", "")) for kind, definition in members.items()}
+
+    def fill(self, recipe: Mapping[str, Any], errors: Sequence[SartorError] = ()) -> FilledForm:
+        """Return the form with the values of a recipe, which need not be valid, and its errors."""
+        known = _Errors({_option_of(error): error for error in reversed(errors) if _option_of(error)})
+        lists: dict[str, Sequence[FormGroup]] = {}
+        others: list[FormGroup] = []
+        own: list[FormField] = []
+        for key, schema in self._schema["properties"].items():
+            members, value = self._members(schema), recipe.get(key)
+            if members and _is_list(schema):
+                items = value if isinstance(value, list) else [] if value is None else [value]
+                lists[key] = [
+                    self._group(f"{key}[{index}]", members, item, known, is_last=index == len(items) - 1)
+                    for index, item in enumerate(items[:MAX_GROUPS])
+                ]
+            elif members:
+                others.append(self._group(key, members, {} if value is None else value, known))
+            else:
+                own.append(self._field(key, key, schema, value, known))
+        others.append(FormGroup("", "", "", own))
+        left = [error for error in errors if _option_of(error) not in known.placed]
+        return FilledForm(lists, others, left)
+
+    def _group(
+        self, name: str, members: Mapping[str, Schema], value: Any, errors: _Errors, *, is_last: bool = False
+    ) -> FormGroup:
+        kind, definition, fields = _chosen(members, value)
+        leaves: list[FormField] = []
+        nested: list[FormGroup] = []
+        for key, schema in definition["properties"].items():
+            if key == "kind":
                 continue
+            inner = self._members(schema)
+            path = f"{name}.{key}"
+            if list(inner) == [""] and not _is_list(schema):
+                nested.append(self._group(path, inner, fields.get(key) or {}, errors))
+            else:
+                is_required = key in definition.get("required", ())
+                leaves.append(self._field(path, key, schema, fields.get(key), errors, is_required=is_required))
+        error = errors.take(name) or errors.take(f"{name}.kind")
+        return FormGroup(name, kind, str(definition.get("description", "")), leaves, nested, error, is_last)
+
+    def _field(
+        self, name: str, label: str, schema: Schema, value: Any, errors: _Errors, *, is_required: bool = False
+    ) -> FormField:
+        kind = self._kind(schema)
+        default = schema.get("default")
+        return FormField(
+            name=name,
+            label=label,
+            kind=kind,
+            text=str(schema.get("description", "")),
+            default=_shown(default, kind) if default not in (None, "", []) else "",
+            value=_shown(value, kind),
+            choices=[_shown(choice, kind) for choice in _choices(schema)],
+            is_required=is_required,
+            error=errors.take(name),
+        )
+
+    def without_defaults(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a recipe, such as that of a manifest, without options that are at their defaults."""
+        filled = self.fill(recipe)
+        waiting = [*(group for groups in filled.lists.values() for group in groups), *filled.others]
+        fields: dict[str, str] = {}
+        while waiting:
+            group = waiting.pop(0)
+            waiting += group.nested
+            fields |= {f"{group.name}.kind": group.kind} if group.kind else {}
+            fields |= {item.name: item.value for item in group.fields if item.value != item.default}
+        return self.read(fields)
+
+    def read(self, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Return the recipe that a filled form says. Raises ConfigError for a field of YAML that is none."""
+        recipe: dict[str, Any] = {}
+        for key, schema in self._schema["properties"].items():
+            members = self._members(schema)
+            if members and _is_list(schema):
+                recipe[key] = [self._read_group(f"{key}[{index}]", members, fields) for index in _indices(key, fields)]
+            elif members:
+                if value := self._read_group(key, members, fields):
+                    recipe[key] = value
+            elif (text := fields.get(key, "").strip()) != "":
+                recipe[key] = self._parsed(key, text, schema)
+        return recipe
+
+    def _read_group(self, name: str, members: Mapping[str, Schema], fields: Mapping[str, str]) -> dict[str, Any]:
+        kind = fields.get(f"{name}.kind", "")
+        result: dict[str, Any] = {"kind": kind} if kind else {}
+        _, definition, _ = _chosen(members, result)
+        for key, schema in definition["properties"].items():
+            if key == "kind":
+                continue
+            inner, path = self._members(schema), f"{name}.{key}"
+            if list(inner) == [""] and not _is_list(schema):
+                if value := self._read_group(path, inner, fields):
+                    result[key] = value
+            elif (text := fields.get(path, "").strip()) != "":
+                result[key] = self._parsed(path, text, schema)
+        return result
+
+    def _parsed(self, name: str, text: str, schema: Schema) -> Any:
+        kind = self._kind(schema)
+        text = text.replace("\r\n", "\n")  # as browsers end the lines of a text area
+        if kind is FieldKind.CHOICE:
+            return next((choice for choice in _choices(schema) if _shown(choice, kind) == text), text)
+        if kind is FieldKind.NUMBER:
+            return _number(text)
+        if kind is FieldKind.LINES:
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        if kind is FieldKind.YAML:
+            try:
+                return parse_yaml(f"value:\n{textwrap.indent(text, '  ')}", name)["value"]
+            except ConfigError as error:
+                error.option = name
+                raise
+        return text
+
+    def _members(self, schema: Schema) -> dict[str, Schema]:
+        """Return {kind: definition} of the mappings that a property takes; a class without kinds has the kind ""."""
+        members: dict[str, Schema] = {}
+        for variant in _variants(schema):
+            parts: Sequence[Schema] = [variant, *variant.get("allOf", ())]
+            reference = next((part["$ref"] for part in parts if "$ref" in part), "")
+            definition = self._definitions.get(str(reference).removeprefix("#/$defs/"), {})
+            if definition.get("type") == "object":
+                members[str(definition["properties"].get("kind", {}).get("const", ""))] = definition
+        return members
+
+    def _kind(self, schema: Schema) -> FieldKind:
+        variants = _variants(schema)
+        if _choices(schema):
+            return FieldKind.CHOICE
+        lists = [variant for variant in variants if variant.get("type") == "array"]
+        if lists and self._members(schema):  # a mapping, or a list of its names
+            return FieldKind.YAML
+        if lists:
+            items = _variants(lists[0]["items"])
+            is_plain = all(item.get("type") == "string" or "enum" in item for item in items)
+            return FieldKind.LINES if is_plain else FieldKind.YAML
+        kinds = {str(variant.get("type", "")) for variant in variants if variant.get("type") != "null"}
+        has_number = any(variant.get("$ref") == "#/$defs/number" for variant in variants)
+        if kinds <= {"integer", "number", ""} and (has_number or "integer" in kinds):
+            return FieldKind.NUMBER
+        return FieldKind.TEXT if kinds == {"string"} else FieldKind.YAML
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> list[SartorError]:
+    """Return the errors of a recipe, the first of each option; none if it can be run.
+
+    An option with an error is left out for the next look, so that the errors after it are found too.
+    """
+    errors: list[SartorError] = []
+    remaining = copy.deepcopy(dict(recipe))
+    while len(errors) < MAX_ERRORS:
+        try:
+            sartor.load_curate_recipe(remaining)
+        except SartorError as error:
+            errors.append(error)
+            if not _remove(remaining, _option_of(error)):
+                return errors
+        else:
+            return errors
+    return errors
+
+
+def recipe_yaml(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _option_of(error: SartorError) -> str:
+    return error.option if isinstance(error, ConfigError) else ""
+
+
+def _remove(recipe: Any, option: str) -> bool:
+    """Take an option out of a recipe; return whether it was there."""
+    keys: list[str | int] = [int(index) if index else name for name, index in _PATH.findall(option)]
+    if not keys or isinstance(keys[-1], int):
+        return False
+    try:
+        for key in keys[:-1]:
+            recipe = recipe[key]
+        del recipe[keys[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def _variants(schema: Schema) -> Sequence[Schema]:
+    return [schema, *schema.get("anyOf", ())]
+
+
+def _is_list(schema: Schema) -> bool:
+    return any(variant.get("type") == "array" for variant in _variants(schema))
+
+
+def _choices(schema: Schema) -> list[Any]:
+    """Return the values that a property is limited to; empty if others are possible."""
+    variants = [variant for variant in schema.get("anyOf", (schema,)) if variant.get("type") != "null"]
+    if all("enum" in variant for variant in variants):
+        return [choice for variant in variants for choice in variant["enum"] if choice != ""]
+    return [True, False] if all(variant.get("type") == "boolean" for variant in variants) else []
+
+
+def _chosen(members: Mapping[str, Schema], value: Any) -> tuple[str, Schema, Mapping[str, Any]]:
+    """Return kind, definition and options of a mapping, with the shorthands of `core/config.py` written out."""
+    if isinstance(value, str) and value in members:
+        value = {"kind": value}
+    if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in members and "kind" not in value:
+        ((kind, options),) = value.items()
+        options = {} if options is None else options
+        _, definition, fields = _chosen({"": members[kind]}, options)
+        return kind, definition, fields
+    is_union = "" not in members
+    if not isinstance(value, Mapping):
+        if is_union:
+            return str(value)[:100], _UNKNOWN, {}
+        value = {next(name for name in members[""]["properties"] if name != "kind"): value}
+    kind = str(value.get("kind", ""))[:100] if is_union else ""
+    return kind, members.get(kind, _UNKNOWN), value
+
+
+def _indices(key: str, fields: Mapping[str, str]) -> Iterator[int]:
+    """Yield the numbers of the groups of a list that a form has, in order."""
+    found = set()
+    for name in fields:
+        match = re.match(rf"{re.escape(key)}\[(\d{{1,3}})\]", name)
+        if match:
+            found.add(int(match[1]))
+    yield from sorted(found)[:MAX_GROUPS]
+
+
+def _shown(value: Any, kind: FieldKind) -> str:
+    """Return a value as the text of a field."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if kind is FieldKind.LINES and isinstance(value, (list, tuple)):
+        return "\n".join(map(str, value))
+    if isinstance(value, (dict, list, tuple)):
+        plain = list(value) if isinstance(value, tuple) else value
+        return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)).strip()
+    return str(value)
+
+
+def _number(text: str) -> Any:
+    """Return a number; a text that is none stays, for the recipe's own error."""
+    for parse in (int, float):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
     return text
-
-
-def _put(recipe: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        inner = recipe.get(name)
-        recipe[name] = inner if isinstance(inner, dict) else {"kind": inner} if inner else {}
-        recipe = recipe[name]
-    recipe[last] = value
-
-
-def _check_written(name: str, path: str) -> None:
-    if path.startswith("/") or "\\" in path or ".." in path.split("/"):
-        raise ConfigError(f"{name} is {path!r}; the studio writes below its own folder alone", f"{name}: tracking")

@@ -23,9 +23,12 @@ SAFE_METHODS = ("GET", "HEAD")
 # bytes of a form; an upload has a limit of its own
 MAX_FORM_BYTES = 4 << 20
 UPLOAD_PATH = "/new/upload"
+# of the picture or recording of a question: the limit of a server for the media of one request
+MAX_MEDIA_BYTES = 10_000_000
+_TALK_PATH = re.compile(r"/talk/[0-9a-z-]{1,60}")
 _CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
+    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 HEADERS = {
     "content-security-policy": _CSP,
@@ -34,7 +37,7 @@ HEADERS = {
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(self)",
 }
 
 
@@ -62,6 +65,8 @@ class RequestGuard:
         scope.setdefault("state", {})["refused"] = self._refusal(scope, headers)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         limit = self._max_upload_bytes if path == UPLOAD_PATH else MAX_FORM_BYTES
+        if _TALK_PATH.fullmatch(path):
+            limit += MAX_MEDIA_BYTES
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limit:
             scope["state"]["refused"] = too_large(int(length[:20]), limit)

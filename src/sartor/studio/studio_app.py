@@ -21,14 +21,19 @@ from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.page_renderer import redirect, render_error
 from sartor.studio.pages import (
     data_pages,
+    device_pages,
     evaluate_pages,
     home_page,
     job_pages,
     login_pages,
     new_pages,
+    recipe_pages,
     review_pages,
+    settings_pages,
     talk_pages,
+    team_pages,
     tune_pages,
+    why_pages,
 )
 from sartor.studio.request_guard import RequestGuard
 from sartor.studio.studio_folder import StudioFolder
@@ -43,10 +48,18 @@ class StudioApp:
 
     hosts: host names, beside those of loopback, by which browsers may ask it.
     max_upload_bytes: largest file that is taken.
+    team: file of the team, or directory of the Adapter, that the server below which it is mounted serves.
     Raises ConfigError for a folder that does not exist, and what opening its accounts raises.
     """
 
-    def __init__(self, root: Path, *, hosts: Collection[str] = (), max_upload_bytes: int = MAX_UPLOAD_BYTES) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        hosts: Collection[str] = (),
+        max_upload_bytes: int = MAX_UPLOAD_BYTES,
+        team: Path | None = None,
+    ) -> None:
         folder = StudioFolder(root)
         accounts = Accounts(folder.accounts_file)
         self.studio = Studio(
@@ -55,6 +68,7 @@ class StudioApp:
             jobs=JobControl(folder.hidden / "jobs"),
             id=accounts.setting("studio_id", lambda: secrets.token_hex(4)),
             max_upload_bytes=max_upload_bytes,
+            served_team=team.resolve() if team else None,
         )
         self._asgi: ASGIApp = RequestGuard(_application(self.studio), hosts=hosts, max_upload_bytes=max_upload_bytes)
 
@@ -75,8 +89,23 @@ class StudioApp:
 def _application(studio: Studio) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.studio = studio
-    groups = (login_pages, home_page, data_pages, review_pages, evaluate_pages, job_pages, new_pages, talk_pages)
-    for group in (*groups, tune_pages):
+    groups = (
+        login_pages,
+        home_page,
+        data_pages,
+        recipe_pages,
+        review_pages,
+        evaluate_pages,
+        job_pages,
+        tune_pages,
+        new_pages,
+        talk_pages,
+        why_pages,
+        team_pages,
+        device_pages,
+        settings_pages,
+    )
+    for group in groups:
         app.include_router(group.router)
     app.add_exception_handler(SartorError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -10,6 +10,7 @@ neither the studio's own files nor anything elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sqlite3
@@ -122,7 +123,7 @@ class StudioFolder:
         """Return the artefacts below the folder by name, and whether all of them are there."""
         found: list[FoundArtifact] = []
         is_whole = True
-        for count, folder in enumerate(self.folders()):
+        for count, folder in enumerate(self._folders()):
             kind = kind_of(folder)
             if kind is not None:
                 found.append(self._found(folder, kind))
@@ -131,7 +132,11 @@ class StudioFolder:
                 break
         return sorted(found, key=lambda item: item.name), is_whole
 
-    def folders(self) -> Iterator[Path]:
+    def walk(self) -> Iterator[Path]:
+        """Yield the first MAX_FOLDERS folders below the root, it included, without those inside artefacts."""
+        return itertools.islice(self._folders(), MAX_FOLDERS)
+
+    def _folders(self) -> Iterator[Path]:
         """Yield the folders below the root, without links, hidden ones and those inside artefacts."""
         waiting = [(self.root, 0)]
         while waiting:

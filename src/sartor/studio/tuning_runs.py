@@ -107,7 +107,7 @@ def tuning_runs(studio: Studio) -> list[TuningRun]:
     for status in studio.jobs.files.statuses():
         if status.job.adapter:
             jobs.setdefault(Path(status.job.adapter), status)
-    unfinished = unfinished_runs(studio.folder.folders())
+    unfinished = unfinished_runs(studio.folder.walk())
     runs = []
     for path in adapters.keys() | jobs.keys() | unfinished.keys():
         if name := studio.folder.name_of(path):

@@ -11,7 +11,7 @@ import hmac
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -23,10 +23,12 @@ from starlette.responses import Response
 from sartor.core.errors import ConfigError, KeyRefusedError, RequestError, SartorError
 from sartor.studio.accounts import SESSION_S, Accounts, Role, User
 from sartor.studio.jobs.job_control import JobControl
+from sartor.studio.reply_streams import RunningReplies
 from sartor.studio.studio_folder import StudioFolder
 
 CSRF_FIELD = "csrf"
-MAX_FIELDS, MAX_FIELD_BYTES = 200, 2 << 20
+# a recipe of many sources and steps has a field for each option
+MAX_FIELDS, MAX_FIELD_BYTES = 2000, 2 << 20
 _TOKEN = re.compile(r"[\w-]{20,80}")
 
 
@@ -39,6 +41,7 @@ class Studio:
     """What the pages of one studio share.
 
     id: distinguishes its cookies from those of other studios on the host.
+    served_team: file of the team, or directory of the Adapter, whose server shows the studio; None if it stands alone.
     """
 
     folder: StudioFolder
@@ -46,6 +49,8 @@ class Studio:
     jobs: JobControl
     id: str
     max_upload_bytes: int
+    served_team: Path | None = None
+    replies: RunningReplies = field(default_factory=RunningReplies)
 
     @property
     def talks(self) -> Path:

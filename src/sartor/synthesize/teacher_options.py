@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.synthesize.openai_teacher import Access, EndpointTeacher, Patience, RequestThrottle, key_of
+from sartor.inference.endpoint_client import Access, Patience, RequestThrottle, key_of
+from sartor.synthesize.openai_teacher import EndpointTeacher
 from sartor.synthesize.teacher import Teacher, TeacherAnswer, TeacherQuestion, open_local
 
 Notice = Callable[[str], object]

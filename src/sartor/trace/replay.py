@@ -247,6 +247,10 @@ def check_replayable(traced: TracedAdapter) -> None:
         reasons.append("it was tuned by a federation, whose rounds this machine has not seen")
     if "personal" in run:
         reasons.append("it was tuned on top of a frozen version, as a personal one")
+    if manifest.get("recipe", {}).get("method", {}).get("kind") == "pissa":
+        reasons.append("its method is pissa, whose file has the start beside what was trained")
+    if traced.manifest.get("recipe", {}).get("objective", {}).get("kind") == "distil":
+        reasons.append("its objective is distil, whose teacher and sampled replies are not repeated")
     missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
     missing += [key for key in ("recipe", "fingerprint", "base") if key not in manifest]
     if missing and not reasons:
@@ -264,8 +268,8 @@ def describe_differences(traced: TracedAdapter) -> Iterator[str]:
         yield f"its base was held as {base['quantisation']}; it is repeated with the base as published"
     if recipe.budget.minutes is not None:
         yield f"its budget was in minutes; its {run['updates']:,} updates are repeated, whatever time they take"
-    if recipe.method.dropout:
-        yield f"its dropout of {recipe.method.dropout:g} is drawn again, and in another dtype differently"
+    if dropout := getattr(recipe.method, "dropout", 0.0):
+        yield f"its dropout of {dropout:g} is drawn again, and in another dtype differently"
 
 
 def match_rows(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sartor.core import reply_markup
-from sartor.core.errors import ModelError, SourceError
+from sartor.core.errors import ConfigError, ModelError, SourceError
 from sartor.models import adapters, packing
 from sartor.models.base import Base
 from sartor.models.losses.loss_backend import PACK_TOKENS, LossBackend, LossOptions
@@ -24,7 +24,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
-from sartor.tune.recipe import Objective, Sft
+from sartor.tune.recipe import Distil, Objective, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample
 
 Notice = Callable[[str], object]
@@ -67,7 +67,17 @@ class TracedModel:
 
     @classmethod
     def open(cls, traced: TracedAdapter, notice: Notice = lambda line: None) -> TracedModel:
-        """Open base and adapter. Raises what `open_recipe_base`, `open_tuned` and `adapters.open_adapter` raise."""
+        """Open base and adapter.
+
+        Raises ConfigError for an adapter that was distilled, and what `open_recipe_base`, `open_tuned` and
+        `adapters.open_adapter` raise.
+        """
+        if traced.known_recipe is not None and isinstance(traced.known_recipe.objective, Distil):
+            raise ConfigError(
+                f"{traced.artifact.path} was tuned by distil: its rows were learnt from a teacher's distributions, of "
+                "which gradients are not traced",
+                "sartor trace with --method retrieval",
+            )
         if traced.known_recipe is None:  # tuned elsewhere, or by federated rounds
             return cls(traced, *open_tuned(traced.artifact, notice))
         base = open_recipe_base(traced.known_recipe, notice)

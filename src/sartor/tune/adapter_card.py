@@ -136,7 +136,7 @@ def _training_facts(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list
     facts = [
         ("updates", f"{run['updates']:,}"),
         ("tokens read, supervised", f"{run['tokens']:,}, {run['supervised_tokens']:,}"),
-        ("LoRA rank, alpha", f"{method.get('rank')}, {method.get('alpha')}"),
+        _method_fact(method),
         ("seed", str(manifest["recipe"].get("seed", 0))),
     ]
     for key, label in (("first", "first loss"), ("last", "last loss"), ("eval", "loss of held-out rows")):
@@ -145,6 +145,15 @@ def _training_facts(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list
     versions = manifest.get("versions", {})
     facts.append(("versions", ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))))
     return facts
+
+
+def _method_fact(method: Mapping[str, Any]) -> tuple[str, str]:
+    """Return label and text of the tuning method."""
+    kind = method.get("kind", "lora")
+    if kind == "lora":
+        return "LoRA rank, alpha", f"{method.get('rank')}, {method.get('alpha')}"
+    values = [f"{name} {method[name]}" for name in ("rank", "alpha", "block_size") if name in method]
+    return "method", ", ".join([kind, *values])
 
 
 def _evaluation(report: Mapping[str, Any] | None) -> list[str]:

@@ -144,9 +144,11 @@ DOUBLING_OVERHEAD = 0.05
 MOST_DEVICES = 64
 # Part of a GPU's memory that a run may fill, and what its libraries take, in bytes
 USABLE_FRACTION, CONTEXT_BYTES = 0.9, 1e9
-# Bytes of gradient and two moments of a trained parameter in fp32, and of the fp32 copy that full fine-tuning keeps of
-# a 16-bit weight on a GPU (ZeRO, arXiv:1910.02054, section 3.1: 16 bytes a parameter with the 16-bit ones)
-STATE_BYTES, MASTER_BYTES = 12, 4
+# Bytes of gradient and two moments of a trained parameter in fp32
+STATE_BYTES = 12
+# Bytes of a trained parameter on a GPU besides a 16-bit weight of the base: LoRA's own weight with its states in fp32;
+# of full fine-tuning a 16-bit gradient, two moments and an fp32 copy (ZeRO, arXiv:1910.02054, section 3.1)
+GPU_LORA_BYTES, GPU_FULL_BYTES = 16, 14
 
 
 class Method(StrEnum):
@@ -361,7 +363,7 @@ class _Comparison:
         measured, gpu, trainable = self.measured, GPUS[gpu_name], self.trainable(base, method)
         linear_bytes = base.linear * (QUANTISED_BITS / 8 if method is Method.QLORA else 2)
         weights = linear_bytes + (base.parameters - base.linear) * 2
-        states = trainable * (STATE_BYTES + MASTER_BYTES)
+        states = trainable * (GPU_FULL_BYTES if method is Method.FULL else GPU_LORA_BYTES)
         shape = base.model_shape(2, recompute=measured.memory.shape.recompute)
         # attention on GPUs (FlashAttention, arXiv:2205.14135) keeps no weights of pairs
         activations = shape.activation_bytes(replace(measured.load, stored_pairs=0))
@@ -402,7 +404,8 @@ class _Comparison:
             f"GPUs: from data sheets, not calibrated; {UTILISATION.estimate:.0%} of dense bf16 FLOP/s "
             f"({UTILISATION.low:.0%} to {UTILISATION.high:.0%}), below 1 B parameters "
             f"{SMALL_UTILISATION.estimate:.0%} ({SMALL_UTILISATION.low:.0%} to {SMALL_UTILISATION.high:.0%})",
-            f"GPUs: a run may fill {USABLE_FRACTION:.0%} of the memory; trained parameters have an fp32 copy besides; "
+            f"GPUs: a run may fill {USABLE_FRACTION:.0%} of the memory; full fine-tuning takes {GPU_FULL_BYTES + 2} "
+            f"bytes a parameter, weight included; "
             f"weights and states are divided over the devices, and each doubling of them costs "
             f"{DOUBLING_OVERHEAD:.0%} of the time",
         ]

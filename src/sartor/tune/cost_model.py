@@ -160,6 +160,7 @@ class TimingProbe:
         # memory that the last micro-batch did not release: kernel code for its length, buffers that grew
         self.left_bytes = 0
         self.samples: list[TimedBatch] = []
+        self._most_tokens = 0
 
     def peak_bytes(self) -> int:
         """Return the most memory held since the peak was restarted for the base, else by this process."""
@@ -176,7 +177,13 @@ class TimingProbe:
             self.samples[-1] = replace(self.samples[-1], growth_bytes=growth - self.left_bytes)
 
     def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
-        """Return the seconds of one micro-batch over `rows`. `warm_up` leaves it out of `samples`."""
+        """Return the seconds of one micro-batch over `rows`. `warm_up` leaves it out of `samples`.
+
+        The memory of a micro-batch that follows a larger one is not measured: the heap still holds the larger one's.
+        """
+        load = self.load_of(rows)
+        is_largest = load.computed >= LARGEST_FRACTION * self._most_tokens
+        self._most_tokens = max(load.computed, self._most_tokens)
         with self._untouched():
             self._past_peak_bytes = self.peak_bytes()
             is_measured = hardware.restart_peak(self.device)
@@ -186,11 +193,13 @@ class TimingProbe:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.monotonic() - start_s
-            growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
+            growth = None
+            if is_measured and is_largest:
+                growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes
         if warm_up and not self.samples:
             self.settle()
         elif not warm_up:
-            self.samples.append(TimedBatch(self.load_of(rows), seconds, growth))
+            self.samples.append(TimedBatch(load, seconds, growth))
         return seconds
 
     def load_of(self, rows: Sequence[TokenizedExample]) -> BatchLoad:
@@ -245,6 +254,8 @@ UNMEASURED = (0.6, 1.0, 1.6)
 UNMEASURED_FAST = (0.3, 0.5, 0.8)
 # Memory that the process will still take (low, estimate, high): libraries that load at first use, allocator arenas
 SETTLING_BYTES = (0.0, 16e6, 64e6)
+# A micro-batch with at least this part of the tokens of the largest before it is measured
+LARGEST_FRACTION = 0.9
 # Smaller growth is noise of the allocator and says nothing about the activations
 NOISE_BYTES = 16 * 2**20
 # Number of micro-batch lengths for which oneDNN has kernel code after a probe
@@ -360,6 +371,7 @@ class MemoryModel:
     limit_bytes: what this process can hold at all.
     bound: name of what sets the limit.
     kernel_bytes: code of matrix products that oneDNN will still cache, for micro-batches of new lengths.
+    excess_bytes: growth of a small micro-batch above the scaled formula; it does not grow with the micro-batch.
     """
 
     shape: ModelShape
@@ -369,6 +381,7 @@ class MemoryModel:
     limit_bytes: int
     bound: str
     kernel_bytes: int = 0
+    excess_bytes: float = 0.0
 
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Return the bytes above `resident_bytes` during a micro-batch, under this or another shape."""
@@ -378,7 +391,7 @@ class MemoryModel:
         )
         grown = self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
         # low end: if an update is one micro-batch, gradients (fp32) are allocated while its activations are freed
-        return replace(grown, low=grown.low - 4 * shape.trainable)
+        return replace(grown, low=grown.low - 4 * shape.trainable, high=grown.high + self.excess_bytes)
 
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Return the bytes held at once from here on, which have to fit."""
@@ -404,16 +417,22 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     """Return the memory model fitted to a probe's samples; without samples, the formula with wide ends."""
     available = hardware.available_bytes(probe.device)
     resident_bytes = hardware.resident_bytes(probe.device)
-    ratios = [
-        sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
+    measured = [
+        (shape.activation_bytes(sample.load) + 4 * shape.trainable, sample.growth_bytes)
         for sample in sorted(probe.samples, key=lambda sample: shape.activation_bytes(sample.load))
         if sample.growth_bytes is not None and sample.growth_bytes > NOISE_BYTES
     ]
     low, estimate, high = UNMEASURED_FAST if probe.path.name == "fast" else UNMEASURED
-    if ratios:
+    excess_bytes = 0.0
+    if measured:
         # the heaviest sample is the nearest to the run's own micro-batches
-        estimate = ratios[-1]
-        low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
+        heaviest, growth = measured[-1]
+        estimate = growth / heaviest
+        ratios = [growth / expected for expected, growth in measured]
+        heavy_ratios = [growth / expected for expected, growth in measured if 2 * expected >= heaviest]
+        low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(heavy_ratios) * (1 + MEMORY_ALLOWANCE)
+        # what a small sample needs above the formula is held once (buffers, code) and must not be scaled up
+        excess_bytes = max(max(growth - estimate * expected for expected, growth in measured), 0.0)
     kernel_bytes = 0
     if probe.device.type == "cpu":
         kernel_bytes = probe.left_bytes * max(hardware.cached_batch_shapes() - PROBED_SHAPES, 0)
@@ -425,6 +444,7 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         limit_bytes=resident_bytes + available.bytes,
         bound=available.bound,
         kernel_bytes=kernel_bytes,
+        excess_bytes=excess_bytes,
     )
 
 

@@ -13,13 +13,16 @@ from sartor.core.home import folder
 from sartor.models import adapters, hardware
 from sartor.models.base import Base, open_base
 from sartor.models.composed_model import ComposedMedia, compose_base, open_towers
+from sartor.models.losses.transformers_backend import without_peft
 from sartor.models.media_tokens import keys_in
 from sartor.models.multimodal import trainable_parts
 from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.multimodal.whisper_base import WhisperMedia
 from sartor.models.tensor_files import TensorCache
 from sartor.tune import auto_settings
-from sartor.tune.recipe import Recipe, Rehearsal, Targets
+from sartor.tune.methods.full import Full
+from sartor.tune.methods.targets import ALL, Placement, Targets
+from sartor.tune.recipe import Method, Recipe, Rehearsal
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
@@ -32,8 +35,10 @@ def open_recipe_base(recipe: Recipe, notice: Notice, device: torch.device | None
     """
     choice = recipe.base
     hardware.bound_primitive_caches()
+    # the copies that `full` trains are fp32; in another dtype the base would compute otherwise than they do
+    bits = 32 if isinstance(recipe.method, Full) and choice.bits == "auto" else choice.bits
     base = open_base(
-        choice.name, revision=choice.revision, licence=choice.licence, bits=choice.bits, device=device, notice=notice
+        choice.name, revision=choice.revision, licence=choice.licence, bits=bits, device=device, notice=notice
     )
     if not choice.towers:
         return base
@@ -53,29 +58,36 @@ def calibrate(base: Base, data: TokenizedDataset) -> None:
 
 
 def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
-    """Return the base's model with LoRA factors and the other parts that the recipe trains.
+    """Return the base's model with the recipe's method on it, and the other parts that the recipe trains.
 
-    The factors are new or those of `method.start`.
-    Raises ConfigError for targets that the base does not support, and what `start_of` raises.
+    What is trained begins anew or as `method.start`.
+    Raises ConfigError for targets and methods that the base does not support, and what `start_of` raises.
     """
     method, targets = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
+    _check_method(method, base)
     if not is_native:
         _check_parts(targets, is_composed=base.media is not None)
-    model = adapters.inject_lora(
-        base.model,
-        rank=method.rank,
-        alpha=method.alpha,
-        dropout=method.dropout,
+    placement = Placement(
         targets=_parts(base, targets) if is_native else targets.modules,
         top_layers=None if is_native else targets.top,
         seed=recipe.seed,
     )
+    model = method.inject(base.model, placement)
     if targets.projector == "full" and not is_native:
         adapters.train_projectors(model)
     if (start := start_of(recipe, base)) is not None:
         adapters.load_start(model, start.path)
     return model
+
+
+def stored_bytes(recipe: Recipe, model: Any) -> int:
+    """Return the bytes of the tensors that the Adapter of `model` will hold, without projectors and whole modules."""
+    method = recipe.method
+    if isinstance(method, Full):
+        return method.stored_bytes(adapters.copied_shapes(model))
+    bare = without_peft(model)
+    return method.stored_bytes(adapters.adapted_shapes(bare))
 
 
 def start_of(recipe: Recipe, base: Base) -> Artifact | None:
@@ -117,6 +129,20 @@ def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:
     return trainable_parts.choose_targets(
         base.model, language=targets.modules, top=targets.top, projector=projector, tower=targets.tower
     )
+
+
+def _check_method(method: Method, base: Base) -> None:
+    """Raise ConfigError for a method that the base, or the recipe's targets, does not support."""
+    if base.media is not None and not method.reads_media:
+        raise ConfigError(
+            f"method.kind is {method.kind}, which tunes text, and the base {base.ref.name} reads media",
+            "method: {kind: lora}, or a text base",
+        )
+    if method.targets.modules == ALL and not isinstance(method, Full):
+        raise ConfigError(
+            f"method.targets is all, and {method.kind} adapts linear modules alone",
+            "targets: all-linear, or method: {kind: full}",
+        )
 
 
 def _check_parts(targets: Targets, *, is_composed: bool) -> None:

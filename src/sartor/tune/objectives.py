@@ -1,4 +1,4 @@
-"""SFT, DPO, KTO, ORPO and SimPO losses as pure functions of tensors.
+"""SFT, DPO, KTO, ORPO, SimPO and distillation losses as pure functions of tensors.
 
 The loss of a batch is one number to minimise, or one number per row.
 
@@ -8,7 +8,9 @@ the model before its first update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -123,3 +125,64 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     if not len(policy):
         return policy.new_zeros(())
     return (policy - reference).mean().clamp(min=0).detach()
+
+
+# Log-probability of a bin that a token does not have. Its probability is 0 in every dtype, and nothing is infinite
+NO_BIN = -1e4
+
+
+def with_tail(bins: torch.Tensor) -> torch.Tensor:
+    """Return (N, K + 1) log-probabilities: those of K bins, and of everything else as the last bin.
+
+        tail = log(1 - sum_k exp(bins_k))
+
+    Without the tail, the K probabilities of a teacher would have to be scaled up to 1, which biases the student:
+    Anshumann et al. 2025, arXiv:2503.16870, section 3, where the tail is called the ghost token.
+
+    bins: (N, K), NO_BIN where a token has fewer.
+    """
+    # the tail's probability is kept above 0 by a rounding of the dtype
+    mass = bins.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(bins.dtype).eps)
+    return torch.cat([bins, torch.log(-torch.expm1(mass))], -1)
+
+
+def distil(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    divergence: Literal["reverse", "forward", "jensen"] = "reverse",
+    mixture: float = 0.5,
+) -> torch.Tensor:
+    """Return (N,) divergences of a student from its teacher, over K bins and the tail of each of N tokens.
+
+    With q of the student and p of the teacher, and m = beta p + (1 - beta) q:
+
+        reverse = KL(q || p) = sum_b q_b (log q_b - log p_b)
+        forward = KL(p || q)
+        jensen = beta KL(p || m) + (1 - beta) KL(q || m)
+
+    They are the divergences of generalised knowledge distillation, Agarwal et al. 2023, arXiv:2306.13649, section 2
+    and equation 1; the reverse one is the objective of MiniLLM, Gu et al. 2023, arXiv:2306.08543, equation 1, whose
+    gradient through the sampling is left out, as equation 3 of the former does.
+
+    For texts that two tokenizers cut differently N counts chunks, and K is 1: the sum of the log-probabilities of the
+    tokens of a chunk. This is approximate likelihood matching with its binarised divergence: Minixhofer et al. 2025,
+    arXiv:2503.20083.
+
+    student, teacher: (N, K) log-probabilities; NO_BIN of the teacher where a token has fewer bins.
+    mixture: beta of jensen, above 0 and below 1.
+    """
+    has_bin = teacher > NO_BIN / 2
+    q, p = (with_tail(bins.masked_fill(~has_bin, NO_BIN)) for bins in (student, teacher))
+    if divergence == "reverse":
+        return _kl(q, p)
+    if divergence == "forward":
+        return _kl(p, q)
+    # log m_b = log(beta p_b + (1 - beta) q_b)
+    mixed = torch.logaddexp(p + math.log(mixture), q + math.log1p(-mixture))
+    return mixture * _kl(p, mixed) + (1 - mixture) * _kl(q, mixed)
+
+
+def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return (N,) KL(first || second) of (N, B) log-probabilities, in nats."""
+    return (first.exp() * (first - second)).sum(-1)

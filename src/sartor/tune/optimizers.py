@@ -25,17 +25,18 @@ def make(
     settings: ResolvedOptimizer,
     device: torch.device,
     projectors: Sequence[torch.nn.Parameter] = (),
+    b_factors: Sequence[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Return an AdamW optimiser (Loshchilov & Hutter 2019, arXiv:1711.05101), fused except on MPS.
 
     On CUDA it is bitsandbytes' paged AdamW (Dettmers et al. 2023, arXiv:2305.14314) if gradients and state do not fit
     into the memory that is free now; CUDA moves the paged state to the host and back. Call it with the base loaded.
-    factors, projectors: parameters of any shape (...). Projectors have a rate of their own: the second parameter
-    group, if there are any.
+    factors, projectors, b_factors: parameters of any shape (...). Projectors have a rate of their own, the last
+    parameter group, if there are any. b_factors: factors B with a rate of their own (LoRA+), the group before it.
     Raises BudgetError if bitsandbytes is needed and not installed, TypeError for parameters in low precision.
     """
-    parameters = [*factors, *projectors]
-    groups = [{"params": list(group)} for group in (factors, projectors) if group]
+    parameters = [*factors, *b_factors, *projectors]
+    groups = [{"params": list(group)} for group in (factors, b_factors, projectors) if group]
     if low_precision := [
         parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)
     ]:

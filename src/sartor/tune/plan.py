@@ -27,6 +27,7 @@ from sartor.tune import (
     auto_settings,
     checkpoint_selection,
     cost_model,
+    distil_cost,
     plan_warnings,
     preflight,
     run_forecast,
@@ -45,10 +46,11 @@ from sartor.tune.cost_model import (
     total,
 )
 from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.distil_teachers import DistilTeacher, open_teacher
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
 from sartor.tune.preference_training import reached_pairs
-from sartor.tune.recipe import REFERENCED, Recipe, ResolvedRecipe
+from sartor.tune.recipe import REFERENCED, Distil, Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
@@ -199,6 +201,8 @@ def plan(
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
+    # its weights are part of the memory that is held from here on
+    teacher = open_teacher(resolved, base, notice)
     model = inject_recipe_adapter(resolved, base)
     forecast = _forecast(
         resolved,
@@ -207,6 +211,7 @@ def plan(
         model=model,
         data=data,
         price_h=price_h,
+        teacher=teacher,
         is_peak_restarted=is_peak_restarted,
     )
     forecast = replace(forecast, advice=replace(forecast.advice, settings=settings))
@@ -223,6 +228,7 @@ def _forecast(
     model: Any,
     data: TokenizedDataset,
     price_h: float | None,
+    teacher: DistilTeacher | None = None,
     *,
     is_peak_restarted: bool,
 ) -> TuningPlan:
@@ -272,6 +278,10 @@ def _forecast(
             # reference log-probabilities are computed once, before the first update
             reference_load = probe.load_of(all_sequences(reached_pairs(recipe, data)))
             start_s += times.seconds(reference_load) * cost_model.FORWARD_FRACTION
+        if isinstance(recipe.objective, Distil) and teacher is not None:
+            cost = distil_cost.measure(recipe.objective, teacher, base=base, model=model, data=data)
+            start_s += cost.seconds(recipe, data, counters.tokens)
+            warnings = [*warnings, *cost.warnings]
         # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         calibration_batches = run_forecast.calibration_batches(sequences, max_tokens)

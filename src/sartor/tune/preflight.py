@@ -21,7 +21,8 @@ from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
-from sartor.tune.recipe import PAIRED, Recipe, ResolvedRecipe, Sft
+from sartor.tune.methods.full import Full
+from sartor.tune.recipe import PAIRED, Distil, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
 NO_PREFERENCE = "nothing_preferred"
@@ -34,6 +35,8 @@ MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = (
 )
 # Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
 _BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0, 32: 4.0}
+# Method `full`: the base's weight, its copy, the copy's gradient and two moments, fp32
+_FULL_BYTES_PER_WEIGHT = 20
 _KEPT_FRACTION = 0.99
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -78,6 +81,9 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
     folder = model_refs.locate_base(recipe.base.name, recipe.base.revision, recipe.base.licence).path
     device = device or best_device()
     count, available = hardware.weights_in(folder), hardware.available_bytes(device)
+    if isinstance(recipe.method, Full) and recipe.method.targets == Full().targets:
+        yield from _of_full(recipe, count, available)
+        return
     width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize
     if count * width > available.bytes:
         fitting = [
@@ -90,6 +96,18 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
             f"the weights of {recipe.base.name} need {count * width / 1e9:.2f} GB; "
             f"{available.bytes / 1e9:.2f} GB can be had ({available.bound})",
             "; or ".join(fitting) or f"a machine with more than {count * width / 1e9:.2f} GB free, or a smaller base",
+        )
+
+
+def _of_full(recipe: Recipe, count: int, available: hardware.FreeMemory) -> Iterator[Refusal]:
+    """Yield a refusal if tuning all of `count` weights does not fit."""
+    needed = count * _FULL_BYTES_PER_WEIGHT
+    if needed > available.bytes:
+        yield Refusal(
+            MEMORY,
+            f"tuning all weights of {recipe.base.name} needs {needed / 1e9:.2f} GB: the weights, their copies, "
+            f"gradients and two moments, each fp32; {available.bytes / 1e9:.2f} GB can be had ({available.bound})",
+            f"method.kind=lora (the weights need {count * 4 / 1e9:.2f} GB); or method.targets of fewer layers",
         )
 
 
@@ -125,7 +143,7 @@ def of_rows(recipe: Recipe, chat: Tokenised, data: TokenizedDataset) -> Iterator
 def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
     """Yield a refusal if no row has the preference that the objective learns from."""
     objective = recipe.objective
-    if isinstance(objective, Sft) or lessons(data.train):
+    if isinstance(objective, (Sft, Distil)) or lessons(data.train):
         return
     requirement = "has a rejected reply" if isinstance(objective, PAIRED) else "is rated, or has a rejected reply"
     forms = "{prompt, chosen, rejected}" if isinstance(objective, PAIRED) else "{prompt, completion, rating}"
@@ -272,14 +290,14 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
     return changed
 
 
-def check_disk(out: Path, trainable: int, kept_checkpoints: int) -> None:
+def check_disk(out: Path, trainable: int, kept_checkpoints: int, adapter_bytes: int | None = None) -> None:
     """Raise MissingError if the disk of `out` has no room for the checkpoints of a run and its Adapter.
 
-    trainable: number of trained parameters.
+    trainable: number of trained parameters. adapter_bytes: of the Adapter; by default 4 for each of them.
     There is room for one checkpoint more than is kept, because it is written before an old one is removed.
     """
-    floats = trainable * (1 + _CHECKPOINT_FLOATS * (kept_checkpoints + 1))
-    needed = 4 * floats + _DISK_RESERVE_BYTES
+    checkpoint_bytes = 4 * trainable * _CHECKPOINT_FLOATS * (kept_checkpoints + 1)
+    needed = checkpoint_bytes + max(4 * trainable, adapter_bytes or 0) + _DISK_RESERVE_BYTES
     folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     if (free := shutil.disk_usage(folder).free) < needed:
         problem = (

@@ -11,6 +11,17 @@ from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences.compliance import Use
+from sartor.tune.methods.dora import Dora
+from sartor.tune.methods.full import Full
+from sartor.tune.methods.ia3 import Ia3
+from sartor.tune.methods.lora import Lora
+from sartor.tune.methods.miss import Miss
+from sartor.tune.methods.oft import Oft
+from sartor.tune.methods.pissa import Pissa
+from sartor.tune.methods.rslora import RsLora
+
+# What is trained. Each is one class in one file of tune/methods, and one row of tests/tune/test_methods.py.
+Method = Lora | RsLora | Dora | Pissa | Oft | Miss | Ia3 | Full
 
 
 def _at_least(value: Any, minimum: int, *names: str) -> None:
@@ -112,68 +123,6 @@ class ResolvedData(Data):
 
 
 @dataclass(frozen=True)
-class LanguageTargets:
-    """Linear modules of the language model that get an adapter."""
-
-    modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
-    layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Trained parts: linear modules of the language model, and the media parts of a base."""
-
-    modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
-    layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
-    language: LanguageTargets | None = option(
-        None, "the same two, beside the other parts: all-linear, names, or {modules:, layers:}"
-    )
-    projector: Literal["full", "all-linear", "none"] = option(
-        "full", "what turns media into tokens: trained whole, by an adapter (native bases), or frozen"
-    )
-    tower: Literal["all-linear", "none"] = option(
-        "none", "the encoders of media: frozen, or an adapter (native bases)"
-    )
-
-    def __post_init__(self) -> None:
-        if self.language:
-            object.__setattr__(self, "modules", self.language.modules)
-            object.__setattr__(self, "layers", self.language.layers)
-            object.__setattr__(self, "language", None)
-        if isinstance(self.modules, str) and self.modules != "all-linear":
-            # a single name becomes a tuple of one, because peft reads a bare string as a regular expression
-            object.__setattr__(self, "modules", (self.modules,))
-        if self.layers != "all" and not (
-            self.layers.startswith("top-") and self.layers[4:].isdigit() and int(self.layers[4:])
-        ):
-            raise ConfigError(f"layers is {self.layers!r}; it must be `all` or `top-N`", "layers: top-10")
-
-    @property
-    def top(self) -> int | None:
-        """Number of adapted layers next to the head; None for all."""
-        return None if self.layers == "all" else int(self.layers[4:])
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
-
-    rank: int = option(16, "rank R of the update B A of each weight")
-    alpha: float = option(32.0, "scale: the update is alpha / rank * B A")
-    dropout: float = option(0.0, "dropout before A, 0..1")
-    targets: Targets = option(Targets(), "which linear modules: all-linear, names, or {modules: ..., layers: top-10}")
-    start: str = option(
-        "", "directory of an Adapter or Release of the same method, from whose weights tuning goes on; empty: afresh"
-    )
-    kind: Literal["lora"] = "lora"
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "rank")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1", "dropout: 0.0")
-
-
-@dataclass(frozen=True)
 class Sft:
     """Supervised fine-tuning: cross-entropy of the assistant's tokens."""
 
@@ -256,6 +205,65 @@ class Simpo:
         _preferring(self, "margin", "sft_weight", "plain_weight")
 
 
+@dataclass(frozen=True)
+class TeacherEndpoint:
+    """Teacher behind an OpenAI-compatible endpoint, whose completions give the log-probabilities of a prompt.
+
+    vLLM and SGLang do. The prompts are sent as token ids of `tokenizer`, with its chat template.
+    """
+
+    url: str = option(REQUIRED, "address with /v1, such as http://127.0.0.1:8000/v1")
+    model: str = option(REQUIRED, "model's name there")
+    tokenizer: str = option(
+        "", "base whose tokenizer and chat template that model has: a directory or hub name; empty: the student's"
+    )
+    key_env: str = option("", "environment variable that holds the key")
+    licence: str = option("", "SPDX licence or LicenseRef of the teacher, joined to that of the rows")
+    at_once: int = option(4, "requests at the same time")
+    tries: int = option(6, "attempts for one request, with doubling pauses")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "at_once", "tries")
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Distillation: the next-token distributions of a teacher (Agarwal et al. 2023, arXiv:2306.13649).
+
+    On-policy the student samples the replies, and the teacher scores them.
+    """
+
+    teacher: str | TeacherEndpoint = option(
+        REQUIRED,
+        "base (the student's own, untouched), another base, an Adapter or Release, or {url:, model:} of an endpoint",
+    )
+    on_policy: float = option(0.0, "fraction of the rows whose reply the student samples anew at each update, 0..1")
+    divergence: Literal["reverse", "forward", "jensen"] = option(
+        "reverse", "reverse: KL(student || teacher); forward: KL(teacher || student); jensen: between both"
+    )
+    mixture: float = option(0.5, "beta of jensen: weight of the teacher in the mixture, above 0 and below 1")
+    top_k: int = option(16, "tokens of the teacher that are compared one by one; the rest is one bin")
+    max_reply_tokens: int = option(128, "longest sampled reply")
+    temperature: float = option(1.0, "of sampled replies; 0 takes the likeliest tokens")
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rehearsal")
+    stop_at_forgetting: float | None = option(
+        None,
+        "end the run once the held-out rows cost at most so many nats a token more than under the teacher, by the "
+        "upper end of the 95 % interval",
+    )
+    kind: Literal["distil"] = "distil"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "plain_weight", "temperature")
+        _at_least(self, 1, "top_k", "max_reply_tokens")
+        if self.teacher == "":
+            raise ConfigError("teacher is empty", "objective: {kind: distil, teacher: base}")
+        if not 0 <= self.on_policy <= 1:
+            raise ConfigError(f"on_policy is {self.on_policy}; it must be in 0..1", "on_policy: 1.0")
+        if not 0 < self.mixture < 1:
+            raise ConfigError(f"mixture is {self.mixture}; it must be above 0 and below 1", "mixture: 0.5")
+
+
 def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
     _at_least(objective, 0, *weights)
     if objective.beta <= 0:
@@ -263,7 +271,7 @@ def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
         raise ConfigError(f"beta is {objective.beta}; it must be above 0", f"beta: {default}")
 
 
-Objective = Sft | Dpo | Kto | Orpo | Simpo
+Objective = Sft | Dpo | Kto | Orpo | Simpo | Distil
 # Objectives of pairs of a preferred and a rejected reply, and those whose loss needs the model before its first update
 PAIRED, REFERENCED = (Dpo, Orpo, Simpo), (Dpo, Kto)
 
@@ -299,6 +307,9 @@ class Optimizer:
     weight_decay: float = option(0.0, "decoupled weight decay of the adapter")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm")
     epsilon: float = option(1e-8, "added to the root of the second moment; 1e-6 and more smooth the steps")
+    b_rate_ratio: float = option(
+        1.0, "LoRA+ (arXiv:2402.12354): rate of the factors B over that of A; 16 is the paper's, 1 is plain LoRA"
+    )
 
     def __post_init__(self) -> None:
         if self.batch_tokens != "auto":
@@ -310,6 +321,8 @@ class Optimizer:
             )
         if self.epsilon <= 0:
             raise ConfigError(f"epsilon is {self.epsilon}; it must be above 0", "epsilon: 1.0e-8")
+        if self.b_rate_ratio <= 0:
+            raise ConfigError(f"b_rate_ratio is {self.b_rate_ratio}; it must be above 0", "b_rate_ratio: 16.0")
         if not 0 <= self.warmup_fraction < 1 or self.weight_decay < 0:
             raise ConfigError("warmup_fraction must be in 0..1 and weight_decay not negative", "warmup_fraction: 0.05")
 
@@ -398,7 +411,7 @@ class Recipe:
 
     base: BaseChoice = option(REQUIRED, "which pretrained weights")
     data: Data = option(REQUIRED, "which Dataset")
-    method: Lora = option(Lora(), "what is trained")
+    method: Method = option(Lora(), "what is trained", default_kind="lora")
     objective: Objective = option(Sft(), "what is minimised")
     budget: Literal["auto"] | StopCriteria = option(
         "auto", "when to stop; auto: epochs until there are enough updates"
@@ -426,6 +439,32 @@ class Recipe:
         if self.weights == "best" and not isinstance(self.objective, Sft):
             problem = f"the best weights are chosen by replies, and the objective is {self.objective.kind}"
             raise ConfigError(problem, "weights: last")
+        self._check_method()
+        if isinstance(self.objective, Distil):
+            self._check_distil()
+
+    def _check_method(self) -> None:
+        """Raise ConfigError for a method beside an option that it does not support."""
+        method, ratio = self.method, self.optimizer.b_rate_ratio
+        if self.base.bits not in method.base_bits:
+            raise ConfigError(
+                f"base.bits is {self.base.bits}, and {method.kind} takes {', '.join(map(str, method.base_bits))}",
+                "base.bits: auto, or method: {kind: lora}",
+            )
+        if ratio != 1 and not method.has_factors:
+            problem = f"optimizer.b_rate_ratio is {ratio:g}, and {method.kind} has no factors B"
+            raise ConfigError(problem, "b_rate_ratio: 1.0, or method: {kind: lora}")
+        if self.trace.features and (method.kind not in ("lora", "rslora") or ratio != 1):
+            problem = f"trace.features sketches the factors of plain LoRA, and the method is {method.kind}"
+            problem += f" with b_rate_ratio {ratio:g}" if ratio != 1 else ""
+            raise ConfigError(problem, "trace: {features: false}, or method: {kind: lora} and b_rate_ratio: 1.0")
+
+    def _check_distil(self) -> None:
+        if self.trace.features:
+            problem = "trace.features records gradients of the rows' own replies, and the objective is distil"
+            raise ConfigError(problem, "trace: {features: false}")
+        if self.base.towers:
+            raise ConfigError("the objective is distil, which reads text alone", "base: without image and audio")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sartor.tune.recipe import Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 # Options that may differ between a run and its resumption: when state is saved, where the log is copied to, and paths
-# of the same content (the Dataset and the base are compared by digest)
+# of the same content (the Dataset, the base and the teacher are compared by digest)
 FREE_OPTIONS = (
     "checkpoints.",
     "track.",
@@ -31,6 +31,7 @@ FREE_OPTIONS = (
     "method.start",
     "base.name",
     "base.revision",
+    "objective.teacher",
 )
 
 
@@ -109,11 +110,17 @@ def standing_id(out: Path) -> str:
 
 
 def fingerprint(
-    recipe: Recipe, dataset: Artifact, base: Base, data: TokenizedDataset, start: Artifact | None
+    recipe: Recipe,
+    dataset: Artifact,
+    base: Base,
+    data: TokenizedDataset,
+    start: Artifact | None,
+    teacher: str = "",
 ) -> dict[str, Any]:
     """Return the digests and options that decide a run's result.
 
     rows: covers how the recipe, the Datasets and the tokenizer produce the rows.
+    teacher: identity of a teacher; empty for none.
     """
     return {
         "recipe": config.dump(recipe),
@@ -122,6 +129,7 @@ def fingerprint(
         "template": base.chat.template_digest,
         "rows": data.digest(),
         **({"start": records.digest(start.manifest["files"])} if start else {}),
+        **({"teacher": teacher} if teacher else {}),
     }
 
 
@@ -152,6 +160,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "data.reuse_frozen": False,
     "trace.features": False,
     "optimizer.epsilon": 1e-8,
+    "optimizer.b_rate_ratio": 1.0,
 }
 
 

@@ -19,6 +19,7 @@ from sartor.models.base import Base
 from sartor.models.lora_tensors import A, Array, Tensors, alpha_of, modules
 from sartor.models.losses.loss_backend import LossBackend, LossOptions
 from sartor.tune.checkpoint import Saver
+from sartor.tune.methods.lora import Lora
 from sartor.tune.model_setup import inject_recipe_adapter, open_recipe_base
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.run_forecast import RunForecast, unmeasured
@@ -34,6 +35,8 @@ def recipe_digest(recipe: ResolvedRecipe, template_digest: str) -> str:
     That is method, optimiser, template, seed and row length. Learning rate and budget may differ by round.
     """
     optimizer = {name: value for name, value in config.dump(recipe.optimizer).items() if name != "learning_rate"}
+    if optimizer["b_rate_ratio"] == 1:
+        del optimizer["b_rate_ratio"]  # older clients and coordinators have no such option
     fields = {
         "method": config.dump(recipe.method),
         "optimizer": optimizer,
@@ -49,12 +52,16 @@ Notice = Callable[[str], object]
 class SharedBase:
     """Base of a recipe with LoRA factors that are replaced each round: a `training_loop.TrainingBase`.
 
-    Raises what opening a base raises, and ConfigError for a base that reads media: its projectors are no factors.
+    Raises what opening a base raises, and ConfigError for a method other than `lora`, and for a base that reads media:
+    its projectors are no factors.
     """
 
     def __init__(self, recipe: ResolvedRecipe, base: Base) -> None:
         if base.media is not None:
             raise ConfigError(f"the base {base.ref.name} reads media; rounds tune text bases", "base: starter")
+        if not isinstance(recipe.method, Lora):
+            problem = f"method.kind is {recipe.method.kind}; only factors of plain LoRA can be averaged and stacked"
+            raise ConfigError(problem, "method: {kind: lora}")
         self.recipe, self.base = recipe, base
         self.digest = recipe_digest(recipe, base.chat.template_digest)
         self.model: Any = None
@@ -83,14 +90,19 @@ class SharedBase:
     @property
     def rank(self) -> int:
         """Rank R of the current factors."""
-        return self.recipe.method.rank
+        return self._method.rank
+
+    @property
+    def _method(self) -> Lora:
+        assert isinstance(self.recipe.method, Lora)  # __init__ refuses others
+        return self.recipe.method
 
     def refit(self, rank: int) -> None:
         """Replace the factors by new ones of this rank, on the same scale alpha / R; do nothing if it is the rank.
 
         It makes room for frozen ranks beside those that the recipe trains. The recipe's digest stays the same.
         """
-        method = self.recipe.method
+        method = self._method
         if rank == method.rank:
             return
         method_at_rank = replace(method, rank=rank, alpha=alpha_of(method.alpha, method.rank, rank))

@@ -19,6 +19,7 @@ counts.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -281,8 +282,8 @@ class _Race:
         whole = {name: max(round(limit), 1) for name, limit in limits.items() if name in ("updates", "tokens")}
         weights = "best" if isinstance(self.recipe.objective, Sft) else "last"
         flags = [part for option, value in values.items() for part in (f"--{option}", value)]
-        changed = {**config.dump(self.recipe), "budget": {**limits, **whole}, "evaluations": 1, "weights": weights}
-        return load_recipe(changed, flags)
+        options = {**config.dump(self.recipe), "budget": {**limits, **whole}, "evaluations": 1, "weights": weights}
+        return load_recipe(options, flags)
 
     def _note(self, line: dict[str, Any]) -> None:
         _LEDGER.write_lines(self.file, [*_LEDGER.read_lines(self.file), {"schema": _LEDGER.schema, **line}])
@@ -346,18 +347,16 @@ def _scored(trial: SweepTrial, run: Mapping[str, Any]) -> SweepTrial:
     """Return the trial with the figures of its run. Raises ConfigError if nothing was held out."""
     loss, selection = run["loss"].get("eval"), run.get("selection")
     if loss is None:
-        raise ConfigError("no row is held out, so trials cannot be compared", "--data.eval_fraction 0.1")
-    is_exact = bool(selection) and selection["metric"] == "exact_match"
-    return SweepTrial(
-        **{
-            **asdict(trial),
-            "metric": "exact_match" if is_exact else "loss",
-            "score": selection["evaluations"][-1]["score"] if is_exact else -loss,
-            "loss": loss,
-            "rows": selection["rows"] if selection else 0,
-            "updates": run["updates"],
-            "wall_s": run["wall_s"],
-        }
+        raise ConfigError(
+            "no row is held out, so trials cannot be compared", "--data.eval_fraction 0.1 and --data.eval_rows 64"
+        )
+    metric, score, rows = "loss", -float(loss), 0
+    if selection is not None:
+        rows = selection["rows"]
+        if selection["metric"] == "exact_match":
+            metric, score = "exact_match", selection["evaluations"][-1]["score"]
+    return dataclasses.replace(
+        trial, metric=metric, score=score, loss=loss, rows=rows, updates=run["updates"], wall_s=run["wall_s"]
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sartor.core.records import Example
 from sartor.models import packing
 from sartor.models.packing import TokenizedExample
 
@@ -32,6 +33,16 @@ class PreferenceExample(TokenizedExample):
     def tokens(self) -> int:
         """Tokens of the row and its other reply."""
         return len(self.ids) + (len(self.other.ids) if self.other else 0)
+
+
+@dataclass(frozen=True)
+class DistilExample(TokenizedExample):
+    """Row whose replies a teacher scores; a plain TokenizedExample is learnt by sft.
+
+    example: the conversation, which a teacher with another tokenizer or template encodes for itself.
+    """
+
+    example: Example | None = None
 
 
 def all_sequences(rows: Iterable[TokenizedExample]) -> list[TokenizedExample]:

@@ -2,7 +2,7 @@
 
     Dataset --encode--> rows --order--> updates --pack--> micro-batches --loss--> gradients --AdamW--> Adapter
 
-The base is frozen; only the adapter's fp32 factors have gradients and optimiser state.
+The base is frozen; only what the method puts on it, in fp32, has gradients and optimiser state.
 """
 
 from __future__ import annotations
@@ -33,8 +33,17 @@ from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.distil_teachers import DistilTeacher, open_teacher
+from sartor.tune.distillation import DistilRun
 from sartor.tune.gradient_features import FeatureRecorder
-from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
+from sartor.tune.model_setup import (
+    calibrate,
+    inject_recipe_adapter,
+    open_recipe_base,
+    rehearsal_of,
+    start_of,
+    stored_bytes,
+)
 from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft, Tracking
 from sartor.tune.recipe import load as load_recipe
@@ -101,15 +110,20 @@ def tune(
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal=rehearsal_setting, earlier=earlier)
     calibrate(base, data)
+    teacher = open_teacher(resolved, base, notice)
+    parent_of_teacher = teacher.parent if teacher else None
     context = TuningContext(
         recipe=resolved,
         settings=settings,
-        parents=[dataset, *(item for item in (rehearsal, start) if item)],
+        parents=[dataset, *(item for item in (rehearsal, start, parent_of_teacher) if item)],
         base=base,
         data=data,
         resume_state=resume_state,
-        fingerprint=resumption.fingerprint(resolved, dataset, base, data=data, start=start),
+        fingerprint=resumption.fingerprint(
+            resolved, dataset, base, data=data, start=start, teacher=teacher.identity if teacher else ""
+        ),
         prove=prove,
+        teacher=teacher,
     )
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
@@ -130,7 +144,8 @@ class TuningContext:
     """Inputs of a run, opened and compared with the files of earlier runs.
 
     settings: of the options that were `auto`.
-    parents: the Dataset, then the rehearsal Dataset and the artefact that tuning starts from, if there are any.
+    parents: the Dataset, then the rehearsal Dataset, the artefact that tuning starts from and the teacher, if there
+    are any.
     fingerprint: digests and options that decide the result.
     """
 
@@ -142,6 +157,7 @@ class TuningContext:
     resume_state: CheckpointState
     fingerprint: dict[str, Any]
     prove: bool
+    teacher: DistilTeacher | None = None
 
     @property
     def dataset_ids(self) -> list[str]:
@@ -165,7 +181,9 @@ def _tune(
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
-    preflight.check_disk(out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep)
+    preflight.check_disk(
+        out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep, stored_bytes(recipe, model)
+    )
     if recipe.weights == "best":
         evaluation_ledger.check_ledger()  # before time is spent on evaluations that it could not record
     environment = resumption.environment(base)
@@ -182,7 +200,6 @@ def _tune(
         "settings": {name: setting.as_json() for name, setting in context.settings.items()},
     }
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
-    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
     runs: list[TrainingRun] = []
 
     def fill(temp_folder: Path) -> Mapping[str, Any]:
@@ -198,10 +215,7 @@ def _tune(
             with TrainingLog(
                 temp_folder / "log.jsonl", show=show, on_step=on_step, on_line=copies.add, **earlier_log
             ) as journal:
-                kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
-                run = kind(recipe, base, model, data=context.data, journal=journal, saver=saver, resolved=resolved)
-                if recipe.weights == "best" and context.data.held_out:
-                    run.selection = CheckpointSelection(base.chat, context.data.held_out, context.data.held_out_groups)
+                run = _new_run(context, model, journal=journal, saver=saver, notice=notice)
                 if checkpoint:
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
@@ -231,6 +245,21 @@ def _tune(
     _keep_recording(context, runs[-1], adapter, notice)
     _record_looks(adapter, context.data)
     return adapter
+
+
+def _new_run(context: TuningContext, model: Any, *, journal: TrainingLog, saver: Saver, notice: Notice) -> TrainingRun:
+    """Return the run of the recipe's objective before its first update."""
+    recipe, checkpoint = context.recipe, context.resume_state.checkpoint
+    kind: type[TrainingRun] = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
+    if context.teacher is not None:
+        kind = DistilRun
+    resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
+    run = kind(recipe, context.base, model, data=context.data, journal=journal, saver=saver, resolved=resolved)
+    if isinstance(run, DistilRun) and context.teacher is not None:
+        run.set_teacher(context.teacher, notice)
+    if recipe.weights == "best" and context.data.held_out:
+        run.selection = CheckpointSelection(context.base.chat, context.data.held_out, context.data.held_out_groups)
+    return run
 
 
 def _begin_recording(context: TuningContext, run: TrainingRun, out: Path) -> None:
@@ -317,7 +346,12 @@ def _facts(
         "parents": [parent.as_parent() | _role(parent, index) for index, parent in enumerate(context.parents)],
         "sources": _sources(context.parents),
         "licence": compliance.combine(
-            [*(parent.licence for parent in context.parents), base.ref.licence, *base.tower_licences]
+            [
+                *(parent.licence for parent in context.parents),
+                base.ref.licence,
+                *base.tower_licences,
+                *([context.teacher.licence] if context.teacher and context.teacher.licence else []),
+            ]
         ),
         "left_out": context.data.left_out,
         "fingerprint": {name: digest for name, digest in context.fingerprint.items() if name != "recipe"},
@@ -343,6 +377,7 @@ def _facts(
             "proof": run.proof,
             "warnings": warnings,
             **({"selection": selection} if selection else {}),
+            **({"teacher": run.teacher_facts()} if isinstance(run, DistilRun) else {}),
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

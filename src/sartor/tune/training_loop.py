@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sartor.core.errors import ArtifactError, ModelError, StoppedError
+from sartor.core.errors import ArtifactError, ModelError, SartorError, StoppedError
 from sartor.core.model_refs import BaseRef
 from sartor.core.processes import DeferredSignals
 from sartor.models import hardware, packing
@@ -35,6 +35,8 @@ from sartor.tune.training_log import TrainingLog, TrainingStep
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
 # Tolerance for reordered sums: norm of the difference over norm, of losses and of each gradient
 PROOF = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+# Part of the names of factors B, of peft's modules
+B_FACTOR = ".lora_B."
 # Most example ids of an update that an error names
 IDS_NAMED = 32
 
@@ -112,8 +114,19 @@ class TrainingRun:
         ids = {id(parameter) for parameter in embedding.parameters()} if embedding else set()
         self.projectors = [parameter for parameter in trainable.values() if id(parameter) in ids]
         self.factors = [parameter for parameter in trainable.values() if id(parameter) not in ids]
+        # LoRA+ has a second rate, of the factors B; with one rate they stay among the others
+        self.b_factors: list[torch.nn.Parameter] = []
+        if recipe.optimizer.b_rate_ratio != 1:
+            self.b_factors = [
+                parameter
+                for name, parameter in trainable.items()
+                if id(parameter) not in ids and B_FACTOR in f"{name}."
+            ]
+        b_ids = {id(parameter) for parameter in self.b_factors}
         # in the optimiser's order
-        self.named = {name: parameter for name, parameter in trainable.items() if id(parameter) not in ids}
+        factors = {name: parameter for name, parameter in trainable.items() if id(parameter) not in ids}
+        self.named = {name: parameter for name, parameter in factors.items() if id(parameter) not in b_ids}
+        self.named |= {name: parameter for name, parameter in factors.items() if id(parameter) in b_ids}
         self.named |= {name: parameter for name, parameter in trainable.items() if id(parameter) in ids}
         self.parameters = list(self.named.values())
         self.optimizer: Any = self._optimizer()
@@ -124,6 +137,8 @@ class TrainingRun:
         self.row_losses: list[float] = []
         self.proof: dict[str, float] | None = None
         self.position, self.rehearsal_position = sampler.START, sampler.RehearsalPosition()
+        # set by an evaluation that ends the run before its budget
+        self.is_done = False
         # facts of the objective about the last update, besides its loss
         self.objective_facts: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
@@ -150,7 +165,11 @@ class TrainingRun:
 
     def _optimizer(self) -> Any:
         """Return the optimiser of the run."""
-        return optimizers.make(self.factors, self.recipe.optimizer, self.base.device, self.projectors)
+        b_ids = {id(parameter) for parameter in self.b_factors}
+        factors = [parameter for parameter in self.factors if id(parameter) not in b_ids]
+        return optimizers.make(
+            factors, self.recipe.optimizer, self.base.device, projectors=self.projectors, b_factors=self.b_factors
+        )
 
     def _foresee(self, recipe: ResolvedRecipe) -> run_forecast.RunForecast:
         """Return the forecast of the run, with its micro-batch size. Raises BudgetError if memory cannot hold it."""
@@ -193,7 +212,7 @@ class TrainingRun:
             if self.evaluation_points and fraction >= self.evaluation_points[0]:
                 self.evaluation_points = [point for point in self.evaluation_points if point > fraction]
                 self._evaluate()
-            if fraction >= 1:
+            if fraction >= 1 or self.is_done:
                 break
             if signals.received or self.saver.is_due:
                 self.save()
@@ -314,7 +333,7 @@ class TrainingRun:
         random_state = RandomState.capture(self.base.device)
         try:
             self._update(rows)
-        except ModelError:
+        except SartorError:
             random_state.put_back(self.base.device)
             self.save()
             raise
@@ -324,7 +343,8 @@ class TrainingRun:
         start_s = time.monotonic()
         settings = self.recipe.optimizer
         rates = self._rates()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+        group_rates = [rates[0], *([settings.b_rate_ratio * rates[0]] if self.b_factors else []), rates[1]]
+        for group, rate in zip(self.optimizer.param_groups, group_rates, strict=False):
             group["lr"] = rate
         loss_sum = self._backward(rows)
         if not rates[0]:

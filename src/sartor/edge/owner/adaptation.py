@@ -49,13 +49,13 @@ from sartor.personalization.acceptance import (
 )
 from sartor.personalization.user_rows import canary_examples, example_of, now
 from sartor.personalization.user_tokens import Material
-from sartor.tune.recipe import Lora, ResolvedRecipe
+from sartor.tune.recipe import Method, ResolvedRecipe
 
 
 class Judge:
     """Loss of rows under any adapter of one method on a base."""
 
-    def __init__(self, base: Path, method: Lora) -> None:
+    def __init__(self, base: Path, method: Method) -> None:
         self._model = adapted(MappedLlama(base), method)
         self._fast = FusedDecoder(
             self._model, kernels.choose_kernels(torch.device("cpu"))[0], logits_bytes=LOGITS_BYTES

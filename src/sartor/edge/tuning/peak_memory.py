@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import ModelError
+from sartor.core.errors import ConfigError, ModelError
 from sartor.core.remedies import restore_command
-from sartor.tune.recipe import ResolvedRecipe
+from sartor.tune.methods.lora import Lora
+from sartor.tune.recipe import Method, ResolvedRecipe
 
 FLOAT_BYTES = 4
 # Bytes of a row's token: an entry of its list and an int in it, an entry of the mask's list (CPython, 64 bits)
@@ -114,12 +115,23 @@ class MemoryMode:
     native: bool = True
 
 
+def device_lora(method: Method) -> Lora:
+    """Return the method, which must be LoRA without dropout. Raises ConfigError."""
+    if not isinstance(method, Lora) or method.dropout:
+        raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
+    return method
+
+
 def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
-    """Return the shape from config.json in a base's directory. Raises ModelError if the file is not whole."""
+    """Return the shape from config.json in a base's directory.
+
+    Raises ModelError if the file is not whole, ConfigError for a method that a device does not tune.
+    """
+    method = device_lora(recipe.method)
     try:
         fields: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
         heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
-        modules = recipe.method.targets.modules
+        modules = method.targets.modules
         return DeviceModelShape(
             layers=layers,
             width=fields["hidden_size"],
@@ -128,9 +140,9 @@ def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
             groups=fields.get("num_key_value_heads") or heads,
             head_width=fields.get("head_dim") or fields["hidden_size"] // heads,
             vocabulary=fields["vocab_size"],
-            rank=recipe.method.rank,
+            rank=method.rank,
             targets=(*ATTENTION, *MLP) if modules == "all-linear" else tuple(modules),
-            adapted=min(recipe.method.targets.top or layers, layers),
+            adapted=min(method.targets.top or layers, layers),
             base_bytes=sum(file.stat().st_size for file in base.glob("*.safetensors")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

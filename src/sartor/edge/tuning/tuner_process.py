@@ -32,6 +32,7 @@ from sartor.core.model_refs import BaseRef
 from sartor.core.numerics import numerics
 from sartor.core.processes import DeferredSignals
 from sartor.edge.tuning.device_training import DeviceRun, ZerothRun
+from sartor.edge.tuning.peak_memory import device_lora
 from sartor.edge.tuning.tuning_job import DTYPE, TuningJob, read_job
 from sartor.models import kernels
 from sartor.models.losses.fused_decoder import FusedDecoder
@@ -40,7 +41,7 @@ from sartor.models.mmap_llama import ATTENTION, MLP, MappedLlama
 from sartor.models.packing import TokenizedExample
 from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import Saver, check_numerics, newest
-from sartor.tune.recipe import Lora, ResolvedRecipe
+from sartor.tune.recipe import Method, ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.training_log import TrainingLog
 from sartor.tune.training_loop import Resolved
@@ -125,6 +126,9 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     recipe = config.load(ResolvedRecipe, job.recipe)
+    if recipe.optimizer.b_rate_ratio != 1:
+        problem = f"optimizer.b_rate_ratio is {recipe.optimizer.b_rate_ratio:g}; a device has one rate for A and B"
+        raise ConfigError(problem, "b_rate_ratio: 1.0")
     model = adapted(MappedLlama(Path(job.base)), recipe.method, recipe.seed)
     if job.start:
         load_factors(model, Path(job.start))
@@ -165,13 +169,12 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     return fields
 
 
-def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
+def adapted(model: MappedLlama, method: Method, seed: int = 0) -> MappedLlama:
     """Return the model with fresh factors where a method wants them; nothing else learns.
 
     Raises ConfigError for any method except LoRA without dropout, and for modules that the base lacks.
     """
-    if method.kind != "lora" or method.dropout:
-        raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
+    method = device_lora(method)
     modules = method.targets.modules
     targets = (*ATTENTION, *MLP) if modules == "all-linear" else tuple(modules)
     if unknown := set(targets) - {*ATTENTION, *MLP}:
@@ -216,13 +219,14 @@ def _write(model: MappedLlama, recipe: ResolvedRecipe, job: TuningJob, out: Path
             if f"base_model.model.{name}.lora_A.weight" in model.factors()
         }
     )
-    top, layers = recipe.method.targets.top, model.config.num_hidden_layers
+    method = device_lora(recipe.method)
+    top, layers = method.targets.top, model.config.num_hidden_layers
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": job.name,
-        "r": recipe.method.rank,
-        "lora_alpha": recipe.method.alpha,
+        "r": method.rank,
+        "lora_alpha": method.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": names,

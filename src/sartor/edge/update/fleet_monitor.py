@@ -161,10 +161,12 @@ class Counted:
     """Tallies of every version of the repository.
 
     refused: number of reports that do not count, by reason.
+    votes: the reports that count, one for each device and version.
     """
 
     tallies: tuple[RolloutTally, ...]
     refused: dict[str, int]
+    votes: tuple[Report, ...] = ()
 
 
 def tally(
@@ -187,7 +189,7 @@ def tally(
     # by name, and of one name the newest version first
     in_order = sorted(offers.items(), key=lambda item: (item[0][0], -item[1].order))
     tallies = tuple(tally_offer(name, offer, votes, policy=policy, now=now) for (name, _), offer in in_order)
-    return Counted(tallies, dict(sorted(refused.items())))
+    return Counted(tallies, dict(sorted(refused.items())), tuple(votes.values()))
 
 
 def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[RolloutTally]:
@@ -293,13 +295,10 @@ def tally_offer(
     version_votes = [
         vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)
     ]
-    deadline_s = policy.silent_after_days * _DAY_S
     outcomes: list[str] = []
     newest: list[str] = []  # outcomes of the newest ring
     for vote in version_votes:
-        outcome: str = vote.outcome
-        if outcome == "started" and 0 < deadline_s < now - vote.time:  # no later report until the deadline
-            outcome = SILENT
+        outcome = SILENT if is_silent(vote, policy, now) else vote.outcome
         outcomes.append(outcome)
         if vote.ring >= offer.previous_percent:
             newest.append(outcome)
@@ -321,6 +320,15 @@ def tally_offer(
         to=to,
         reasons=dict(sorted(reasons.items())),
     )
+
+
+def is_silent(vote: Report, policy: FleetPolicy, now: float | None = None) -> bool:
+    """Return whether a device started a version and sent nothing on it until the deadline.
+
+    now: Unix time, s; by default the clock's.
+    """
+    age_s = (time.time() if now is None else now) - vote.time
+    return vote.outcome == "started" and 0 < policy.silent_after_days * _DAY_S < age_s
 
 
 def _count(outcomes: Iterable[str]) -> VoteCounts:

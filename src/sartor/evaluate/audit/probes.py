@@ -11,12 +11,14 @@ import hashlib
 import json
 import re
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import bootstrap
-from sartor.evaluate.audit.model_pair import ModelPair
+
+if TYPE_CHECKING:
+    from sartor.evaluate.audit.model_pair import ModelPair  # loads torch, which rows alone do not need
 
 REPLY_TOKENS = 32
 SHOULD = (

@@ -201,8 +201,10 @@ class CpuDecoder:
         pairs: dict[str, ModuleLora] = {}
         for part, site in zip(self._parts, self.factors.sites, strict=True):
             for factors in part.factors:
-                module = site.modules[site.low.index(factors.low)]
-                pairs[module] = ModuleLora(factors.a.detach(), factors.b.detach(), factors.scale)
+                module, a, b = site.modules[site.low.index(factors.low)], factors.a.detach(), factors.b.detach()
+                if earlier := pairs.get(module):  # PiSSA has two pairs of one scale
+                    a, b = torch.cat([earlier.a, a]), torch.cat([earlier.b, b], 1)
+                pairs[module] = ModuleLora(a, b, factors.scale)
         self.factors.add(adapter, pairs)
         return len(pairs)
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from sartor.core.adapter_methods import REMEDY, SERVED, method_of
 from sartor.core.errors import ModelError
 from sartor.models.adapters import CONFIG, read_weights
 from sartor.models.kernels.reference import LoraStack
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
-_REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
 # options of peft's LoraConfig under which the update is still scale * B A
 _HARMLESS = {
     "inference_mode",
@@ -178,7 +178,7 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
     for key, tensor in weights.items():
         match = _KEY.match(key)
         if match is None or match["module"] not in shapes:
-            raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", _REMEDY)
+            raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", REMEDY)
         results.setdefault(match["module"], {})[match["factor"]] = tensor
     pairs = {
         module: _pair(path, config, module, factors=factors, shape=shapes[module])
@@ -219,17 +219,20 @@ def _plain_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG} is no PEFT config: {error}", "sartor tune RECIPE --out ADAPTER --replace"
         ) from None
     if kind != "LORA" or not math.isfinite(alpha):
-        raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
+        raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", REMEDY)
+    if (method := method_of(config)) not in SERVED:
+        detail = "use_dora" if method == "dora" else "modules_to_save"
+        raise ModelError(
+            f"the adapter {path} is of method {method} ({detail}); the engine computes LoRA alone", REMEDY
+        )
     for name, value in config.items():
         # a flag, a list or a mapping switches on each unsupported feature; numbers and strings only parametrise one
         switches = (isinstance(value, bool | list | dict) and bool(value)) or (name == "bias" and value != "none")
         if switches and name not in _HARMLESS:
-            raise ModelError(
-                f"the adapter {path} has {name} {value!r:.80}, which the engine does not compute", _REMEDY
-            )
+            raise ModelError(f"the adapter {path} has {name} {value!r:.80}, which the engine does not compute", REMEDY)
     if (init_weights := config.get("init_lora_weights")) not in _BEGINNINGS:
         raise ModelError(
-            f"the adapter {path} has init_lora_weights {init_weights!r:.80}, which changed its base", _REMEDY
+            f"the adapter {path} has init_lora_weights {init_weights!r:.80}, which changed its base", REMEDY
         )
     return dict(config)
 

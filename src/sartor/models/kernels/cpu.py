@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.home import folder
@@ -247,14 +249,16 @@ def _library() -> Path:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
-        if "ziglang" in compiler:  # zig builds its C++ standard library at its first call
-            _LOG.warning("compiling kernels with the package ziglang, once on this machine; it takes minutes")
-        _compile(compiler, [*FLAGS, *machine], runtime, library)
+        with FileLock(library.with_suffix(".wait")):
+            if not library.is_file():  # no other process has compiled it meanwhile
+                if "ziglang" in compiler:  # zig builds its C++ standard library at its first call
+                    _LOG.warning("compiling kernels with the package ziglang, once on this machine; it takes minutes")
+                _compile(compiler, [*FLAGS, *machine], runtime, library)
     return library
 
 
 def _compile(compiler: Sequence[str], flags: Sequence[str], runtime: Path | None, library: Path) -> None:
-    """Compile each source, link them, and move the library to its name atomically. Raises NoKernels.
+    """Compile the sources at once, link them, and move the library to its name atomically. Raises NoKernels.
 
     Linking is a separate step so that the linker takes torch's OpenMP runtime and not the compiler's own.
     """
@@ -267,12 +271,15 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], runtime: Path | None
             [*compiler, *flags, *extra_flags, "-c", str(source), "-o", object_file]
             for (source, extra_flags), object_file in sources
         ]
-        for step in (*compiled, [*compiler, "-shared", *unlinked, *linked, "-o", str(unfinished)]):
-            completed = subprocess.run(step, capture_output=True, text=True, check=False)
-            if completed.returncode:
-                lines = completed.stderr.strip().splitlines() or ["no message"]
-                message = next((line for line in lines if "error" in line), lines[-1])
-                raise NoKernels(f"{Path(compiler[-1]).name} failed: {message}")
+        link = [*compiler, "-shared", *unlinked, *linked, "-o", str(unfinished)]
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+        with ThreadPoolExecutor(len(compiled)) as threads:
+            for steps in (compiled, [link]):
+                for completed in threads.map(run, steps):
+                    if completed.returncode:
+                        lines = completed.stderr.strip().splitlines() or ["no message"]
+                        message = next((line for line in lines if "error" in line), lines[-1])
+                        raise NoKernels(f"{Path(compiler[-1]).name} failed: {message}")
 
 
 def _compiler() -> list[str] | None:

@@ -522,6 +522,13 @@ class FusedDecoder:
 
     def tuned(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
         """Return differentiable losses (S,) in nats from x (T, D), the input of the lowest adapted layer."""
+        return _HeadNode.apply(self.predicting(x, batch, geometries), self, batch.targets)
+
+    def predicting(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
+        """Return differentiable hidden states (S, D) before the final norm, of the positions that predict.
+
+        x: (T, D), the input of the lowest adapted layer.
+        """
         output_rows, inverse = torch.unique(batch.predict, return_inverse=True)
         for index in range(self.lowest, len(self.blocks)):
             block, is_last = self.blocks[index], index == len(self.blocks) - 1
@@ -529,4 +536,4 @@ class FusedDecoder:
             x = _BlockNode.apply(x, block, geometries[index], block_rows, self.recompute, *block.parameters)
         if self.lowest == len(self.blocks):
             x = x[output_rows]
-        return _HeadNode.apply(x[inverse], self, batch.targets)
+        return x[inverse]

@@ -16,6 +16,7 @@ older checkpoints stay bit-identical.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from sartor.models import hardware
 from sartor.models.quantization import dense_weight, is_quantised
 
 Gradients = list[torch.Tensor]
+# Name of the frozen second adapter of a PiSSA run, the negative of the factors at which it began (models/adapters.py)
+PISSA_START = "start"
 
 
 @dataclass(frozen=True)
@@ -309,15 +312,20 @@ def rounds(dtype: torch.dtype) -> bool:
 def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[LoraFactors], outs: int) -> torch.Tensor:
     """Return scale (x A^T) B^T of every pair, (N, outs), zero for outputs without factors.
 
-    low_rank: x A^T, (N, sum of R). outs: outputs of the fused product.
+    low_rank: x A^T, (N, sum of R). outs: outputs of the fused product. Pairs of one module have one scale.
     """
-    covers_all = sum(pair.high - pair.low for pair in pairs) == outs
+    # pairs of one module follow each other, and PiSSA's two nearly cancel: one product sums them before rounding
+    groups = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: (pair.low, pair.high))]
+    covers_all = sum(group[0].high - group[0].low for group in groups) == outs
     y = (low_rank.new_empty if covers_all else low_rank.new_zeros)(len(low_rank), outs)
     rank = 0
-    for pair in pairs:
-        part, b = low_rank[:, rank : rank + len(pair.a)], pair.b.detach().to(low_rank.dtype)
-        y[:, pair.low : pair.high].addmm_(part, b.T, beta=0, alpha=pair.scale)
-        rank += len(pair.a)
+    for group in groups:
+        first, ranks = group[0], sum(len(pair.a) for pair in group)
+        factors = [pair.b.detach().to(low_rank.dtype) for pair in group]
+        b = factors[0] if len(factors) == 1 else torch.cat(factors, 1)
+        part = low_rank[:, rank : rank + ranks]
+        y[:, first.low : first.high].addmm_(part, b.T, beta=0, alpha=first.scale)
+        rank += ranks
     return y
 
 
@@ -334,7 +342,8 @@ def _factors(module: Any, low: int, high: int, dropout: bool) -> list[LoraFactor
 
     if not isinstance(module, LoraLayer):
         raise Unsupported(f"a {type(module).__name__} adapter")
-    if set(module.active_adapters) != {"default"} or module.merged_adapters:
+    names = list(module.active_adapters)
+    if names not in (["default"], ["default", PISSA_START]) or module.merged_adapters:
         raise Unsupported("an adapter that is merged, or more than one")
     if module.use_dora.get("default"):
         raise Unsupported("DoRA")
@@ -342,5 +351,8 @@ def _factors(module: Any, low: int, high: int, dropout: bool) -> list[LoraFactor
         raise Unsupported("LoRA with a bias")
     if not dropout and not isinstance(module.lora_dropout["default"], torch.nn.Identity):
         raise Unsupported("dropout before A")
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return [LoraFactors(low, high, a=a, b=b, scale=float(module.scaling["default"]))]
+    result = []
+    for name in names:
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        result.append(LoraFactors(low, high, a=a, b=b, scale=float(module.scaling[name])))
+    return result

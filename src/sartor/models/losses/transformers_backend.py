@@ -97,6 +97,14 @@ def decoder(model: Any) -> Any:
 def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
     """Return the cross-entropy (S,) in nats, at least fp32, of each supervised token of a pack.
 
+    Call it inside `packing(model)`.
+    """
+    return F.cross_entropy(pack_logits(model, batch), batch.targets, reduction="none")
+
+
+def pack_logits(model: Any, batch: Pack) -> torch.Tensor:
+    """Return the logits (S, V), at least fp32, from which each supervised token of a pack is predicted.
+
     Call it inside `packing(model)`. Only the S predicting positions reach the LM head (`logits_to_keep`), so a prompt
     costs no (T, V) logits.
     """
@@ -109,7 +117,7 @@ def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
     ).logits[0]
     if len(logits) == batch.tokens:  # a model that does not know `logits_to_keep`
         logits = logits[batch.predict]
-    return F.cross_entropy(_at_least_fp32(logits), batch.targets, reduction="none")
+    return _at_least_fp32(logits)
 
 
 def row_losses(
@@ -128,9 +136,17 @@ def row_losses(
         if batch.supervised_tokens:
             if observer is not None and torch.is_grad_enabled():
                 observer.begin(batch)
-            logits = model(**own_inputs(model, batch.ids), use_cache=False).logits[0]
-            losses.append(F.cross_entropy(_at_least_fp32(logits[batch.predict]), batch.targets, reduction="none"))
+            losses.append(F.cross_entropy(row_logits(model, batch), batch.targets, reduction="none"))
     return torch.cat(losses) if losses else torch.zeros(0, device=device)
+
+
+def row_logits(model: Any, batch: Pack) -> torch.Tensor:
+    """Return the logits (S, V), at least fp32, of the supervised tokens of a pack of one example.
+
+    They are computed by the model's own attention.
+    """
+    logits = model(**own_inputs(model, batch.ids), use_cache=False).logits[0]
+    return _at_least_fp32(logits[batch.predict])
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:

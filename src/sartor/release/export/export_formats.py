@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sartor.core import model_refs
+from sartor.core import adapter_methods, model_refs
 from sartor.core.artifacts import Artifact, kind_of, read_manifest
 from sartor.core.errors import GateError
 from sartor.core.model_refs import STARTER, source_gguf
@@ -151,6 +151,12 @@ class ExportContext:
     notice: Callable[[str], object]
 
     @property
+    def method(self) -> str:
+        """Tuning method of the adapter, by its config."""
+        config = json.loads((self.release.path / adapters.CONFIG).read_text(encoding="utf-8"))
+        return adapter_methods.method_of(config)
+
+    @property
     def name(self) -> str:
         """Base name of the exported files."""
         return f"{self.release.manifest['name']}-{self.release.manifest['version']}"
@@ -184,9 +190,10 @@ def write_peft(work: ExportContext, part: Path) -> ExportedForm:
             part, work.base.ref.path, chat=chat, traces=work.traces, device=device, progress=progress.advance
         )
     parity.check(figures, work.name)
+    use = _USE_PEFT + (_VLLM if work.method in adapter_methods.SERVED else "")
     towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in tower_refs.items())
     return ExportedForm(
-        {adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if tower_refs else "")
+        {adapters.WEIGHTS: figures}, use + (_USE_PROJECTORS.format(towers=towers) if tower_refs else "")
     )
 
 
@@ -233,11 +240,13 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     rows = base.model.get_input_embeddings().weight.shape[0]
     own_file = _own_file(base)
     vocabulary = gguf_writer.from_file(own_file, rows) if own_file else gguf_writer.from_chat(base.chat, rows)
-    adapter = part / f"{work.name}-adapter.gguf"
-    write_adapter_gguf(work.release.path, base.model.config.to_dict(), adapter, template=template)
     figures: dict[str, Figures] = {}
-    if work.measured:
-        figures[adapter.name] = _ask_of_adapter(work, adapter, vocabulary, metadata)
+    # another method has no form as an adapter of llama.cpp; its merged model is a model like any other
+    if work.method in adapter_methods.SERVED or not work.types:
+        adapter = part / f"{work.name}-adapter.gguf"
+        write_adapter_gguf(work.release.path, base.model.config.to_dict(), adapter, template=template)
+        if work.measured:
+            figures[adapter.name] = _ask_of_adapter(work, adapter, vocabulary, metadata)
     write_template(base, part)
     model = adapters.merge(work.model) if work.types else None
     for kind in work.types:
@@ -249,8 +258,10 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
                 figures[file.name] = parity.ask_llama_cpp(file, kind, work.traces, template, progress=progress.advance)
     for file_name, file_figures in figures.items():
         parity.check(file_figures, f"{work.name} ({file_name})")
-    use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
-    return ExportedForm(figures, use)
+    if not work.types:
+        return ExportedForm(figures, _USE_ADAPTER.format(name=work.name))
+    use = _USE_GGUF if work.method in adapter_methods.SERVED else _USE_MERGED_GGUF
+    return ExportedForm(figures, use.format(name=work.name, kind=work.types[0]))
 
 
 def _own_file(base: Base) -> Path | None:
@@ -286,7 +297,8 @@ _USE_PEFT = """    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("THE BASE"), ".")
-    tokenizer = AutoTokenizer.from_pretrained(".")
+    tokenizer = AutoTokenizer.from_pretrained(".")"""
+_VLLM = """
 
 vLLM: `vllm serve THE-BASE --enable-lora --lora-modules NAME=.`; SGLang: `--lora-paths NAME=.`"""
 _USE_PROJECTORS = """
@@ -303,6 +315,10 @@ vLLM: `vllm serve .`; SGLang: `--model-path .`; Sartor: `base: THIS DIRECTORY` i
 _USE_ADAPTER = """    llama-server --jinja -m BASE.gguf --lora {name}-adapter.gguf
 
 BASE.gguf is the base that it was tuned on; a device has it (`sartor edge ask --base BASE.gguf`)."""
+_USE_MERGED_GGUF = """    llama-server --jinja -m {name}-{kind}.gguf
+
+It is the merged model: llama.cpp has no form for an adapter of this method.
+Sartor: `base: {name}-{kind}.gguf` in a recipe."""
 _USE_GGUF = """    llama-server --jinja -m {name}-{kind}.gguf
     llama-server --jinja -m BASE.gguf --lora {name}-adapter.gguf
 

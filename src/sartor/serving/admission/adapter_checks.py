@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.core import assets, model_refs, safetensors_file
+from sartor.core import adapter_methods, assets, model_refs, safetensors_file
 from sartor.core.errors import AdmissionError, AssetError, ModelError
 from sartor.core.filesystem import PRIVATE, write_file_atomic
 from sartor.core.model_refs import Modality
@@ -133,8 +133,14 @@ def read_config(file: Path) -> LoraConfig:
     Raises AdmissionError with the offending key, its value and what is accepted.
     """
     fields = _read(file)
-    if fields.get("peft_type") != "LORA":
-        raise _refusal("peft_type", fields.get("peft_type"), "LORA")
+    if (method := adapter_methods.method_of(fields)) not in adapter_methods.SERVED:
+        detail = {"dora": "use_dora", "full": "modules_to_save"}.get(method, "peft_type")
+        raise AdmissionError(
+            f"adapter_config.json has {detail}: the adapter is of method {method[:40]!a}; what is served is LORA: "
+            "lora, rslora, pissa",
+            adapter_methods.REMEDY,
+            "config",
+        )
     if fields.get("bias", "none") != "none":
         raise _refusal("bias", fields["bias"], "none")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):

@@ -174,9 +174,9 @@ class JobFiles:
                 continue
         return result
 
-    def result(self, job_id: str) -> dict[str, Any]:
-        """Return the JSON object on the last line of a job's output; empty without one."""
-        lines = tail(self.folder / job_id / OUTPUT).rstrip("\n").rsplit("\n", 1)
+    def result(self, job_id: str, max_bytes: int = TAIL_BYTES) -> dict[str, Any]:
+        """Return the JSON object on the last line of a job's output; empty without one, or if it is larger."""
+        lines = tail(self.folder / job_id / OUTPUT, max_bytes).rstrip("\n").rsplit("\n", 1)
         try:
             value = json.loads(lines[-1])
         except (ValueError, RecursionError):

@@ -1,7 +1,8 @@
-"""Evaluate: Reports, base beside tuned with intervals, rows won and lost, the gate, releasing."""
+"""Evaluate: Reports, base beside tuned with intervals, rows won and lost, slices and bias, the gate, releasing."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError
 from sartor.core.home import home
+from sartor.studio.dataset_rows import EXAMPLES, RowTable, row_media
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.pages.home_page import gate_of
 from sartor.studio.studio_folder import FoundArtifact
@@ -22,6 +24,12 @@ from sartor.studio.visitor import Owner, PostedForm, Studio, Viewer, studio_of, 
 router = APIRouter()
 PAGE_ROWS = 20
 OUTCOMES = ("lost", "won", "both_wrong", "both_right", "unscored")
+# checks that every gate has; those of a Report are known once a job has asked the gate
+BASIC_CHECKS = ("gain", "forgetting", "licence")
+MAX_WAIVERS = 20
+_CHECK = re.compile(r"[A-Za-z0-9][\w.:-]{0,200}")
+# end of the names of forgetting's probes among the metrics
+FORGETTING = "(forgetting)"
 # key that `sartor tailor` makes once on a machine, below SARTOR_HOME
 DEFAULT_KEY = Path("keys/default")
 
@@ -79,6 +87,9 @@ def report(request: Request, visitor: Viewer, name: str, rows: str = "lost", sta
     base = manifest.get("base")
     tuned = [found for found in artifacts if found.id in {parent["id"] for parent in manifest["parents"]}]
     released = _released(view.report, tuned, artifacts)
+    shown = chosen[start : start + PAGE_ROWS]
+    gate = gate_of(released.artifact) if released and released.artifact else _gate_of_jobs(studio, view.report)
+    dataset, media = _media(studio, tuned, [row.id for row in shown if row.media])
     return render(
         request,
         visitor,
@@ -94,13 +105,62 @@ def report(request: Request, visitor: Viewer, name: str, rows: str = "lost", sta
         counts=counts,
         outcomes=OUTCOMES,
         outcome=outcome,
-        rows=chosen[start : start + PAGE_ROWS],
+        rows=shown,
+        dataset=dataset,
+        media=media,
         start=start,
         next_start=start + PAGE_ROWS if start + PAGE_ROWS < len(chosen) else None,
         total=len(chosen),
         tuned=tuned,
         released=released,
-        gate=gate_of(released.artifact) if released and released.artifact else _gate_of_jobs(studio, view.report),
+        gate=gate,
+        held_back=[check for check, outcome, _ in gate if outcome not in ("pass", "waived")] or BASIC_CHECKS,
+    )
+
+
+def _media(
+    studio: Studio, tuned: list[FoundArtifact], ids: list[str]
+) -> tuple[str, dict[str, tuple[int, list[dict[str, Any]]]]]:
+    """Return the Dataset of the tuned model and {id: (position, pictures and recordings)} of rows that are in it."""
+    if not ids:
+        return "", {}
+    artifacts, _ = studio.folder.scan()
+    parents = {parent["id"] for found in tuned if found.artifact for parent in found.artifact.manifest["parents"]}
+    for found in artifacts:
+        if found.kind == "dataset" and found.artifact and found.id in parents:
+            examples = RowTable(found.artifact, EXAMPLES)
+            positions = examples.find(ids)
+            rows = examples.take(list(positions.values()), ["messages", "rejected"])
+            pairs = zip(positions.items(), rows, strict=True)
+            return found.name, {identity: (position, row_media(row)) for (identity, position), row in pairs}
+    return "", {}
+
+
+@router.get("/slices/{name:path}")
+def slices(request: Request, visitor: Viewer, name: str) -> Response:
+    """Show a Report's slices, its forgetting, and what its audit found about groups of people."""
+    path = studio_of(request).folder.resolve(name)
+    view, findings = sartor.read_report(path), sartor.report_findings(path)
+    fields: dict[str, list[Any]] = {}
+    for item in findings.slices:
+        fields.setdefault(item.field, []).append(item)
+    sections: dict[str, list[Any]] = {}
+    for group in findings.people:
+        sections.setdefault(group.section, []).append(group)
+    probes = view.report.manifest.get("probes") or {}
+    return render(
+        request,
+        visitor,
+        "report_slices",
+        title=name,
+        name=name,
+        primary=view.primary,
+        fields=fields,
+        are_all_slices=findings.are_all_slices,
+        sections=sections,
+        checks=findings.checks,
+        forgetting=[metric for metric in view.metrics if metric.name.endswith(FORGETTING)],
+        skipped={probe: found["skipped"] for probe, found in probes.items() if "skipped" in found},
     )
 
 
@@ -119,7 +179,9 @@ def _gate_of_jobs(studio: Studio, report: Artifact) -> list[tuple[str, str, str]
     """Return the gate's outcomes that a job printed for a Report; empty if there are none."""
     for status in studio.jobs.files.statuses():
         gate = status.result.get("gate")
-        if status.result.get("report") == str(report.path) and isinstance(gate, dict):
+        # a job that `sartor release` refused names its Report in its command alone
+        is_about = str(report.path) in (status.result.get("report"), *status.job.arguments)
+        if is_about and isinstance(gate, dict):
             return [(str(check), str(outcome), "") for check, outcome in gate.items()]
     return []
 
@@ -141,7 +203,7 @@ def release(request: Request, visitor: Owner, form: PostedForm) -> Response:
     if out.exists():
         raise ConfigError(f"{studio.folder.name_of(out)} exists", "choose another version")
     arguments = ["release", str(adapter.path), "--name", name, "--version", version, "--key", str(key)]
-    arguments += ["--report", str(report.path), "--out", str(out)]
+    arguments += ["--report", str(report.path), "--out", str(out), *_waivers(form, visitor)]
     job = studio.jobs.start(
         arguments,
         title=f"{name}@{version}",
@@ -151,3 +213,18 @@ def release(request: Request, visitor: Owner, form: PostedForm) -> Response:
         is_heavy=False,
     )
     return redirect(request, f"/jobs/{job.id}")
+
+
+def _waivers(form: PostedForm, visitor: Owner) -> list[str]:
+    """Return the arguments by which checks are waived, in the name of the user who does it."""
+    checks = [check for check in form.getlist("waive") if isinstance(check, str) and check]
+    if not checks:
+        return []
+    reason = text_field(form, "reason", max_chars=1000)
+    if not reason:
+        raise ConfigError("a waiver has no reason", "say why the Release is right nevertheless")
+    if len(checks) > MAX_WAIVERS or any(not _CHECK.fullmatch(check) for check in checks):
+        raise ConfigError("these are no names of checks", "choose among those of the page")
+    assert visitor.user is not None
+    waived = [f"--waive={check}" for check in dict.fromkeys(checks)]
+    return [*waived, f"--by={visitor.user.name}", f"--reason={reason}"]

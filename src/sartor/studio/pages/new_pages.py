@@ -62,7 +62,7 @@ def new(
         title=file,
         file=file,
         preview=shown,
-        turns=[_turns(example) for example in shown.rows] if shown else [],
+        turns=[turns_of_example(example) for example in shown.rows] if shown else [],
         problem=problem,
         prompt=prompt,
         completion=completion,
@@ -84,7 +84,7 @@ def _fields(prompt: str, completion: str) -> dict[str, str]:
     return {name: column for name, column in fields.items() if column}
 
 
-def _turns(example: Example) -> list[dict[str, Any]]:
+def turns_of_example(example: Example) -> list[dict[str, Any]]:
     """Return the turns of a row; the assistant's are learnt, as every template treats them."""
     return [
         {

@@ -16,6 +16,7 @@ import sartor
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ConfigError
 from sartor.core.text_differences import differences
+from sartor.studio.dataset_rows import EXAMPLES, RowTable, row_media
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.visitor import PostedForm, Reviewer, studio_of, text_field
 
@@ -43,11 +44,18 @@ def _has_findings(dataset: Artifact) -> bool:
 
 @router.get("/review/{name:path}")
 def review(
-    request: Request, visitor: Reviewer, name: str, after: str = "", item: str = "", decided: str = ""
+    request: Request,
+    visitor: Reviewer,
+    name: str,
+    after: str = "",
+    item: str = "",
+    decided: str = "",
+    settle: str = "",
 ) -> Response:
     """Show a finding: the one that is asked for, or the next one that the user has not decided.
 
     after: the finding that was shown last, decided or skipped. decided: the one whose decision was just stored.
+    settle: not empty to settle a disagreement, which shows what the others decided.
     """
     assert visitor.user is not None
     dataset = studio_of(request).folder.artifact(name, ("dataset",))
@@ -68,6 +76,9 @@ def review(
         suggested=_suggested(finding) if finding else None,
         mine=_own(finding, visitor.user.name) if finding else "",
         decided=decided,
+        settles=bool(settle and finding and finding["state"] == "conflict"),
+        # a finding of personal data is shown masked, and a picture cannot be
+        media=_media(dataset, finding["rows"]) if finding and finding["kind"] != "personal" else {},
         arguments=["review", "accept", str(dataset.path), chosen, f"--by={visitor.user.name}"] if chosen else [],
     )
 
@@ -85,6 +96,18 @@ def _reply_of(finding: Mapping[str, Any]) -> str:
     if len(finding["rows"]) != 1:
         return ""
     return str(finding["rows"][0]["messages"][-1].get("text", ""))
+
+
+def _media(dataset: Artifact, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, list[dict[str, Any]]]]:
+    """Return {id: (position, pictures and recordings)} of the rows that name some and are in the Dataset."""
+    ids = [row["id"] for row in rows if any(message.get("media") for message in row["messages"])]
+    examples = RowTable(dataset, EXAMPLES)
+    positions = examples.find(ids)
+    shown = examples.take(list(positions.values()), ["messages", "rejected"])
+    return {
+        identity: (position, row_media(row))
+        for (identity, position), row in zip(positions.items(), shown, strict=True)
+    }
 
 
 def _suggested(finding: Mapping[str, Any]) -> Any:
@@ -112,6 +135,29 @@ def decide(request: Request, visitor: Reviewer, name: str, form: PostedForm) -> 
     change = None
     if verdict == "edit" and (reply := text_field(form, "reply", max_chars=1_000_000)):
         change = {"reply": reply}
-    opinion = sartor.Opinion(verdict, visitor.user.name, reason=text_field(form, "reason"), change=change)
+    opinion = sartor.Opinion(
+        verdict,
+        visitor.user.name,
+        reason=text_field(form, "reason"),
+        change=change,
+        settles=bool(text_field(form, "settle")),
+    )
     sartor.review_decide(dataset.path, [item], opinion)
     return redirect(request, f"/review/{name}", after=item, decided=item)
+
+
+@router.get("/agreement/{name:path}")
+def agreement(request: Request, visitor: Reviewer, name: str) -> Response:
+    """Show how far each two reviewers agree. Of a disagreement it names the finding, not the verdicts."""
+    dataset = studio_of(request).folder.artifact(name, ("dataset",))
+    measured = sartor.review_agreement(dataset.path)
+    return render(
+        request,
+        visitor,
+        "review_agreement",
+        title=name,
+        name=name,
+        pairs=measured["pairs"],
+        conflicts=measured["conflicts"],
+        path=str(dataset.path),
+    )

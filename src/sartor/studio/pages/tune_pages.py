@@ -22,10 +22,10 @@ from sartor.studio.jobs.job_files import JobState, JobStatus
 from sartor.studio.jobs.training_logs import Losses
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.pages.job_pages import draw_losses, stream_part
-from sartor.studio.recipe_form import COMMON, CheckedForm, Control, check_form, default_values, recipe_fields
 from sartor.studio.run_plots import draw_compared, draw_rates
 from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.tuning_drafts import TuningDraft, TuningDrafts
+from sartor.studio.tuning_form import COMMON, CheckedForm, Control, check_form, default_values, recipe_fields
 from sartor.studio.tuning_runs import FORECAST, TuningRun, find_run, renewed, tuning_runs
 from sartor.studio.visitor import Owner, PostedForm, Studio, Viewer, Visitor, studio_of, text_field
 
@@ -198,7 +198,8 @@ def _form_page(
     status_code: int = 200,
 ) -> Response:
     studio, fields = studio_of(request), recipe_fields()
-    common = [field for name in COMMON for field in fields if field.name == name]
+    # of several kinds, the default one
+    common = [next(field for field in fields if field.name == name) for name in COMMON]
     groups: dict[str, list[Any]] = {}
     for field in fields:
         if field not in common:

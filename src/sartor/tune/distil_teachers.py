@@ -1,0 +1,371 @@
+"""Teachers of distillation: a base or adapter in this process, or the model behind an endpoint.
+
+A teacher reads the same conversation as the student, by its own chat template and tokenizer. Where its supervised
+tokens are the student's, distributions are compared token by token; elsewhere chunk by chunk (`text_alignment.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from sartor.core import records
+from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.errors import ConfigError, ModelError, SourceError
+from sartor.core.model_refs import locate_base
+from sartor.inference.endpoint_client import (
+    Access,
+    EndpointClient,
+    IncompleteResponseError,
+    Patience,
+    RequestThrottle,
+    bounded_lines,
+    json_body,
+    key_of,
+)
+from sartor.models import adapters, packing
+from sartor.models.base import Base, open_base, read_chat
+from sartor.models.chat import ChatTokenizer
+from sartor.models.losses.loss_backend import LossBackend, LossOptions
+from sartor.models.losses.token_scores import top_tokens
+from sartor.models.packing import TokenizedExample
+from sartor.models.tuned_model import open_tuned
+from sartor.tune import text_alignment
+from sartor.tune.objectives import NO_BIN
+from sartor.tune.recipe import Distil, ResolvedRecipe, TeacherEndpoint
+from sartor.tune.teacher_scores import TeacherScore
+from sartor.tune.text_alignment import Chunk, supervised_ids
+from sartor.tune.tokenized_dataset import DistilExample
+
+Notice = Callable[[str], object]
+# The teacher's name for the student's own base, untouched
+OWN_BASE = "base"
+# Tokens that a local teacher computes at once
+_TEACHER_TOKENS = 512
+_OPTION = "objective.teacher"
+
+
+class DistilTeacher(Protocol):
+    """Teacher that scores replies.
+
+    name: for people. identity: digest of its weights and tokenizer, or of an endpoint's model.
+    licence: of what it states; empty for none.
+    note: how its tokens compare with the student's.
+    parent: Adapter or Release that it is; None for a base or an endpoint.
+    """
+
+    name: str
+    identity: str
+    licence: str
+    note: str
+    parent: Artifact | None
+    is_remote: bool
+
+    def score(self, rows: Sequence[DistilExample]) -> list[TeacherScore]:
+        """Return the scores of rows, in order. Raises what reaching the teacher raises."""
+        ...
+
+
+@dataclass
+class Translation:
+    """Rows of the student as the teacher reads them.
+
+    student, teacher: tokenizers with their templates.
+    """
+
+    student: ChatTokenizer
+    teacher: ChatTokenizer
+
+    def __post_init__(self) -> None:
+        vocabularies = [chat.tokenizer.get_vocab() for chat in (self.student, self.teacher)]
+        self.is_same_vocabulary = vocabularies[0] == vocabularies[1]
+        self._is_same = self.is_same_vocabulary and self.student.template_digest == self.teacher.template_digest
+        self.vocabulary = len(vocabularies[1])
+
+    @property
+    def note(self) -> str:
+        """How replies are compared, for the log."""
+        if self.is_same_vocabulary:
+            return "has the student's vocabulary: distributions are compared token by token"
+        return "has another vocabulary: replies are compared by chunks of text at whose ends both have a boundary"
+
+    def row(self, row: DistilExample) -> TokenizedExample:
+        """Return a row of the student as the teacher's tokens. Raises SourceError if its template refuses it."""
+        if self._is_same or row.example is None:
+            return row
+        return self.teacher.encode(row.example)
+
+    def chunks(self, row: TokenizedExample, teacher_row: TokenizedExample) -> list[Chunk] | None:
+        """Return the chunks of a row; None if the supervised tokens of both are the same."""
+        if self.is_same_vocabulary and supervised_ids(row) == supervised_ids(teacher_row):
+            return None
+        return text_alignment.align((row, self.student), (teacher_row, self.teacher))
+
+
+def chunk_scores(row: TokenizedExample, chunks: Sequence[Chunk], targets: torch.Tensor) -> TeacherScore:
+    """Return the scores of a row by chunks. targets: the teacher's log-probabilities (S',) of its own tokens."""
+    unit = torch.full((row.supervised_tokens,), -1)
+    sums = torch.zeros(len(chunks))
+    for index, chunk in enumerate(chunks):
+        unit[chunk.student.start : chunk.student.stop] = index
+        sums[index] = targets[chunk.teacher.start : chunk.teacher.stop].sum()
+    return TeacherScore(unit, torch.tensor(supervised_ids(row))[:, None], sums[:, None], sums)
+
+
+@dataclass
+class LocalTeacher:
+    """Teacher in this process: a model, and the tokenizers of both sides."""
+
+    name: str
+    identity: str
+    licence: str
+    model: Any
+    base: Base
+    translation: Translation
+    top_k: int
+    parent: Artifact | None = None
+    is_remote: bool = False
+    _backend: LossBackend | None = field(default=None, repr=False)
+
+    @property
+    def note(self) -> str:
+        """How its tokens compare with the student's."""
+        return self.translation.note
+
+    def score(self, rows: Sequence[DistilExample]) -> list[TeacherScore]:
+        """Return the scores of rows, in order. Raises SourceError if its template refuses one."""
+        teacher_rows = [self.translation.row(row) for row in rows]
+        if self._backend is None:
+            self._backend = self.base.path(self.model, teacher_rows, LossOptions(share=False))
+        results: list[TeacherScore] = []
+        lengths = [len(row.ids) for row in teacher_rows]
+        for group in packing.group_by_capacity(lengths, max([_TEACHER_TOKENS, *lengths])):
+            batch = [teacher_rows[index] for index in group]
+            top = top_tokens(self._backend, batch, self.top_k, self.translation.vocabulary)
+            counts = [row.supervised_tokens for row in batch]
+            parts = (part.split(counts) for part in (top.ids, top.log_probabilities, top.targets))
+            for index, ids, values, targets in zip(group, *parts, strict=True):
+                chunks = self.translation.chunks(rows[index], teacher_rows[index])
+                if chunks is None:
+                    results.append(TeacherScore.of_tokens(ids, values, targets))
+                else:
+                    results.append(chunk_scores(rows[index], chunks, targets.float().cpu()))
+        return results
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the tokens of a prompt, as an endpoint states them.
+
+    targets: (T,) of each token; nan of the first. tops: for each token the likeliest ones, by their text.
+    """
+
+    targets: list[float]
+    tops: list[dict[str, float]]
+
+
+@dataclass
+class RemoteTeacher:
+    """Teacher behind an endpoint, which is asked for the log-probabilities of a prompt (`echo`)."""
+
+    client: EndpointClient
+    options: TeacherEndpoint
+    translation: Translation
+    top_k: int
+    parent: Artifact | None = None
+    is_remote: bool = True
+
+    def __post_init__(self) -> None:
+        self.name, self.licence = self.client.name, self.options.licence
+        tokenizer = records.digest(sorted(self.translation.teacher.tokenizer.get_vocab().items()))
+        self.identity = f"endpoint:{self.options.model}:{tokenizer[:32]}"
+        # a text that several tokens spell names none of them: bytes of a character, all of which decode to U+FFFD
+        self._ids: dict[str, int] = {}
+        tokens = self.translation.teacher.tokenizer
+        for token in sorted(tokens.get_vocab().values()):
+            text = str(tokens.decode([token], clean_up_tokenization_spaces=False))
+            self._ids[text] = -1 if text in self._ids else token
+
+    @property
+    def note(self) -> str:
+        """How its tokens compare with the student's."""
+        return self.translation.note
+
+    def score(self, rows: Sequence[DistilExample]) -> list[TeacherScore]:
+        """Return the scores of rows, in order.
+
+        Raises ModelError if the endpoint gives no log-probabilities of a prompt, UnavailableError or BusyError once
+        all tries are used, KeyRefusedError, ConfigError.
+        """
+        with ThreadPoolExecutor(self.options.at_once) as pool:
+            return list(pool.map(self._score, rows))
+
+    def _score(self, row: DistilExample) -> TeacherScore:
+        teacher_row = self.translation.row(row)
+        body = {
+            "model": self.options.model,
+            "prompt": teacher_row.ids,
+            "echo": True,
+            "logprobs": self.top_k,
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+
+        def read(lines: Iterable[bytes], content_type: str) -> PromptScores:
+            return self._read(lines, len(teacher_row.ids))
+
+        seed = hashlib.sha256(repr(teacher_row.ids).encode()).hexdigest()
+        scores = self.client.ask(json.dumps(body).encode(), len(teacher_row.ids), read, seed=seed)
+        if scores is None:
+            problem = f"{self.name} refuses the row {row.example_id} of {len(teacher_row.ids):,} tokens"
+            raise ModelError(problem, f"data.max_length_tokens={len(teacher_row.ids) - 1}, or a longer context there")
+        places = [place for place in range(1, len(teacher_row.ids)) if teacher_row.learnt[place]]
+        targets = torch.tensor([scores.targets[place] for place in places])
+        chunks = self.translation.chunks(row, teacher_row)
+        if chunks is not None:
+            return chunk_scores(row, chunks, targets)
+        bins = [self._bins(scores.tops[place], teacher_row.ids[place], scores.targets[place]) for place in places]
+        width = max(map(len, bins), default=1)
+        ids, values = torch.zeros(len(bins), width, dtype=torch.long), torch.full((len(bins), width), NO_BIN)
+        for index, tokens in enumerate(bins):
+            ids[index, : len(tokens)] = torch.tensor(list(tokens))
+            values[index, : len(tokens)] = torch.tensor(list(tokens.values()))
+        return TeacherScore.of_tokens(ids, values, targets)
+
+    def _bins(self, top: dict[str, float], target: int, value: float) -> dict[int, float]:
+        """Return the likeliest tokens that a text names, with the row's own token: id -> log-probability."""
+        bins = {target: value}
+        for text, log_probability in top.items():
+            token = int(text.removeprefix("token_id:")) if text.startswith("token_id:") else self._ids.get(text, -1)
+            if token >= 0:
+                bins.setdefault(token, log_probability)
+        return bins
+
+    def _read(self, lines: Iterable[bytes], tokens: int) -> PromptScores:
+        fields = json_body(b"".join(bounded_lines(lines)).decode("utf-8", "replace"))
+        choices = fields.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise IncompleteResponseError("there is no choice in it")
+        found = choices[0].get("logprobs")
+        if not isinstance(found, dict) or not isinstance(found.get("token_logprobs"), list):
+            raise self._lacks("its answer has no `logprobs`")
+        values, tops = found["token_logprobs"], found.get("top_logprobs") or []
+        if len(values) < tokens:
+            raise self._lacks(f"its answer has log-probabilities of {len(values)} tokens, and the prompt has {tokens}")
+        try:
+            targets = [float("nan") if value is None else float(value) for value in values[:tokens]]
+            named = [{str(name): float(value) for name, value in (top or {}).items()} for top in tops[:tokens]]
+        except (TypeError, ValueError, AttributeError):
+            raise IncompleteResponseError("its log-probabilities are no numbers") from None
+        if any(value != value for value in targets[1:]):
+            raise self._lacks("it gives no log-probability of some tokens of the prompt")
+        return PromptScores(targets, named + [{} for _ in range(tokens - len(named))])
+
+    def _lacks(self, lack: str) -> ModelError:
+        return ModelError(
+            f"{self.client.access.url} ({self.options.model}) cannot teach: {lack}",
+            f"{_OPTION}: a server whose /completions takes echo and logprobs (vLLM, SGLang), or a base on disk",
+        )
+
+
+def open_teacher(recipe: ResolvedRecipe, base: Base, notice: Notice) -> DistilTeacher | None:
+    """Return the teacher of a recipe; None if its objective is not distil. Call it before the adapter is injected.
+
+    The base and an adapter on it share the student's weights. Raises ConfigError, ArtifactError, and what opening the
+    base or adapter raises.
+    """
+    objective = recipe.objective
+    if not isinstance(objective, Distil):
+        return None
+    if base.media is not None:
+        raise ConfigError(f"{base.ref.name} reads media, and distillation reads text alone", "objective: {kind: sft}")
+    if isinstance(objective.teacher, TeacherEndpoint):
+        return _open_remote(objective, objective.teacher, base, notice)
+    return _open_local(recipe, objective.teacher, base, notice)
+
+
+def _open_remote(objective: Distil, options: TeacherEndpoint, base: Base, notice: Notice) -> RemoteTeacher:
+    access = Access(options.url, options.model, key_of(options.key_env, _OPTION))
+    client = EndpointClient(
+        access,
+        RequestThrottle(),
+        Patience(options.tries),
+        route="/completions",
+        option=_OPTION,
+        notice=notice,
+    )
+    chat = read_chat(locate_base(options.tokenizer)) if options.tokenizer else base.chat
+    return RemoteTeacher(client, options, Translation(base.chat, chat), objective.top_k)
+
+
+def _open_local(recipe: ResolvedRecipe, name: str, base: Base, notice: Notice) -> LocalTeacher:
+    assert isinstance(recipe.objective, Distil)
+    top_k = recipe.objective.top_k
+    if name == OWN_BASE:
+        return LocalTeacher(
+            f"{base.ref.name}, untouched",
+            f"base:{base.ref.digest}",
+            base.ref.licence,
+            model=_shared_copy(base.model),
+            base=base,
+            translation=Translation(base.chat, base.chat),
+            top_k=top_k,
+        )
+    if kind_of(name) not in ("adapter", "release"):
+        teacher = _open_base(name, base, notice)
+        return LocalTeacher(
+            teacher.ref.name,
+            f"base:{teacher.ref.digest}",
+            teacher.ref.licence,
+            model=teacher.model,
+            base=teacher,
+            translation=Translation(base.chat, teacher.chat),
+            top_k=top_k,
+        )
+    artifact = open_artifact(name, ("adapter", "release"))
+    if artifact.manifest["base"]["digest"] == base.ref.digest:
+        teacher, model = base, adapters.open_adapter(_shared_copy(base.model), artifact.path)
+    else:
+        teacher, model = open_tuned(artifact, notice, device=base.device)
+    return LocalTeacher(
+        f"{artifact.path.name} on {teacher.ref.name}",
+        f"adapter:{records.digest(artifact.manifest['files'])}:{teacher.ref.digest}",
+        artifact.licence,
+        model=model.requires_grad_(False),
+        base=teacher,
+        translation=Translation(base.chat, teacher.chat),
+        top_k=top_k,
+        parent=artifact,
+    )
+
+
+def _open_base(name: str, base: Base, notice: Notice) -> Base:
+    teacher = open_base(name, device=base.device, notice=notice)
+    if teacher.media is not None:
+        raise ConfigError(f"the teacher {name} reads media, and distillation reads text alone", f"{_OPTION}: base")
+    return teacher
+
+
+def _shared_copy(model: Any) -> Any:
+    """Return a copy of the modules of a model around the same tensors: an adapter in one does not touch the other."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
+
+
+def check_aligned(rows: Sequence[DistilExample], scores: Sequence[TeacherScore], teacher: DistilTeacher) -> int:
+    """Return how many of the rows have nothing to compare. Raises SourceError if that is all of them."""
+    count = sum(not score.units for score in scores)
+    if rows and count == len(rows):
+        raise SourceError(
+            f"in none of {len(rows):,} rows do the student and {teacher.name} spell a reply alike",
+            f"{_OPTION}: a teacher whose chat template writes replies as they are; the first row is "
+            f"{rows[0].example_id}",
+        )
+    return count

@@ -1,0 +1,253 @@
+"""Training loop of distillation: a student learns the distributions of a teacher.
+
+Off-policy the teacher scores the rows' own replies once, before the first update. On-policy the student samples a new
+reply to a row's prompt at each update, and the teacher scores that. A sampled reply depends on the seed, the number of
+the update and the weights alone, so a resumed run samples it again. Scores of rows, and all scores of an endpoint, are
+on disk before they are used (`teacher_scores.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sartor.core.errors import BusyError, ConfigError, SartorError, UnavailableError
+from sartor.core.processes import DeferredSignals
+from sartor.core.records import Message
+from sartor.inference.engine import Sampling
+from sartor.inference.generate import context_tokens, generate
+from sartor.models.chat import ChatTokenizer
+from sartor.models.losses.token_scores import token_log_probabilities
+from sartor.models.packing import TokenizedExample
+from sartor.tune import objectives
+from sartor.tune.checkpoint_selection import last_reply
+from sartor.tune.distil_teachers import DistilTeacher, Notice, check_aligned
+from sartor.tune.recipe import Distil
+from sartor.tune.teacher_scores import ScoreBatch, ScoreFiles, TeacherScore
+from sartor.tune.tokenized_dataset import DistilExample
+from sartor.tune.training_loop import TrainingRun
+
+# Rows that are scored together before the first update, so that a kill loses at most the scores of so many
+_SCORED_ROWS = 32
+# Half-width of a normal 95 % interval, in standard errors
+_STANDARD_ERRORS = 1.96
+# Factor between the seeds of two updates, above any number of updates
+_SEEDS = 1_000_003
+
+
+class DistilRun(TrainingRun):
+    """TrainingRun for distillation.
+
+    An update's loss is the weighted mean of the divergence over the units of its rows (tokens, or chunks of text under
+    another tokenizer), plus `plain_weight` times the sft loss of rehearsal.
+    """
+
+    teacher: DistilTeacher
+    files: ScoreFiles
+    notice: Notice
+
+    def set_teacher(self, teacher: DistilTeacher, notice: Notice) -> None:
+        """Set the teacher. Call it before `train`."""
+        self.teacher, self.notice = teacher, notice
+        self.files = ScoreFiles(self.saver.folder, f"{teacher.identity}:{self._objective.top_k}")
+        # scores of the Dataset's own replies, by the id of the row's object
+        self.scores: dict[int, TeacherScore] = {}
+        # nats per token that the held-out rows cost more than under the teacher, and the upper end of its interval
+        self.forgetting: dict[str, float] = {}
+
+    @property
+    def _objective(self) -> Distil:
+        assert isinstance(self.recipe.objective, Distil)
+        return self.recipe.objective
+
+    @property
+    def _chat(self) -> ChatTokenizer:
+        chat = getattr(self.base, "chat", None)
+        assert isinstance(chat, ChatTokenizer)
+        return chat
+
+    def teacher_facts(self) -> dict[str, Any]:
+        """Return the facts about the teacher for the manifest."""
+        return {
+            "name": self.teacher.name,
+            "identity": self.teacher.identity,
+            "licence": self.teacher.licence,
+            "is_remote": self.teacher.is_remote,
+            **self.forgetting,
+            "ended_by_forgetting": self.is_done,
+        }
+
+    def train(self, signals: DeferredSignals) -> None:
+        """Score the rows' own replies, then train."""
+        self.notice(f"teacher {self.teacher.name}: {self.teacher.note}")
+        self.score_rows()
+        super().train(signals)
+        if self.is_done:
+            upper = self.forgetting["forgetting_high"]
+            self.notice(f"ended after update {self.counters.updates}: forgetting is at most {upper:.4f} nats a token")
+
+    def score_rows(self) -> None:
+        """Let the teacher score the Dataset's replies that the run needs, unless its files have them."""
+        rows = distil_rows(self.data.held_out) if self.evaluation_points else []
+        rows = [row for row in self.data.train if isinstance(row, DistilExample) and self._needs_own(row)] + rows
+        for first in range(0, len(rows), _SCORED_ROWS):
+            group = rows[first : first + _SCORED_ROWS]
+            scores = self.files.read(group)
+            if scores is None:
+                scores = self._ask(group)
+                self.files.write(group, scores)
+            self.scores |= {id(row): score for row, score in zip(group, scores, strict=True)}
+        unaligned = check_aligned(rows, [self.scores[id(row)] for row in rows], self.teacher)
+        if unaligned:
+            self.notice(f"in {unaligned:,} of {len(rows):,} rows no reply is spelt alike: they teach nothing")
+        self.journal.note(teacher_rows=len(rows), unaligned_rows=unaligned)
+
+    def _needs_own(self, row: DistilExample) -> bool:
+        """Return whether a training row's own reply may be learnt: all but those whose replies are always sampled."""
+        return self._objective.on_policy < 1 or not last_reply(row)[0]
+
+    def _ask(self, rows: Sequence[DistilExample]) -> list[TeacherScore]:
+        """Return the teacher's scores of rows. An endpoint that is lost is an error with the way to go on."""
+        try:
+            return self.teacher.score(rows)
+        except (BusyError, UnavailableError) as error:
+            raise _lost(error, self.counters.updates) from None
+
+    def _backward(self, rows: Sequence[TokenizedExample], weight: float = 1.0) -> float:
+        own, plain_rows = distil_rows(rows), [row for row in rows if not isinstance(row, DistilExample)]
+        loss = super()._backward(plain_rows, weight * self._objective.plain_weight) if plain_rows else 0.0
+        learnt, scores = self._replies(own)
+        total = sum(row.weight * scores[id(row)].units for row in learnt) or 1.0
+        for micro in self._cut(learnt):
+            values, weights = self._divergences(micro, scores)
+            objective = weight * objectives.sft(values, weights, total)
+            self.scaler.scale(objective).backward()
+            loss += float(objective.detach())
+        return loss
+
+    def _replies(self, rows: Sequence[DistilExample]) -> tuple[list[DistilExample], dict[int, TeacherScore]]:
+        """Return an update's rows, some with replies that the student samples, and the scores of all."""
+        chosen = [row for row in rows if self._is_sampled(row)]
+        chosen_ids = {id(row) for row in chosen}
+        learnt = [row for row in rows if id(row) not in chosen_ids]
+        scores = {id(row): self.scores[id(row)] for row in learnt}
+        self.objective_facts = {"sampled": len(chosen)}
+        if not chosen:
+            return learnt, scores
+        sampled = self.sample(chosen)
+        found = self.files.read(sampled) if self.teacher.is_remote else None
+        if found is None:
+            found = self._ask(sampled)
+            if self.teacher.is_remote:
+                self.files.write(sampled, found)
+        scores |= {id(row): score for row, score in zip(sampled, found, strict=True)}
+        tokens = [row.supervised_tokens for row in sampled]
+        self.objective_facts["sampled_tokens"] = round(statistics.fmean(tokens), 1)
+        return [*learnt, *sampled], scores
+
+    def _is_sampled(self, row: DistilExample) -> bool:
+        """Return whether the student replies to a row's prompt in this update, by the seed."""
+        if not last_reply(row)[0]:
+            return False
+        draw = random.Random(f"{self.recipe.seed}:{self.counters.updates}:{row.example_id}").random()
+        return draw < self._objective.on_policy
+
+    def sample(self, rows: Sequence[DistilExample]) -> list[DistilExample]:
+        """Return rows with the student's own replies in place of their last ones.
+
+        A reply that ends by itself has its end token; one that reaches the limit has none.
+        """
+        prompts = [last_reply(row)[0] for row in rows]
+        context = context_tokens(self.model) or math.inf
+        room = int(min(self._objective.max_reply_tokens, context - max(map(len, prompts))))
+        if room < 1:
+            raise ConfigError(
+                f"a prompt of {max(map(len, prompts)):,} tokens leaves no room for a reply in {context:,}",
+                f"data.max_length_tokens={int(context) // 2}",
+            )
+        is_training = self.model.training
+        self.model.eval()
+        seed = self.recipe.seed * _SEEDS + self.counters.updates
+        replies = generate(
+            self.model,
+            prompts,
+            stop=self._chat.stops,
+            pad=self._chat.pad,
+            sampling=Sampling(room, temperature=self._objective.temperature, seed=seed),
+        )
+        self.model.train(is_training)
+        result = []
+        for row, prompt, reply in zip(rows, prompts, replies, strict=True):
+            # the row's own reply ends with the token that ends one
+            end = [row.ids[row.last_reply[1] - 1]] if reply.finish == "stop" else []
+            ids, example = [*reply.ids, *end], row.example
+            if example is not None:
+                messages = (*example.prompt, Message.of("assistant", self._chat.decode(reply.ids)))
+                example = replace(example, messages=messages, rejected=(), rating=0.0)
+            learnt = [False] * len(prompt) + [True] * len(ids)
+            result.append(replace(row, ids=[*prompt, *ids], learnt=learnt, example=example))
+        return result
+
+    def _divergences(
+        self, rows: Sequence[TokenizedExample], scores: dict[int, TeacherScore]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the divergences and weights of the units of rows, (U,) each."""
+        batch = ScoreBatch.of([scores[id(row)] for row in rows], self.base.device)
+        student = batch.student_bins(token_log_probabilities(self.path, rows, batch.ids))
+        values = objectives.distil(
+            student, batch.teacher, divergence=self._objective.divergence, mixture=self._objective.mixture
+        )
+        weights = torch.tensor([row.weight for row in rows], device=self.base.device)
+        return values, weights[batch.row]
+
+    def _loss_of(self, rows: Sequence[TokenizedExample]) -> tuple[float, dict[str, float]]:
+        """Return the held-out rows' divergence per unit on their own replies, and what they forgot.
+
+        Forgetting is the mean over rows of the nats per token by which the row's own replies are less likely than
+        under the teacher; `forgetting_high` is the upper end of its normal 95 % interval.
+        """
+        own = distil_rows(rows)
+        total, count = 0.0, 0
+        excess: list[float] = []
+        for micro in self._cut(own):
+            values, _ = self._divergences(micro, self.scores)
+            total, count = total + float(values.sum()), count + len(values)
+            losses, _ = self.path.losses(micro)
+            found = [self.scores[id(row)] for row in micro]
+            batch = ScoreBatch.of(found, self.base.device)
+            differences = batch.target - batch.student_targets(losses)
+            for part, score in zip(differences.split([score.units for score in found]), found, strict=True):
+                if score.units:
+                    excess.append(float(part.sum()) / int((score.unit >= 0).sum()))
+        facts = _mean_and_upper_end(excess)
+        self.forgetting = {name: round(value, 6) for name, value in facts.items()}
+        limit = self._objective.stop_at_forgetting
+        if limit is not None and facts.get("forgetting_high", math.inf) <= limit:
+            self.is_done = True
+        return total / max(count, 1), facts
+
+
+def distil_rows(rows: Sequence[TokenizedExample]) -> list[DistilExample]:
+    """Return the rows that a teacher scores."""
+    return [row for row in rows if isinstance(row, DistilExample)]
+
+
+def _mean_and_upper_end(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean over rows, and the upper end of its interval; empty for fewer than two rows."""
+    if len(values) < 2:
+        return {}
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return {"forgetting": mean, "forgetting_high": mean + _STANDARD_ERRORS * error}
+
+
+def _lost(error: BusyError | UnavailableError, updates: int) -> SartorError:
+    """Return the error for an endpoint that does not answer any more."""
+    problem = f"the teacher is lost after update {updates}: {error.problem}"
+    remedy = "the same command" + (" with --resume" if updates else "") + " goes on there; what it scored is kept"
+    return UnavailableError(problem, remedy)
