@@ -27,6 +27,7 @@ from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
 from sartor.studio.pages.team_pages import team_files
 from sartor.studio.studio_app import StudioApp
+from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.studio_server import StudioServer
 from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
 
@@ -61,8 +62,9 @@ def visit_of(browser: Browser, app: StudioApp, address: str, **options: Any) -> 
     return visit
 
 
-def tuning_pages(adapters: Sequence[str]) -> dict[str, str]:
-    """Return {name: path} of the pages of tunings. adapters: their names."""
+def tuning_pages(found: Sequence[FoundArtifact]) -> dict[str, str]:
+    """Return {name: path} of the pages of tunings."""
+    adapters = [item.name for item in found if item.kind == "adapter" and item.artifact]
     if not adapters:
         return {"tune-new": "/tune/new"}
     runs = urlencode([("run", name) for name in adapters])
@@ -92,7 +94,7 @@ def pages_of(app: StudioApp) -> dict[str, str]:
     for kind in ("adapter", "release"):
         if name := first.get(kind):
             pages |= {kind: f"/artefact/{name}"}
-    pages |= tuning_pages([item.name for item in found if item.kind == "adapter" and item.artifact])
+    pages |= tuning_pages(found)
     if files := app.studio.folder.data_files():
         pages |= {"preview": f"/new?file={files[0]}"}
         pages |= {"recipe": f"/recipe?file={files[0]}"}
