@@ -89,6 +89,7 @@ _NAMES = {
     "open_voice": "sartor.media.speech.tts_engines:open_voice",
     "parse_grid": "sartor.tune.sweep:parse_grid",
     "plan": "sartor.tune.plan:plan",
+    "plan_tailor": "sartor.quickstart.tailor:plan_tailor",
     "promote_agent": "sartor.serving.commands.agent_commands:promote_agent",
     "read_report": "sartor.evaluate.report_view:read_report",
     "release": "sartor.release",

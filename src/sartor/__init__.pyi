@@ -108,6 +108,7 @@ from sartor.quickstart.init import init as init
 from sartor.quickstart.preview import preview as preview
 from sartor.quickstart.preview import preview_recipe as preview_recipe
 from sartor.quickstart.show import show as show
+from sartor.quickstart.tailor import plan_tailor as plan_tailor
 from sartor.quickstart.tailor import tailor as tailor
 from sartor.quickstart.yaml_schemas import schema as schema
 from sartor.quickstart.yaml_schemas import schema_names as schema_names
@@ -272,6 +273,7 @@ __all__ = [
     "options",
     "parse_grid",
     "plan",
+    "plan_tailor",
     "preview",
     "preview_recipe",
     "promote_agent",

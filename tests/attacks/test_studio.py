@@ -25,6 +25,9 @@ READING = (
     "/data",
     "/data/faq/data",
     "/row/faq/data?at=1",
+    "/tune",
+    "/tune/run/faq/adapter",
+    "/tune/compare?run=faq/adapter",
     "/evaluate",
     "/evaluate/faq/report",
     "/artefact/faq/adapter",
@@ -35,6 +38,11 @@ READING = (
 ACTING = {
     "/new/upload": Role.OWNER,
     "/new": Role.OWNER,
+    "/new/forecast": Role.OWNER,
+    "/tune/forecast": Role.OWNER,
+    "/tune/start": Role.OWNER,
+    "/tune/stop": Role.OWNER,
+    "/tune/resume": Role.OWNER,
     "/evaluate": Role.OWNER,
     "/release": Role.OWNER,
     "/jobs/20260101-000000-000000000-abcdef/again": Role.OWNER,
@@ -89,7 +97,7 @@ def jobs_of(site: Site) -> list[str]:
     return site.app.studio.jobs.files.ids()
 
 
-@pytest.mark.parametrize("path", [*READING, "/new", "/talk"])
+@pytest.mark.parametrize("path", [*READING, "/new", "/talk", "/tune/new", "/tune/draft/0123456789abcdef"])
 def test_stranger_sees_no_page(site: Site, path: str) -> None:
     answer = site.client.get(path)
     assert answer.status_code == 303 and answer.headers["location"].startswith("/login?next=")
@@ -98,6 +106,7 @@ def test_stranger_sees_no_page(site: Site, path: str) -> None:
 
 def test_stranger_gets_no_stream_and_starts_nothing(site: Site) -> None:
     assert site.client.get("/jobs/x/events").status_code == 303
+    assert site.client.get("/tune/events/faq/adapter").status_code == 303
     for path in paths_of(site, "GET"):
         answer = site.client.get(path)
         assert answer.status_code == 303 and answer.headers["location"].startswith("/login"), path
@@ -114,6 +123,7 @@ def test_role_does_only_what_it_may(site: Site, role: Role) -> None:
     for path in READING:
         site.page(path)
     assert site.client.get("/new").status_code == 403
+    assert site.client.get("/tune/new").status_code == 403
     assert site.client.get("/talk").status_code == (200 if role is Role.REVIEWER else 403)
     csrf = site.csrf("/")
     if role is Role.VIEWER:  # who only looks sends no form at all
@@ -279,7 +289,9 @@ def test_invented_link_is_refused(site: Site, token: str) -> None:
     assert site.client.get(f"/welcome/{token}").status_code in (403, 404)
 
 
-@pytest.mark.parametrize("page", ["/data/", "/row/", "/evaluate/", "/artefact/", "/new?file="])
+@pytest.mark.parametrize(
+    "page", ["/data/", "/row/", "/evaluate/", "/artefact/", "/tune/run/", "/tune/events/", "/new?file="]
+)
 @pytest.mark.parametrize(
     "name",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def test_pieces_are_one_work(clock: Clock) -> None:
         "tailor  evaluate: 10 of 20 rows; 83% of all, about 50 s left",
     ]
     assert progress.whole_progress() is None
+
+
+def test_whole_that_was_resumed_counts_what_this_process_did(clock: Clock) -> None:
+    """The tuning goes on at 40 % and knows its pace; the evaluation was foreseen, and the machine is half as fast."""
+    lines: list[str] = []
+    with WholeProgress("tailor", {"tune": 100.0, "evaluate": 50.0, "forgetting": 10.0}, lines.append) as whole:
+        clock.now += 30  # the base is opened; the first update tells no pace yet
+        whole.show("tune", 0.39, "update 39", left_s=math.inf)
+        clock.now += 11
+        whole.show("tune", 0.4, "update 40", left_s=120.0)
+        clock.now += 60
+        whole.show("tune", 0.7, "update 70", left_s=60.0)
+        clock.now += 90
+        whole.show("evaluate", 0.02, "row 1")
+        clock.now += 50
+        whole.show("evaluate", 0.52, "row 26")
+        clock.now += 48
+        whole.show("forgetting", 0.0, "probes")
+    left = [line.partition("about ")[2] for line in lines]
+    # 61 + 60, 120 + 2 * 60, 60 + 2 * 60, 2 * (49 + 10), 2 * (24 + 10), 2 * 10
+    assert left == ["2 min left", "4 min left", "3 min left", "118 s left", "68 s left", "20 s left"]
 
 
 def test_nothing_to_do_is_done(clock: Clock) -> None:
@@ -116,6 +138,7 @@ def test_progress_is_written_for_other_programs(tmp_path: Path, monkeypatch: pyt
             evaluation.show(20)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["what"], line["fraction"]) for line in lines] == [("tailor", 0.25), ("tailor", 1.0)]
+    assert "left_s" in lines[0] and lines[1]["left_s"] == 0
     assert lines[1]["text"] == "evaluate: 20 of 20 rows" and lines[1]["at"] >= lines[0]["at"]
 
 

@@ -15,9 +15,10 @@ import pytest
 
 from sartor.core.errors import ConfigError
 from sartor.core.processes import ProcessId
-from sartor.studio.jobs import job_control
-from sartor.studio.jobs.job_control import JobControl, read_losses, time_left
+from sartor.studio.jobs import job_control, training_logs
+from sartor.studio.jobs.job_control import JobControl, time_left
 from sartor.studio.jobs.job_files import LOG, PROCESS, RUNNER, JobFiles, JobState, read_json, write_json
+from sartor.studio.jobs.training_logs import read_losses
 
 # stands for the command: notes that it runs, waits for the file that its first argument names, then ends as it says
 COMMAND = """
@@ -234,7 +235,7 @@ def test_losses_are_read_from_a_growing_log(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 1001, "lo')
     losses = read_losses(file)
     assert losses is not None
-    assert len(losses.updates) == job_control.MAX_POINTS and losses.updates[-1][0] == 1000
+    assert len(losses.updates) == training_logs.MAX_POINTS and losses.updates[-1][0] == 1000
     assert losses.held_out == [(1000, 2.5)]
     assert read_losses(tmp_path / "none") is None
 

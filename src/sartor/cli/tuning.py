@@ -77,6 +77,7 @@ def tailor(
     key: Path | None = None,
     require_release: REPLACE = False,
     replace: REPLACE = False,
+    plan: REPLACE = False,
 ) -> Any:
     """Turn your data into a tested specialist: curate, plan, tune, evaluate and release.
 
@@ -97,7 +98,21 @@ def tailor(
         key: private key that signs, or its directory; by default one of this machine, made once
         require_release: exit 5 if the gate holds the release back
         replace: make everything anew
+        plan: only forecast rows, time and memory; nothing is kept
     """
+    if plan:
+        return sartor.plan_tailor(
+            data,
+            name=name,
+            base=base,
+            fields=fields,
+            system=system,
+            licence=licence,
+            test=test,
+            encoding=encoding,
+            minutes=minutes,
+            notice=notice,
+        )
     return sartor.tailor(
         data,
         name=name,

@@ -4,7 +4,8 @@
 tailor`), `WholeProgress` shows them as one bar; each inner Progress moves that bar.
 
 If the environment variable SARTOR_PROGRESS_FILE names a file, the progress is also appended to it for other programs,
-one JSON object a line: `{"at": Unix time in s, "what": name, "fraction": 0 to 1, "text": detail}`.
+one JSON object a line: `{"at": Unix time in s, "what": name, "fraction": 0 to 1, "text": detail}`. Work that measures
+its pace itself adds `"left_s"`, the seconds to its end; null until it knows them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import html
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -24,6 +26,8 @@ SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWINGS = 0.2
 PROGRESS_FILE = "SARTOR_PROGRESS_FILE"
 SECONDS_BETWEEN_RECORDS = 0.5
+# fraction of a piece after which its pace is known
+_LEAST_GAIN = 0.05
 _WHOLE: ContextVar[WholeProgress | None] = ContextVar("whole_progress", default=None)
 
 
@@ -127,6 +131,8 @@ class WholeProgress:
 
     seconds: expected duration of each piece in s, by the `what` of its Progress; other pieces change nothing. A piece
         that is slower or faster than expected scales the remaining time of those after it.
+
+    A piece may begin above 0, where an earlier process stopped: only what this process did gives the pace.
     """
 
     def __init__(self, what: str, seconds: Mapping[str, float], notice: Callable[[str], object]) -> None:
@@ -135,7 +141,10 @@ class WholeProgress:
         self._done = dict.fromkeys(seconds, 0.0)
         self._is_live = is_live()
         self._bar = ProgressBar(what, "", is_shown=self._is_live)
-        self._began = self._last_notice = time.monotonic()
+        self._last_notice = time.monotonic()
+        # of each piece: when this process saw it first, and its fraction then
+        self._starts = {piece: (self._last_notice, 0.0) for piece in list(seconds)[:1]}
+        self._scale = 1.0  # actual seconds over expected ones
 
     def __enter__(self) -> WholeProgress:
         self._token = _WHOLE.set(self)
@@ -146,11 +155,12 @@ class WholeProgress:
         self._bar.stop()
         _WHOLE.reset(self._token)
 
-    def show(self, what: str, fraction: float, text: str) -> None:
+    def show(self, what: str, fraction: float, text: str, left_s: float | None = None) -> None:
         """Report the progress of a piece.
 
         fraction: 0 to 1.
         text: detail shown for the piece.
+        left_s: seconds to the end of the piece, if it measures its pace itself; infinite until it knows it.
         """
         if what not in self._seconds:
             return
@@ -161,19 +171,35 @@ class WholeProgress:
         self._done[what] = fraction
         total_s = sum(self._seconds.values())
         done_s = sum(self._seconds[name] * part for name, part in self._done.items())
-        self._bar.show(done_s / max(total_s, 1e-6), f"{what}: {text}")
-        record_progress(self._what, done_s / max(total_s, 1e-6), f"{what}: {text}")
         now = time.monotonic()
+        left_s = self._left(what, fraction, left_s, now)
+        self._bar.show(done_s / max(total_s, 1e-6), f"{what}: {text}")
+        record_progress(self._what, done_s / max(total_s, 1e-6), f"{what}: {text}", left_s)
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
-            pace = (now - self._began) / max(done_s, 1e-6)
-            left = _duration((total_s - done_s) * pace)
-            self._notice(f"{self._what}  {what}: {text}; {done_s / max(total_s, 1e-6):.0%} of all, about {left} left")
+            part = f"{done_s / max(total_s, 1e-6):.0%} of all"
+            self._notice(f"{self._what}  {what}: {text}; {part}, about {_duration(left_s)} left")
             self._last_notice = now
 
+    def _left(self, what: str, fraction: float, left_s: float | None, now: float) -> float:
+        """Return the seconds to the end of all pieces. left_s: of the piece, if it knows."""
+        expected_s = max(self._seconds[what], 1e-6)
+        if left_s is None:
+            start_s, start_fraction = self._starts.setdefault(what, (now, fraction))
+            if fraction - start_fraction >= _LEAST_GAIN:
+                self._scale = (now - start_s) / (expected_s * (fraction - start_fraction))
+        elif math.isfinite(left_s) and fraction < 1 - _LEAST_GAIN:  # near the end a small rest would tell little
+            self._scale = left_s / (expected_s * (1 - fraction))
+        if left_s is None or not math.isfinite(left_s):
+            left_s = expected_s * (1 - fraction) * self._scale
+        names = list(self._seconds)
+        later_s = sum(self._seconds[name] for name in names[names.index(what) + 1 :])
+        return left_s + later_s * self._scale
 
-def record_progress(what: str, fraction: float, text: str) -> None:
+
+def record_progress(what: str, fraction: float, text: str, left_s: float | None = None) -> None:
     """Append the progress of the whole command to the file that SARTOR_PROGRESS_FILE names, if it does.
 
+    left_s: seconds to its end, if the work measures its pace itself; infinite until it knows it.
     At most one line in SECONDS_BETWEEN_RECORDS is written, and the last one (fraction 1). A file that cannot be
     written to is ignored: it must not fail the work.
     """
@@ -182,9 +208,11 @@ def record_progress(what: str, fraction: float, text: str) -> None:
     if not name or (now - _last_record < SECONDS_BETWEEN_RECORDS and fraction < 1):
         return
     _last_record = now
-    line = json.dumps({"at": round(time.time(), 3), "what": what, "fraction": round(fraction, 6), "text": text})
+    line = {"at": round(time.time(), 3), "what": what, "fraction": round(fraction, 6), "text": text}
+    if left_s is not None:
+        line["left_s"] = round(left_s, 2) if math.isfinite(left_s) else None
     with contextlib.suppress(OSError), open(name, "a", encoding="utf-8") as stream:
-        stream.write(f"{line}\n")
+        stream.write(f"{json.dumps(line)}\n")
 
 
 _last_record = -SECONDS_BETWEEN_RECORDS

@@ -21,7 +21,7 @@ from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, ArtifactPath, Report, check_output_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
-from sartor.core.progress import Progress
+from sartor.core.progress import Progress, whole_progress
 from sartor.core.records import Example
 from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import evaluation_warnings
@@ -237,6 +237,8 @@ def _measure(
     comparisons = measures.compared(before, after, metrics)
     ablation = ablate(base, model, eval_set, measures=measures, full=after, metric=primary, notice=notice)
     notice("measuring what was forgotten")
+    if whole := whole_progress():
+        whole.show("forgetting", 0.0, "probes of what the base knew")
     probe_results = forgetting_probes.measure_probes(base, model)
     audit: dict[str, Any] = {}
     if audit_options:

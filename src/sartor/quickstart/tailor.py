@@ -5,7 +5,7 @@
 
 Each stage is a verb that can also be called alone, and its recipe is beside its result: OUT/curate.yaml,
 OUT/tune.yaml. A command that was stopped or killed continues where it was, to the same digests; finished stages are
-reused.
+reused. OUT/forecast.json is the plan of the tuning, by which a command that continues knows the time left.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.models import hardware
 from sartor.release.release import gate, release
 from sartor.tune import preflight
+from sartor.tune.cost_model import FORWARD_FRACTION
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import Checkpoints
 from sartor.tune.trainer import tune
@@ -61,9 +62,9 @@ from sartor.tune.training_log import OnStep
 Notice = Callable[[str], None]
 Ask = Callable[[str], str]
 VERSION = "1.0"
-_FACTS, _SCHEMA = "tailor.json", 1
+_FACTS, _FORECAST, _SCHEMA = "tailor.json", "forecast.json", 1
 # Results of a call, beside OUT/tailor.json. A call that starts over removes everything under these names
-_RECIPES = ("tune.yaml", "curate.yaml")
+_WRITTEN = ("tune.yaml", "curate.yaml", _FORECAST)
 _MADE = ("data", "data.curating", "adapter", "adapter.checkpoints", "report")
 # Held-out fraction of few rows, so that an interval is informative, and held-out number of many rows, where more would
 # only be taken from training
@@ -73,6 +74,8 @@ _FRACTION, _HELD_OUT_ROWS = 0.2, 300
 _RESERVE_S, _LEAST_TUNING_S = 20.0, 20.0
 # Duration of an evaluation without a forecast
 _EVALUATION_S = 60.0
+# About the tokens of the probes of forgetting, which base and tuned model read
+_PROBE_TOKENS = 2 * 10_000
 # Assets that tuning and evaluation read beside the rows and the base
 _ASSETS = ("small-talk", "chitchat")
 _PLAN_LINES = ("time", "evaluation", "peak memory", "reads", "trains", "left out", "warning")
@@ -151,6 +154,30 @@ class Tailored(ShownResult):
             return f"{self.evidence.value}, which is not worse: about {self.more_rows} more held-out rows would decide"
         is_verdict = self.evidence in (GainEvidence.BETTER, GainEvidence.WORSE)
         return f"{self.evidence.value} than the base" if is_verdict else self.evidence.value
+
+
+@dataclass(frozen=True, repr=False)
+class TailorForecast(ShownResult):
+    """Result of `plan_tailor`: what `tailor` would take.
+
+    kept: rows of the Dataset. dropped: number of rows by reason.
+    tuning: plan of the tuning and the evaluation.
+    budget: limits that `minutes` sets to the tuning; empty without.
+    """
+
+    kept: int
+    dropped: Mapping[str, int]
+    tuning: TuningPlan
+    budget: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the JSON output of the command."""
+        plan_fields = self.tuning.as_json()
+        return {"kept": self.kept, "dropped": dict(self.dropped), "budget": dict(self.budget), "plan": plan_fields}
+
+    def table(self) -> list[tuple[str, Any]]:
+        """Return the forecast as a table for the terminal."""
+        return [("rows", f"{self.kept:,} kept, dropped {dict(self.dropped) or 'none'}"), *self.tuning.table()]
 
 
 @dataclass(frozen=True)
@@ -270,6 +297,38 @@ def tailor(
     return result
 
 
+def plan_tailor(
+    data: Path | str | Sequence[Path | str],
+    *,
+    name: str,
+    base: str = "starter",
+    fields: Mapping[str, str] | None = None,
+    system: str = "",
+    licence: str = "",
+    test: Path | str | None = None,
+    encoding: str = "",
+    minutes: float = 0.0,
+    notice: Notice = lambda line: None,
+) -> TailorForecast:
+    """Forecast `tailor` with the same options: curate into a folder that is then removed, and plan the tuning.
+
+    A problem that would stop the tuning is listed in the plan's `refusals`. Raises ConfigError for wrong options and
+    too few minutes, and the errors of `curate` and `plan`.
+    """
+    start_time = time.monotonic()
+    job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
+    job = _answered(changed(job, encoding=encoding), None, notice)
+    for asset in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
+        assets.install(asset, notice=notice)
+    with tempfile.TemporaryDirectory() as scratch:
+        curated = curate(_curation(job), Path(scratch) / "data", notice=notice)
+        _check_held_out(curated.dataset, job)
+        tuning = plan({"base": job.base, "data": str(curated.dataset.path)}, notice=notice)
+    can_fit = minutes > 0 and not tuning.refusals
+    budget = _within(tuning, minutes, time.monotonic() - start_time).get("budget", {}) if can_fit else {}
+    return TailorForecast(curated.kept, curated.dropped, tuning, budget)
+
+
 def _written_rows(
     out: Path,
     rows: Any,
@@ -368,14 +427,14 @@ def _check_place(out: Path, job: _Job) -> None:
         if rows.is_dir() and place.is_relative_to(rows):
             problem = f"{out} lies in {source}: what is made there would be read as rows"
             raise ConfigError(problem, f"--out {rows.parent / f'{job.name}-tailored'}")
-    taken = next((name for name in (*_RECIPES, *made) if os.path.lexists(out / name)), "")
+    taken = next((name for name in (*_WRITTEN, *made) if os.path.lexists(out / name)), "")
     if taken and not (out / _FACTS).is_file():
         raise ConfigError(f"{out / taken} is there, and tailor has not made it", f"--out {out / job.name}")
 
 
 def _clear(out: Path, job: _Job) -> None:
     """Remove the recipes and results of an earlier call below `out`."""
-    for name in _RECIPES:
+    for name in _WRITTEN:
         (out / name).unlink(missing_ok=True)
     for name in (*_MADE, f"{job.name}-{VERSION}"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -434,21 +493,20 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     """Write the tuning recipe after reporting its plan, and show tuning and evaluation as one progress.
 
     Raises the errors that would stop the tuning, and ConfigError for too few minutes. A resumed run is not planned
-    again.
+    again: its plan is on disk.
     """
-    if (out / "tune.yaml").is_file():
-        yield
-        return
-    seconds = _foresee(out, job, minutes=minutes, start_time=start_time, notice=notice)
-    # the plan held a model, whose memory the tuning needs
-    gc.collect()
-    hardware.release_free_memory()
-    with WholeProgress("tailor", seconds, notice):
+    if not (out / "tune.yaml").is_file():
+        _foresee(out, job, minutes=minutes, start_time=start_time, notice=notice)
+        # the plan held a model, whose memory the tuning needs
+        gc.collect()
+        hardware.release_free_memory()
+    seconds = _stage_seconds(out)
+    with WholeProgress("tailor", seconds, notice) if seconds else contextlib.nullcontext():
         yield
 
 
-def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> dict[str, float]:
-    """Report the plan and write the tuning recipe; return the forecast seconds of tuning and evaluation."""
+def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> None:
+    """Report the plan, and write it and the tuning recipe."""
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
@@ -459,11 +517,24 @@ def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     preflight.check_disk(out, forecast.trainable, Checkpoints.keep)
     if minutes:
         recipe |= _within(forecast, minutes, time.monotonic() - start_time)
+    _write(out / _FORECAST, json.dumps({"schema": _SCHEMA, **forecast.as_json()}, indent=1, ensure_ascii=False))
     _write_yaml(out / "tune.yaml", recipe)
-    assert forecast.time_s is not None
-    evaluation_s = forecast.evaluation_s.estimate if forecast.evaluation_s else _EVALUATION_S
-    tuning_s = 60 * recipe["budget"]["minutes"] if "budget" in recipe else forecast.time_s.estimate
-    return {"tune": tuning_s, "evaluate": evaluation_s}
+
+
+def _stage_seconds(out: Path) -> dict[str, float]:
+    """Return the forecast seconds of tuning, evaluation and forgetting; empty if no plan is on disk."""
+    try:
+        forecast = json.loads((out / _FORECAST).read_bytes())
+        tuning_s = float(forecast["time_s"]["estimate"])
+        evaluation_s = float((forecast["evaluation_s"] or {}).get("estimate", _EVALUATION_S))
+        # a forward pass costs FORWARD_FRACTION of an update's tokens
+        probes_s = _PROBE_TOKENS * FORWARD_FRACTION * tuning_s / max(int(forecast["tokens"]), 1)
+        budget = read_yaml(out / "tune.yaml").get("budget", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
+        return {}
+    if isinstance(budget, dict) and "minutes" in budget:
+        tuning_s = min(tuning_s, 60 * float(budget["minutes"]))
+    return {"tune": tuning_s, "evaluate": evaluation_s, "forgetting": probes_s}
 
 
 def _absolute(path: Path | str) -> str:

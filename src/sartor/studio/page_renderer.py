@@ -26,6 +26,7 @@ NAVIGATION = (
     ("/", "nav.home", Role.VIEWER),
     ("/data", "nav.data", Role.VIEWER),
     ("/review", "nav.review", Role.REVIEWER),
+    ("/tune", "nav.tune", Role.VIEWER),
     ("/evaluate", "nav.evaluate", Role.VIEWER),
     ("/jobs", "nav.jobs", Role.VIEWER),
     ("/new", "nav.new", Role.OWNER),

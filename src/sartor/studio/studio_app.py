@@ -32,6 +32,7 @@ from sartor.studio.pages import (
     settings_pages,
     talk_pages,
     team_pages,
+    tune_pages,
     why_pages,
 )
 from sartor.studio.request_guard import RequestGuard
@@ -96,6 +97,7 @@ def _application(studio: Studio) -> FastAPI:
         review_pages,
         evaluate_pages,
         job_pages,
+        tune_pages,
         new_pages,
         talk_pages,
         why_pages,

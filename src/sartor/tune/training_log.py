@@ -22,7 +22,7 @@ class TrainingStep:
     loss: of its rows, in nats per supervised token (for preferences: of the objective).
     learning_rate: of the adapter's factors in this update.
     tokens_per_s: mean of the run so far.
-    seconds_left: about, at that speed.
+    seconds_left: about, with the evaluations to come; infinite until the pace is known.
     eval_loss: of the held-out rows when they were last measured; None before that.
     """
 
@@ -94,9 +94,9 @@ class TrainingLog:
         text = f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
         self._bar.show(step.fraction, text)
         if self._whole is not None:
-            self._whole.show("tune", step.fraction, text)
+            self._whole.show("tune", step.fraction, text, step.seconds_left)
         else:
-            record_progress("tune", step.fraction, text)
+            record_progress("tune", step.fraction, text, step.seconds_left)
         if self._on_step is not None:
             self._on_step(step)
 

@@ -27,6 +27,7 @@ from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
 from sartor.tune.checkpoint_selection import CheckpointScore, CheckpointSelection
 from sartor.tune.gradient_features import FeatureRecorder
 from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
+from sartor.tune.remaining_time import RemainingTime
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog, TrainingStep
 
@@ -157,6 +158,9 @@ class TrainingRun:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
         self.forecast = self._foresee(recipe)
         self.resolved = Resolved(self.forecast.settled.micro_batch_tokens)
+        self.remaining = RemainingTime(
+            self.forecast.evaluated_tokens / max(recipe.evaluations, 1), self.forecast.limit_s, journal.lines
+        )
         seed_all(recipe.seed)
 
     def _optimizer(self) -> Any:
@@ -419,6 +423,8 @@ class TrainingRun:
         if self.losses["first"] is None:
             self.losses["first"] = loss
         self.losses["last"] = loss
+        self.remaining.observe_update(self._fraction(), counters.tokens, self.journal.wall_s)
+        step = self._step(loss, rates[0])
         self.journal.note(
             update=counters.updates,
             loss=loss,
@@ -429,27 +435,32 @@ class TrainingRun:
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
             memory_bytes=hardware.peak_bytes(),
+            progress={
+                "fraction": round(step.fraction, 6),
+                "left_s": round(step.seconds_left, 2) if math.isfinite(step.seconds_left) else None,
+            },
         )
-        self.journal.show(self._step(loss, rates[0]))
+        self.journal.show(step)
         if self.forecast.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
             self.journal.note(forecast=self.forecast.as_json())
 
     def _step(self, loss: float, rate: float) -> TrainingStep:
         """Return the facts of the last update, for the progress line and the caller of the run."""
-        fraction, wall_s = self._fraction(), self.journal.wall_s
+        left_s = self.remaining.seconds(len(self.evaluation_points))
         return TrainingStep(
             update=self.counters.updates,
-            fraction=min(fraction, 1.0),
+            fraction=min(self._fraction(), 1.0),
             loss=loss,
             learning_rate=rate,
-            tokens_per_s=self.counters.tokens / wall_s,
-            seconds_left=wall_s * max(1 / fraction - 1, 0.0) if fraction else math.inf,
+            tokens_per_s=self.counters.tokens / self.journal.wall_s,
+            seconds_left=math.inf if left_s is None else left_s,
             eval_loss=self.losses["eval"],
         )
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Compute the loss on the held-out rows, and score the replies to them if those choose the weights."""
+        start_s = time.monotonic()
         self.model.eval()
         loss, facts = self._loss_of(self.data.held_out)
         if not math.isfinite(loss):
@@ -465,6 +476,7 @@ class TrainingRun:
             self.selection.add(candidate, self.named)
             facts |= {"exact_match": candidate.score} if is_reply_scored else {}
         self.model.train()
+        self.remaining.observe_evaluation(time.monotonic() - start_s)
         self.journal.note(update=self.counters.updates, eval_loss=loss, **facts)
 
     def _loss_of(self, rows: Sequence[packing.TokenizedExample]) -> tuple[float, dict[str, float]]:

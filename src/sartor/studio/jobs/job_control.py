@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,10 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.core.filesystem import FileSystem, touch_private
+from sartor.core.filesystem import touch_private
 from sartor.core.processes import ProcessId
 from sartor.studio.jobs.job_files import (
     LOG,
@@ -33,14 +31,14 @@ from sartor.studio.jobs.job_files import (
     tail,
     write_json,
 )
+from sartor.studio.jobs.training_logs import Losses, json_lines, log_of, read_losses
 
 # seconds after which a job that was asked to stop may be ended at once
 GRACE_S = 30.0
 # lines of a log that a page shows
 LOG_LINES = 200
-# points of a drawn curve
-MAX_POINTS = 400
-_TRAINING_LOG = "log.jsonl"
+# what tells a pace: this fraction, or this many seconds
+LEAST_GAIN, LEAST_S = 0.05, 10.0
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,13 @@ class JobProgress:
     """Progress of a running job.
 
     fraction: 0 to 1.
-    left_s: seconds that it will still take; None until the pace is known.
+    left_s: seconds that it will still take; None while that is measured.
     """
 
     what: str
     fraction: float
     text: str
     left_s: float | None
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Losses of a training run, read from its log: (update, loss) of each update and of the held-out rows."""
-
-    updates: Sequence[tuple[int, float]]
-    held_out: Sequence[tuple[int, float]]
-    tokens_per_s: float = 0.0
-    memory_bytes: int = 0
 
 
 # -P: nothing in the folder of the artefacts is imported
@@ -167,7 +155,7 @@ class JobControl:
         """Return the progress of a running job; None if it has reported none."""
         if status.state is not JobState.RUNNING:
             return None
-        lines = _json_lines(tail(self.files.path(status.job.id) / PROGRESS))
+        lines = json_lines(tail(self.files.path(status.job.id) / PROGRESS))
         # of the piece of work that runs now
         lines = [line for line in lines if line.get("what") == lines[-1].get("what")]
         if not lines:
@@ -176,9 +164,13 @@ class JobControl:
             points = [(float(line["at"]), float(line["fraction"])) for line in lines]
         except (KeyError, TypeError, ValueError):
             return None
-        fraction = points[-1][1]
-        last = lines[-1]
-        return JobProgress(str(last["what"]), fraction, str(last.get("text", "")), time_left(points, time.time()))
+        last, (last_at, fraction), now = lines[-1], points[-1], time.time()
+        left_s = last.get("left_s")
+        if isinstance(left_s, (int, float)):  # the work itself knows best: it counts what has not begun
+            left_s = max(0.0, left_s - (now - last_at))
+        elif "left_s" not in last:
+            left_s = time_left(points, now)
+        return JobProgress(str(last["what"]), fraction, str(last.get("text", "")), left_s)
 
     def log_lines(self, job_id: str) -> list[str]:
         """Return the last lines of a job's log."""
@@ -191,12 +183,8 @@ class JobControl:
 
     def losses_of(self, adapter: Path) -> Losses | None:
         """Return the losses of an Adapter, finished or in work; None if there are none yet."""
-        candidates = [adapter / _TRAINING_LOG]
-        candidates += [folder / _TRAINING_LOG for folder in FileSystem().leftovers(adapter)]
-        existing = [file for file in candidates if file.is_file()]
-        if not existing:
-            return None
-        return read_losses(max(existing, key=lambda file: file.stat().st_mtime))
+        file = log_of(adapter)
+        return read_losses(file) if file else None
 
 
 # commands that go on from their saved state only if told to
@@ -204,54 +192,15 @@ _RESUMES_BY_FLAG = ("tune", "curate")
 
 
 def time_left(points: Sequence[tuple[float, float]], now: float) -> float | None:
-    """Return the seconds that work will still take, by its pace since the first of its points.
+    """Return the seconds that work will still take, by its pace since the first of its points; None before it has one.
 
     points: (Unix time in s, fraction done), in order. The first may be above 0: the work was resumed there.
     """
     (first_at, first), (last_at, last) = points[0], points[-1]
-    if last <= first or last_at <= first_at:
+    if last <= first or last_at <= first_at or (last - first < LEAST_GAIN and last_at - first_at < LEAST_S):
         return None
     pace = (last - first) / (last_at - first_at)
     return max(0.0, (1 - last) / pace - (now - last_at))
-
-
-def read_losses(file: Path) -> Losses | None:
-    """Return the losses in the log of a training run; None if there are none. Damaged lines are left out."""
-    updates: list[tuple[int, float]] = []
-    held_out: list[tuple[int, float]] = []
-    speed, memory = 0.0, 0
-    for line in _json_lines(tail(file, 16 << 20)):
-        update = line.get("update")
-        if isinstance(update, int) and isinstance(line.get("loss"), (int, float)):
-            updates.append((update, float(line["loss"])))
-            speed, memory = float(line.get("tokens_per_s") or 0), int(line.get("memory_bytes") or 0)
-        elif isinstance(update, int) and isinstance(line.get("eval_loss"), (int, float)):
-            held_out.append((update, float(line["eval_loss"])))
-    if not updates:
-        return None
-    return Losses(_thinned(updates), _thinned(held_out), speed, memory)
-
-
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return at most MAX_POINTS points, each the mean of its neighbours."""
-    if len(points) <= MAX_POINTS:
-        return points
-    result = []
-    for index in range(MAX_POINTS):
-        part = points[len(points) * index // MAX_POINTS : len(points) * (index + 1) // MAX_POINTS]
-        result.append((part[-1][0], sum(loss for _, loss in part) / len(part)))
-    return result
-
-
-def _json_lines(text: str) -> list[dict[str, Any]]:
-    """Return the JSON objects among lines of text; the first may be cut, the last unfinished."""
-    result = []
-    for line in text.splitlines():
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                result.append(value)
-    return result
 
 
 def _without_colours(line: str) -> str:

@@ -161,7 +161,7 @@ class JobFiles:
         state = JobState.LOST
         if result:
             state = JobState.FAILED if "error" in result else JobState.DONE
-        ended_at = _modified_at(folder / LOG) or job.created_at
+        ended_at = modified_at(folder / LOG) or job.created_at
         return JobStatus(state=state, result=result, ended_at=ended_at, **common)
 
     def statuses(self, limit: int = 200) -> list[JobStatus]:
@@ -244,7 +244,8 @@ def tail(file: Path, max_bytes: int = TAIL_BYTES) -> str:
         return ""
 
 
-def _modified_at(file: Path) -> float:
+def modified_at(file: Path) -> float:
+    """Return the Unix time of a file's last change; 0 if it does not exist."""
     try:
         return file.stat().st_mtime
     except OSError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,10 +14,12 @@ from starlette.responses import Response, StreamingResponse
 
 from sartor.core.errors import KeyRefusedError
 from sartor.studio.accounts import Role
-from sartor.studio.jobs.job_control import GRACE_S, JobProgress, Losses
+from sartor.studio.jobs.job_control import GRACE_S, JobProgress
 from sartor.studio.jobs.job_files import JobStatus
+from sartor.studio.jobs.training_logs import Losses
 from sartor.studio.page_renderer import redirect, render
-from sartor.studio.visitor import Owner, PostedForm, Reviewer, Studio, Viewer, Visitor, studio_of
+from sartor.studio.tuning_runs import foreign_runs
+from sartor.studio.visitor import Owner, PostedForm, Reviewer, Studio, Viewer, studio_of
 
 router = APIRouter()
 # seconds between two looks at a job, and after which a stream ends (browsers then open another one)
@@ -60,7 +63,8 @@ def jobs(request: Request, visitor: Viewer) -> Response:
     """List the jobs, the newest first."""
     studio = studio_of(request)
     statuses = studio.jobs.files.statuses()
-    return render(request, visitor, "jobs", statuses=[(status, studio.jobs.progress(status)) for status in statuses])
+    shown = [(status, studio.jobs.progress(status)) for status in statuses]
+    return render(request, visitor, "jobs", statuses=shown, foreign=foreign_runs(studio))
 
 
 @router.get("/jobs/{job_id}")
@@ -80,6 +84,7 @@ def _context(studio: Studio, status: JobStatus) -> dict[str, Any]:
         "curve": draw_losses(losses),
         "log": studio.jobs.log_lines(status.job.id),
         "links": _links(studio, status),
+        "tuning": studio.folder.name_of(Path(status.job.adapter)) if status.job.adapter else "",
         "grace_s": GRACE_S,
     }
 
@@ -101,19 +106,22 @@ async def events(request: Request, visitor: Viewer, job_id: str) -> Response:
     """Stream the changing part of a job's page: an event of HTML whenever it differs, and `end` at the job's end."""
     studio = studio_of(request)
     await asyncio.to_thread(studio.jobs.files.status, job_id)  # an unknown job is an error page
-    return StreamingResponse(
-        _stream(request, visitor, studio, job_id),
-        media_type="text/event-stream",
-        headers={"x-accel-buffering": "no"},
-    )
 
-
-async def _stream(request: Request, visitor: Visitor, studio: Studio, job_id: str) -> AsyncIterator[str]:
     def look() -> tuple[str, bool]:
         status = studio.jobs.files.status(job_id)
         page = render(request, visitor, "job_live", **_context(studio, status))
         return bytes(page.body).decode(), status.state.is_over
 
+    return stream_part(request, look)
+
+
+def stream_part(request: Request, look: Callable[[], tuple[str, bool]]) -> Response:
+    """Return a stream of a page's changing part. look: returns its HTML, and whether it is over."""
+    headers = {"x-accel-buffering": "no"}
+    return StreamingResponse(_stream(request, look), media_type="text/event-stream", headers=headers)
+
+
+async def _stream(request: Request, look: Callable[[], tuple[str, bool]]) -> AsyncIterator[str]:
     shown, end = "", time.monotonic() + STREAM_S
     while time.monotonic() < end and not await request.is_disconnected():
         html, is_over = await asyncio.to_thread(look)

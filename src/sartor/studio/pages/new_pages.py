@@ -1,11 +1,11 @@
-"""New: give a file, see its rows as they would be learnt from, and start `sartor tailor`."""
+"""New: give a file, see its rows as they would be learnt from, forecast and start `sartor tailor`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
 import sartor
@@ -13,6 +13,7 @@ from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SartorError
 from sartor.core.records import Example
 from sartor.studio.page_renderer import redirect, render
+from sartor.studio.pages.tune_pages import plan_view
 from sartor.studio.studio_folder import StudioFolder
 from sartor.studio.uploads import store_upload
 from sartor.studio.visitor import Owner, PostedForm, studio_of, text_field
@@ -26,9 +27,22 @@ STARTER = "starter"
 
 @router.get("/new")
 def new(
-    request: Request, visitor: Owner, file: str = "", prompt: str = "", completion: str = "", system: str = ""
+    request: Request,
+    visitor: Owner,
+    file: str = "",
+    prompt: str = "",
+    completion: str = "",
+    system: str = "",
+    name: str = "",
+    base: str = STARTER,
+    licence: str = "",
+    minutes: str = "",
+    forecast: str = "",
 ) -> Response:
-    """Show the files to choose from, or the rows of the chosen one and the form that starts."""
+    """Show the files to choose from, or the rows of the chosen one and the form that starts.
+
+    forecast: job that forecasts what was sent.
+    """
     studio = studio_of(request)
     if not file:
         limit = studio.max_upload_bytes
@@ -54,7 +68,13 @@ def new(
         completion=completion,
         system=system,
         needs_columns=bool(shown and shown.columns and (fields or shown.form == "unknown")),
-        name=_proposed_name(studio.folder, path.stem),
+        is_unknown=bool(shown and shown.form == "unknown" and not fields),
+        name=name or _proposed_name(studio.folder, path.stem),
+        base=base,
+        licence=licence,
+        minutes=minutes,
+        forecasts=plan_view(studio, "", forecast) if forecast else [],
+        forecast_path=f"/new/forecast/{forecast}",
         shown_chars=SHOWN_CHARS,
     )
 
@@ -101,24 +121,10 @@ def start(request: Request, visitor: Owner, form: PostedForm) -> Response:
     """Start `sartor tailor` on a file as a job."""
     assert visitor.user is not None
     studio = studio_of(request)
-    path = studio.folder.resolve(text_field(form, "file"))
-    name = text_field(form, "name")
-    if not is_valid_name(name):
-        raise ConfigError(f"{name[:40]!a} is no name", "lower-case letters, digits, - and ., such as faq")
+    arguments, name = _tailor_arguments(studio.folder, form)
     out = studio.folder.root / name
     if out.exists() and not (out / "tailor.json").is_file():
         raise ConfigError(f"{name} exists in this folder", "choose another name")
-    arguments = ["tailor", str(path), "--name", name, f"--base={text_field(form, 'base') or STARTER}"]
-    arguments += ["--out", str(out)]
-    fields = _fields(text_field(form, "prompt"), text_field(form, "completion"))
-    if fields:
-        pairs = [f"{key}={column.replace(',', ',,')}" for key, column in fields.items()]
-        arguments.append(f"--fields={','.join(pairs)}")
-    for flag in ("system", "licence"):
-        if value := text_field(form, flag):
-            arguments.append(f"--{flag}={value}")
-    if minutes := text_field(form, "minutes", max_chars=10):
-        arguments.append(f"--minutes={_minutes(minutes):g}")
     job = studio.jobs.start(
         arguments,
         title=name,
@@ -128,6 +134,45 @@ def start(request: Request, visitor: Owner, form: PostedForm) -> Response:
         adapter=str(out / ADAPTER),
     )
     return redirect(request, f"/jobs/{job.id}")
+
+
+@router.post("/new/forecast")
+def start_forecast(request: Request, visitor: Owner, form: PostedForm) -> Response:
+    """Start `sartor tailor --plan` on a file as a job, and show the page with it."""
+    assert visitor.user is not None
+    studio = studio_of(request)
+    arguments, name = _tailor_arguments(studio.folder, form)
+    job = studio.jobs.start([*arguments, "--plan"], title=name, by=visitor.user.name, cwd=studio.folder.root)
+    sent = ("file", "prompt", "completion", "system", "name", "base", "licence", "minutes")
+    query = {field: value for field in sent if (value := text_field(form, field))}
+    return redirect(request, "/new", **query, forecast=job.id)
+
+
+@router.get("/new/forecast/{job_id}")
+def forecast(request: Request, visitor: Owner, job_id: str) -> Response:
+    """Show the forecast alone, for the page that renews it."""
+    views = plan_view(studio_of(request), "", job_id)
+    return render(request, visitor, "tune_forecast", forecasts=views, forecast_path=f"/new/forecast/{job_id}")
+
+
+def _tailor_arguments(folder: StudioFolder, form: FormData) -> tuple[list[str], str]:
+    """Return the arguments of `sartor tailor` for a form, and the name. Raises ConfigError, OutsideError."""
+    path = folder.resolve(text_field(form, "file"))
+    name = text_field(form, "name")
+    if not is_valid_name(name):
+        raise ConfigError(f"{name[:40]!a} is no name", "lower-case letters, digits, - and ., such as faq")
+    arguments = ["tailor", str(path), "--name", name, f"--base={text_field(form, 'base') or STARTER}"]
+    arguments += ["--out", str(folder.root / name)]
+    fields = _fields(text_field(form, "prompt"), text_field(form, "completion"))
+    if fields:
+        pairs = [f"{key}={column.replace(',', ',,')}" for key, column in fields.items()]
+        arguments.append(f"--fields={','.join(pairs)}")
+    for flag in ("system", "licence"):
+        if value := text_field(form, flag):
+            arguments.append(f"--{flag}={value}")
+    if minutes := text_field(form, "minutes", max_chars=10):
+        arguments.append(f"--minutes={_minutes(minutes):g}")
+    return arguments, name
 
 
 def _minutes(text: str) -> float:

@@ -1,0 +1,255 @@
+"""Form of a tuning recipe, made of the JSON Schema that its declarations give (`sartor schema tune`).
+
+Each option is a field with its description, default, unit and allowed values. A form becomes a recipe by typed values
+of the fields that differ from their defaults; what is wrong with a field is what the recipe itself says of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import sartor
+from sartor.core.errors import ConfigError, SartorError
+
+# options that a person sets most often, in the order of the form; the others are below a fold
+COMMON = (
+    "base.name",
+    "objective",
+    "budget.epochs",
+    "budget.minutes",
+    "optimizer.learning_rate",
+    "method",
+    "method.rank",
+    "data.max_length_tokens",
+    "weights",
+)
+# given by the page itself
+DATASET = "data.path"
+# options that name a folder which a run writes to: below the studio's folder alone
+WRITTEN_FOLDERS = ("track.folder",)
+STARTER = "starter"
+_UNITS = {
+    "minutes": "min",
+    "every_minutes": "min",
+    "epochs": "epochs",
+    "updates": "updates",
+    "tokens": "tokens",
+    "rows": "rows",
+    "gb": "GB",
+    "fraction": "0..1",
+}
+
+
+class Control(Enum):
+    """Kind of a form's control. SWITCH: true or false. CHOICES: several of a list. LIST: names between commas."""
+
+    TEXT = "text"
+    NUMBER = "number"
+    SWITCH = "switch"
+    CHOICE = "choice"
+    CHOICES = "choices"
+    LIST = "list"
+
+
+@dataclass(frozen=True)
+class RecipeField:
+    """An option of the recipe as a control of the form.
+
+    name: dotted, as flags have it.
+    kind, union: for an option of one of several kinds, which, and the option that names the kind (objective); else
+        empty.
+    default: as the form shows it; empty for none.
+    choices: allowed values. allows_auto: whether `auto` stands beside the numbers.
+    """
+
+    name: str
+    text: str
+    control: Control
+    default: str = ""
+    choices: tuple[Any, ...] = ()
+    allows_auto: bool = False
+    kind: str = ""
+    union: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the control in the form; options of two kinds may have one name."""
+        return f"{self.name}@{self.kind}" if self.kind else self.name
+
+    @property
+    def unit(self) -> str:
+        """Unit of a number, from the end of its name; empty without one."""
+        last = self.name.rpartition(".")[2]
+        return _UNITS.get(last) or _UNITS.get(last.rpartition("_")[2], "") if self.control is Control.NUMBER else ""
+
+    @property
+    def group(self) -> str:
+        """First part of the name, with the kind."""
+        return f"{self.name.partition('.')[0]}{f': {self.kind}' if self.kind else ''}"
+
+
+@dataclass(frozen=True)
+class CheckedForm:
+    """A form that was read.
+
+    recipe: mapping of the options that differ from their defaults, without the Dataset.
+    errors: what is wrong, by the key of the field; "" for what concerns several.
+    """
+
+    recipe: Mapping[str, Any]
+    errors: Mapping[str, SartorError]
+
+
+@functools.cache
+def recipe_fields() -> tuple[RecipeField, ...]:
+    """Return the fields of the form, as declared. The Dataset is left out."""
+    schema = sartor.schema("tune").schema
+    fields = _fields_of(schema, schema["$defs"], "", {})
+    return tuple(field for field in fields if field.name != DATASET)
+
+
+def _fields_of(
+    options: Mapping[str, Any], classes: Mapping[str, Any], prefix: str, facts: Mapping[str, str]
+) -> Iterator[RecipeField]:
+    """Yield the fields of a mapping of options. classes: `$defs` of the schema. facts: their kind and union."""
+    for name, value in options["properties"].items():
+        if "const" in value:  # `kind`
+            continue
+        dotted = f"{prefix}{name}"
+        forms = value.get("anyOf", [value])
+        mappings = [form["$ref"] for form in forms if "$ref" in form]
+        members = [classes[reference.rpartition("/")[2]] for reference in mappings if not _is_number(reference)]
+        kinds = [classes[form["allOf"][0]["$ref"].rpartition("/")[2]] for form in forms if "allOf" in form]
+        if kinds:
+            choices = tuple(member["properties"]["kind"]["const"] for member in kinds)
+            yield _field(dotted, value, Control.CHOICE, choices=choices, **facts)
+            for choice, member in zip(choices, kinds, strict=True):
+                yield from _fields_of(member, classes, f"{dotted}.", {"kind": choice, "union": dotted})
+        elif members:
+            literals = tuple(literal for form in forms for literal in form.get("enum", ()))
+            if len(literals) > 1 and value.get("default") in literals:
+                yield _field(dotted, value, Control.CHOICE, choices=literals, **facts)
+            yield from _fields_of(members[0], classes, f"{dotted}.", facts)
+        else:
+            yield _plain_field(dotted, value, forms, facts)
+
+
+def _is_number(reference: str) -> bool:
+    return reference.endswith("/number")
+
+
+def _plain_field(
+    name: str, value: Mapping[str, Any], forms: Sequence[Mapping[str, Any]], facts: Mapping[str, str]
+) -> RecipeField:
+    literals = tuple(literal for form in forms for literal in form.get("enum", ()))
+    arrays = [form["items"] for form in forms if form.get("type") == "array"]
+    if arrays:
+        choices = tuple(arrays[0].get("enum", ()))
+        return _field(name, value, Control.CHOICES if choices else Control.LIST, choices=choices, **facts)
+    if any(form.get("type") == "integer" or _is_number(form.get("$ref", "")) for form in forms):
+        return _field(name, value, Control.NUMBER, allows_auto="auto" in literals, **facts)
+    if literals:
+        return _field(name, value, Control.CHOICE, choices=literals, **facts)
+    is_switch = any(form.get("type") == "boolean" for form in forms)
+    return _field(name, value, Control.SWITCH if is_switch else Control.TEXT, **facts)
+
+
+def _field(name: str, value: Mapping[str, Any], control: Control, **facts: Any) -> RecipeField:
+    default = value.get("default", "")
+    if name == "base.name":
+        default = STARTER
+    return RecipeField(name, value.get("description", ""), control, _shown(default), **facts)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def default_values() -> dict[str, str]:
+    """Return the values of an untouched form."""
+    return {field.key: field.default for field in recipe_fields()}
+
+
+def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
+    """Read a form. values: text of each field by its key. dataset: path of the Dataset.
+
+    Each field is first checked alone, with the defaults of the others, so that an error stands beside its field.
+    """
+    kinds = {field.name: values.get(field.key, "") for field in recipe_fields() if field.control is Control.CHOICE}
+    changed = [field for field in recipe_fields() if _is_changed(field, values, kinds)]
+    errors: dict[str, SartorError] = {}
+    recipe: dict[str, Any] = {}
+    for field in changed:
+        value = _typed(field, values.get(field.key, ""))
+        parent = field.name.rpartition(".")[0]
+        alone: dict[str, Any] = {"base": {"name": STARTER}, "data": {"path": dataset}}
+        if field.kind:
+            _put(alone, f"{field.union}.kind", field.kind)
+            _put(recipe, f"{field.union}.kind", field.kind)
+        try:
+            if field.name in WRITTEN_FOLDERS:
+                _check_written(field.name, str(value))
+            if parent != field.union and kinds.get(parent) not in (None, "", "auto"):
+                raise ConfigError(f"{parent} is {kinds[parent]}, and {field.name} is given", f"{parent}: auto")
+            _put(alone, field.name, value)
+            sartor.load_recipe(alone)
+        except ConfigError as error:
+            errors[field.key] = error
+        else:
+            _put(recipe, field.name, value)
+    if not errors:
+        try:
+            sartor.load_recipe({**recipe, "data": {"path": dataset, **recipe.get("data", {})}})
+        except ConfigError as error:
+            errors[""] = error
+    return CheckedForm(recipe, errors)
+
+
+def _is_changed(field: RecipeField, values: Mapping[str, str], kinds: Mapping[str, str]) -> bool:
+    """Return whether a field is part of the recipe: its value is no default, and its kind is the chosen one."""
+    if field.name == "base.name":
+        return True
+    if field.kind and kinds.get(field.union) != field.kind:
+        return False
+    value = values.get(field.key, field.default).strip()
+    return value != field.default and (bool(value) or field.control is Control.CHOICES)
+
+
+def _typed(field: RecipeField, text: str) -> Any:
+    """Return the value of a field's text; a text that is none stays as it is, for the recipe to refuse."""
+    text = text.strip()
+    if field.control is Control.SWITCH:
+        return {"true": True, "false": False}.get(text, text)
+    if field.control is Control.CHOICE:
+        return next((choice for choice in field.choices if str(choice) == text), text)
+    if field.control in (Control.CHOICES, Control.LIST):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if field.control is Control.NUMBER:
+        for read in (int, float):
+            try:
+                return read(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _put(recipe: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        inner = recipe.get(name)
+        recipe[name] = inner if isinstance(inner, dict) else {"kind": inner} if inner else {}
+        recipe = recipe[name]
+    recipe[last] = value
+
+
+def _check_written(name: str, path: str) -> None:
+    if path.startswith("/") or "\\" in path or ".." in path.split("/"):
+        raise ConfigError(f"{name} is {path!r}; the studio writes below its own folder alone", f"{name}: tracking")
