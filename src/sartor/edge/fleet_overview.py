@@ -1,4 +1,4 @@
-"""State of a fleet for a page that shows it: its versions with the evidence for a halt, and each device.
+"""State of a fleet for a page: its versions with the evidence for a halt, and each device.
 
 The counts are those of `fleet_monitor`: only reports that count are shown as a device's. Nothing is changed.
 """

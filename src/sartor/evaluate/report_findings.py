@@ -1,4 +1,4 @@
-"""Findings of a Report beside its metrics: slices of its rows, groups of its audit, and the audit's checks.
+"""Findings of a Report beside its metrics: slices of its rows, and its audit's groups and checks.
 
 A slice holds the rows whose reference has one value in one field, or that have one kind of media. Its gain has the
 interval of the metrics (bootstrap.py), over the groups of its rows. The intervals are not corrected for the number of

@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible endpoint, with retries and a rate limit, for whatever is asked of it.
+"""Requests to an OpenAI-compatible endpoint, with retries and a rate limit.
 
     429, 503, 529     asked again after Retry-After (all threads wait), or after a doubling pause
     408, 409, 425, 500, 502, 504, time-out, cut stream, malformed JSON    asked again after a doubling pause

@@ -1,4 +1,4 @@
-"""Preview of a source or a recipe: form and columns of a source, and its first rows as they would be learnt from."""
+"""Preview of a source or a recipe: columns, and the first rows as they would be learnt from."""
 
 from __future__ import annotations
 

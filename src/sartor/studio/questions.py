@@ -1,4 +1,4 @@
-"""Wrong replies that are followed to their training rows, proved and repaired; files below `.studio/questions/ID/`.
+"""Wrong replies that are followed to their training rows; files below `.studio/questions/ID/`.
 
 Beside `question.json`, which holds the reply, what was asked of it and the jobs of its steps, the files are what the
 commands read: `messages.json` (turns before the reply), `reply.txt`, `receipt.json` (of a team's reply), and

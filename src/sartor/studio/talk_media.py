@@ -1,4 +1,4 @@
-"""Pictures and recordings of a conversation: checked when they arrive, shown from the studio's own route."""
+"""Pictures and recordings of a conversation: checked on arrival, shown from the studio's route."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import sartor
 from sartor.core.errors import ConfigError
@@ -51,7 +51,7 @@ def store_media(talk: Talk, content: BinaryIO, declared: str) -> str:
     data = content.read(MAX_MEDIA_BYTES + 1)
     if len(data) > MAX_MEDIA_BYTES:
         raise too_large(None, MAX_MEDIA_BYTES)
-    kind = AUDIO if declared.startswith(("audio/", "video/")) else IMAGE
+    kind: Literal["image", "audio"] = AUDIO if declared.startswith(("audio/", "video/")) else IMAGE
     make_private_folder(talk.media)
     with tempfile.TemporaryDirectory(dir=talk.media) as scratch:
         file = Path(scratch) / "media"

@@ -1,4 +1,4 @@
-"""Servers that the page Talk opens: a base, an Adapter, a Release or a team, each as a job `sartor serve`.
+"""Servers of the page Talk: a base, an Adapter, a Release or a team, each a job `sartor serve`.
 
     .studio/served/NAME/state        records of a server of one artefact: receipts, inbox of feedback
     .studio/served/NAME/team.yaml    team of a base, or of a Release, by which `sartor retrain` finds the inbox

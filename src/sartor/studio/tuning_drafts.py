@@ -1,4 +1,4 @@
-"""Tunings that were thought of and not started: recipes and forecasts on disk, so that each has a page.
+"""Tunings that were not started: recipes and forecasts on disk, so that each has a page.
 
     .studio/drafts/ID/draft.json   values of the form, Datasets, jobs of the forecasts
     .studio/drafts/ID/0.yaml       recipe of the first Dataset, and so on

@@ -1,4 +1,4 @@
-"""Teacher behind an OpenAI-compatible endpoint; `inference/endpoint_client.py` states what is asked again.
+"""Teacher behind an OpenAI-compatible endpoint (`inference/endpoint_client.py`).
 
 An answer that the endpoint refuses for its question alone is `refused`.
 """

@@ -1,4 +1,4 @@
-"""Verb plan --compare: what full fine-tuning, LoRA and QLoRA would cost on bases of other sizes, here and on GPUs.
+"""Verb plan --compare: what full, LoRA and QLoRA would cost on other bases, here and on GPUs.
 
     FLOPs of a token = passes * 2 (linear weights + supervised fraction * head) + attention
     seconds          = tokens * FLOPs / rate * devices' overhead

@@ -1,4 +1,4 @@
-"""Scores of a teacher: its likeliest tokens at each supervised token of a row, kept on disk beside the checkpoints.
+"""Scores of a teacher: its likeliest tokens at each supervised token, kept beside the checkpoints.
 
     OUT.checkpoints/teacher/
       3f2a...safetensors    scores of the rows that were scored together; named by the teacher's identity and the rows

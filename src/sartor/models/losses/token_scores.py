@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens at every predicting position: of a student, with gradients, and of a teacher.
+"""Log-probabilities of chosen tokens at every predicting position, of a student and of a teacher.
 
 A loss backend (`loss_backend.py`) returns the log-probability of the row's own token alone. Distillation compares the
 distributions over K tokens of each position. Both are computed by the backend's own forward pass. The fused backend

@@ -1,4 +1,4 @@
-"""Data: Datasets, their rows and drops, filtered; sources, duplicates and card; one row in full, and its media."""
+"""Data: Datasets with rows, drops, sources, duplicates and card; one row in full, and its media."""
 
 from __future__ import annotations
 

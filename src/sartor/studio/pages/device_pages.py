@@ -21,8 +21,8 @@ from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SartorError
 from sartor.core.home import home
 from sartor.serving.http.http_errors import NotFoundError
-from sartor.studio.jobs.job_control import Losses
 from sartor.studio.jobs.job_files import JobStatus, tail
+from sartor.studio.jobs.training_logs import Losses
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.pages.job_pages import LossCurve, draw_losses
 from sartor.studio.pages.team_pages import FAST_S, recent_commands

@@ -1,4 +1,4 @@
-"""Evaluate: Reports, base beside tuned with intervals, rows won and lost, slices and bias, the gate, releasing."""
+"""Evaluate: Reports with intervals, rows won and lost, slices and bias; the gate, releasing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe: a curation recipe as a form and as YAML, its errors, its first rows, and the start of `sartor curate`."""
+"""Recipe: a curation recipe as a form and as YAML, its errors, its first rows, and its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talk: a conversation with any two of a base, an Adapter, a Release and a team's agents, side by side."""
+"""Talk: a conversation with any two of a base, an Adapter, a Release and a team's agents."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def feedback(request: Request, visitor: Reviewer, job_id: str, form: PostedForm)
         given["correction"] = correction
     answer = ask_server("POST", f"{address}/v1/feedback", json={**given, "user": visitor.user.name}).json()
     state = talk_servers.state_of(job)
-    stored = {
+    stored: dict[str, Any] = {
         **{name: given[name] for name in ("rating", "correction") if name in given},
         "is_learnable": bool(answer.get("learnable")),
         "inbox": str(state / "inbox"),

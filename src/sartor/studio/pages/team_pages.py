@@ -1,4 +1,4 @@
-"""Team: agents of the folder's teams with versions, traffic, health and log; promote, roll back, trials, drain.
+"""Team: agents with versions, traffic, health and log; promote, roll back, trials, drain.
 
 What is live is read from a team's registry; traffic and health from its server, if one runs on this machine. Each
 change is a command of `sartor agents`, which names the user and their reason in the log.

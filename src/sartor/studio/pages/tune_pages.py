@@ -1,4 +1,4 @@
-"""Tune: the tunings of a folder, one of them live, several compared, and a form that forecasts and starts them."""
+"""Tune: the tunings of a folder, live and compared, and a form that forecasts and starts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why did it say that: the training rows behind a reply, the proof by retraining, and the repair of a Release.
+"""Why did it say that: the rows behind a reply, the proof by retraining, the repair of a Release.
 
 Each step is a command as a job: `sartor trace`, `sartor ablate`, `sartor fix`.
 """
@@ -186,7 +186,7 @@ def rows(request: Request, visitor: Reviewer, question_id: str) -> Response:
         suspects=set(question.suspects),
         shown_chars=SHOWN_CHARS,
         dataset=studio.folder.name_of(Path(result["dataset"])) if result else "",
-        **_forecast(studio, target),
+        tuning_s=_tuning_seconds(studio, target),
         argument_problem=_argument_problem(question),
         least_controls=LEAST_CONTROLS,
         max_controls=MAX_CONTROLS,
@@ -202,7 +202,7 @@ def _target(question: Question, result: dict[str, Any]) -> Path | None:
     return Path(path) if isinstance(path, str) and path else None
 
 
-def _forecast(studio: Studio, target: Path | None) -> dict[str, float | None]:
+def _tuning_seconds(studio: Studio, target: Path | None) -> float | None:
     """Return the seconds that the tuning of an artefact took, which an ablation repeats; None if unknown."""
     try:
         manifest = read_manifest(target) if target else {}
@@ -211,9 +211,9 @@ def _forecast(studio: Studio, target: Path | None) -> dict[str, float | None]:
             artifacts, _ = studio.folder.scan()
             runs = [item.artifact for item in artifacts if item.artifact and item.id in parents]
             manifest = next((item.manifest for item in runs if item.kind == "adapter"), {})
-        return {"tuning_s": float(manifest["run"]["wall_s"])}
+        return float(manifest["run"]["wall_s"])
     except (ArtifactError, KeyError, TypeError, ValueError):
-        return {"tuning_s": None}
+        return None
 
 
 def _argument_problem(question: Question) -> str:
