@@ -51,7 +51,7 @@ def store_media(talk: Talk, content: BinaryIO, declared: str) -> str:
     data = content.read(MAX_MEDIA_BYTES + 1)
     if len(data) > MAX_MEDIA_BYTES:
         raise too_large(None, MAX_MEDIA_BYTES)
-    kind: Literal["image", "audio"] = AUDIO if declared.startswith(("audio/", "video/")) else IMAGE
+    kind: Literal["image", "audio"] = "audio" if declared.startswith(("audio/", "video/")) else "image"
     make_private_folder(talk.media)
     with tempfile.TemporaryDirectory(dir=talk.media) as scratch:
         file = Path(scratch) / "media"
