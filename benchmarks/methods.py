@@ -3,7 +3,8 @@
     python benchmarks/methods.py --data ../shared/data --work methods-work --json [--sets snips] [--methods lora full]
     python benchmarks/methods.py --small --json      # made-up rows, a tiny base, one seed: shows that everything runs
 
-Every run is a process of its own in fp32, with the passes over the rows and the batch that `auto` chooses for LoRA.
+Every run is a process of its own in fp32 (at the smallest size, the first of each set), with the passes over the rows
+and the batch that `auto` chooses for LoRA.
 LoRA has the rate of `auto` and `full` a tenth of it: "LoRA without regret" (Schulman et al. 2025) found LoRA's best
 rate at ten times that of full tuning. The other methods have LoRA's rate times RATES, by their papers' own settings.
 With `--factors 0.3 1 3` each method is first tuned at so many times its rate with seed 0, and the best goes on. All
@@ -88,15 +89,14 @@ def tune_and_measure(job: dict[str, Any]) -> Figures:
         "rate": manifest["recipe"]["optimizer"]["learning_rate"],
         "batch_tokens": manifest["recipe"]["optimizer"]["batch_tokens"],
         "budget": {name: limit for name, limit in manifest["recipe"]["budget"].items() if limit is not None},
-        "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
     }
 
 
 class Runs:
     """Runs on one set. A finished one stands in `--work`."""
 
-    def __init__(self, name: str, dataset: Path, folder: Path, changes: dict[str, Any]) -> None:
-        self.name, self.dataset, self.folder, self.changes = name, dataset, folder, changes
+    def __init__(self, name: str, dataset: Path, folder: Path, small: bool) -> None:
+        self.name, self.dataset, self.folder, self.small = name, dataset, folder, small
 
     def figures(self, method: str, seed: int, shared: dict[str, Any] | None = None, factor: float = 1.0) -> Figures:
         """Return the figures of one run. shared: the figures of LoRA by `auto`, whose batch and budget it has."""
@@ -110,7 +110,7 @@ class Runs:
             "method": METHODS[method],
             "evaluations": 1,
             "seed": seed,
-            **self.changes,
+            **({"budget": {"updates": 1}} if self.small else {}),
         }
         if shared:
             rate = shared["rate"] * RATES[method] * factor
@@ -124,6 +124,8 @@ class Runs:
                 "reply_tokens": SETS[self.name].reply_tokens,
                 "out": str(Path(folder) / "adapter"),
             }
+            if self.small and shared:  # the run by `auto` shows that a process of its own works
+                return tune_and_measure(job)
             return last_line([smallest.python(), str(Path(__file__).resolve()), "--job", json.dumps(job)])
 
 
@@ -201,7 +203,8 @@ def measure(
         row_means(by_method["full"]), row_means(by_method["lora"]), by_method["full"][0]["ids"]
     )
     regret = {"difference": compared.difference, "low": compared.low, "high": compared.high}
-    return results, {**regret, "within": compared.low > -REGRET}, shared["base_parameters"]
+    base_parameters = round(shared["trainable"] / shared["trainable_fraction"]) - shared["trainable"]
+    return results, {**regret, "within": compared.low > -REGRET}, base_parameters
 
 
 def main() -> None:
@@ -224,16 +227,14 @@ def main() -> None:
     began = time.monotonic()
     methods = [method for method in METHODS if method in {*arguments.methods, "lora", "full"}]
     seeds = SEEDS[:1] if arguments.small else SEEDS
-    changes: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary, smallest.home(arguments.small):
+    with tempfile.TemporaryDirectory() as temporary, smallest.home(arguments.small, "chitchat"):
         folder = parts.work_folder(Path(temporary))
         options = Options(arguments.data, folder, arguments.rows)
         if arguments.small:
             options = Options(write_small_data(Path(temporary) / "data"), folder, rows=12, held_out=4)
-            changes = {"budget": {"updates": 1}}
         found: dict[str, Any] = {"sets": {}, "regret": {}}
         for name in arguments.sets:
-            runs = Runs(name, curated(name, options, folder), folder, changes)
+            runs = Runs(name, curated(name, options, folder), folder, arguments.small)
             found["sets"][name], found["regret"][name], found["base_parameters"] = measure(
                 runs, methods, seeds, arguments.factors
             )

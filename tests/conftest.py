@@ -83,6 +83,12 @@ LONGEST_FILES = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Not in the controller of xdist, which runs no test and loads no torch."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        warm.keep_products()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first: `--dist loadfile --no-loadscope-reorder` hands files out in this order."""
     ranks = {Path(__file__).parent / file: rank for rank, file in enumerate(LONGEST_FILES)}

@@ -1,7 +1,7 @@
 """Screenshots of the studio's pages at 390 and 1,280 px, dark and light.
 
     python tools/studio_pictures.py work --out studio-pictures
-    python tools/studio_pictures.py work --out docs/images --only home report --widths 1280 --schemes light
+    python tools/studio_pictures.py work --out docs/images --only home report --widths 1280 --schemes light --screens 1
 
 `work` is a folder of artefacts, such as `sartor tailor ... --out work/faq` and `sartor studio work` leave. A user is
 added to a copy of its accounts, not to its own. Look at the pictures before you show them. `--colours 128` makes them
@@ -14,11 +14,10 @@ import argparse
 import asyncio
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -27,7 +26,6 @@ from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
 from sartor.studio.pages.team_pages import team_files
 from sartor.studio.studio_app import StudioApp
-from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.studio_server import StudioServer
 from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
 
@@ -62,15 +60,6 @@ def visit_of(browser: Browser, app: StudioApp, address: str, **options: Any) -> 
     return visit
 
 
-def tuning_pages(found: Sequence[FoundArtifact]) -> dict[str, str]:
-    """Return {name: path} of the pages of tunings."""
-    adapters = [item.name for item in found if item.kind == "adapter" and item.artifact]
-    if not adapters:
-        return {"tune-new": "/tune/new"}
-    runs = urlencode([("run", name) for name in adapters])
-    return {"tune-new": "/tune/new", "tuning": f"/tune/run/{adapters[0]}", "compare": f"/tune/compare?{runs}"}
-
-
 def pages_of(app: StudioApp) -> dict[str, str]:
     """Return {name: path} of the pages: of each kind of artefact and of each state of a job the newest one."""
     found, _ = app.studio.folder.scan()
@@ -78,8 +67,8 @@ def pages_of(app: StudioApp) -> dict[str, str]:
     for item in found:
         if item.artifact:
             first.setdefault(item.kind, item.name)
-    names = ("data", "review", "evaluate", "jobs", "new", "talk", "tune")
-    pages = {"home": "/", "login": "/login", **{name: f"/{name}" for name in names}}
+    names = ("data", "review", "evaluate", "jobs", "new", "talk")
+    pages = {"home": "/", **{name: f"/{name}" for name in names}}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
         pages |= {"finding": f"/review/{name}"}
@@ -94,7 +83,6 @@ def pages_of(app: StudioApp) -> dict[str, str]:
     for kind in ("adapter", "release"):
         if name := first.get(kind):
             pages |= {kind: f"/artefact/{name}"}
-    pages |= tuning_pages(found)
     if files := app.studio.folder.data_files():
         pages |= {"preview": f"/new?file={files[0]}"}
         pages |= {"recipe": f"/recipe?file={files[0]}"}
@@ -103,28 +91,36 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         pages.setdefault("server" if status.job.verb == "serve" else f"job-{state}", f"/jobs/{status.job.id}")
         if status.job.verb == "serve":
             pages.setdefault("conversation", f"/talk/{status.job.id}")
-    pages |= {"team": "/team", "devices": "/devices", "settings": "/settings"}
-    pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
-    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in team_files(app.studio).items()}
-    for folder in app.studio.folder.walk():
-        name = app.studio.folder.name_of(folder)
-        if (folder / "metadata" / "1.root.json").is_file():
-            pages.setdefault("fleet", f"/devices/fleet/{name}")
-    for item in found:
-        run = item.artifact.manifest.get("run", {}) if item.artifact else {}
-        if isinstance(run, dict) and "federated" in run:
-            pages.setdefault("rounds", f"/devices/rounds/{item.name}")
+    pages |= operation_pages(app)
+    pages |= {"tune": "/tune", "tune-new": "/tune/new"}
     pages["error"] = "/data/nothing"
     return pages
 
 
-def photograph(page: Page, file: Path, colours: int) -> None:
-    """Write a picture of a page's whole height, up to three screens. colours: of its palette; 0 for all of them."""
+def operation_pages(app: StudioApp) -> dict[str, str]:
+    """Paths of the pages of teams, devices and settings, by name."""
+    folder = app.studio.folder
+    pages = {"team": "/team", "devices": "/devices", "settings": "/settings"}
+    pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
+    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in team_files(app.studio).items()}
+    for path in folder.walk():
+        if (path / "metadata" / "1.root.json").is_file():
+            pages.setdefault("fleet", f"/devices/fleet/{folder.name_of(path)}")
+    for item in folder.scan()[0]:
+        run = item.artifact.manifest.get("run", {}) if item.artifact else {}
+        if isinstance(run, dict) and "federated" in run:
+            pages.setdefault("rounds", f"/devices/rounds/{item.name}")
+    return pages
+
+
+def photograph(page: Page, file: Path, *, screens: int, colours: int) -> None:
+    """Write a picture of a page's whole height, up to so many screens. colours: of its palette; 0 for all of them."""
     size = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
     viewport: Any = page.viewport_size
     if size[0] > viewport["width"]:
         print(f"{file.stem}: {size[0]} px wide at {viewport['width']}")
-    clip = {"x": 0, "y": 0, "width": viewport["width"], "height": min(max(size[1], viewport["height"]), 3 * HEIGHT)}
+    clip = {"x": 0, "y": 0, "width": viewport["width"], "height": viewport["height"]}
+    clip["height"] = min(max(size[1], viewport["height"]), screens * viewport["height"])
     page.screenshot(path=file, clip=clip, full_page=True)
     if colours:
         with Image.open(file) as picture:
@@ -140,21 +136,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS)
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of the window; longer pages are whole")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="of the window")
+    parser.add_argument("--screens", type=int, default=3, help="at most so many windows of a long page")
     parser.add_argument("--colours", type=int, default=0, help="of a palette, 2 to 256; all without it")
     parser.add_argument("--language", default="en")
     parser.add_argument("--browser", default=CHROMIUM)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     faults: list[str] = []
-    count = 0
+    count, style = 0, {"screens": arguments.screens, "colours": arguments.colours}
     with tempfile.TemporaryDirectory() as scratch:
         studio_folder.ACCOUNTS = str(Path(scratch) / "accounts.sqlite")
         with served(arguments.folder) as (app, address), chromium(arguments.browser) as browser:
             for width in arguments.widths:
                 for scheme in arguments.schemes:
                     options = {"viewport": {"width": width, "height": arguments.height}, "color_scheme": scheme}
-                    visit = visit_of(browser, app, address, locale=arguments.language, **options)
+                    visit = Visit(browser, address, locale=arguments.language, **options)
+                    if not arguments.only or "login" in arguments.only:
+                        visit.open("/login")
+                        photograph(visit.page, arguments.out / f"login-{width}-{scheme}.png", **style)
+                        count += 1
+                    log_in(visit.page, app, address)
                     for name, path in pages_of(app).items():
                         if arguments.only and name not in arguments.only:
                             continue
@@ -162,7 +164,7 @@ def main() -> None:
                         if name != "error" and answer is not None and answer.status == 404:
                             print(f"{name}: there is no page {path}")
                             continue
-                        photograph(visit.page, arguments.out / f"{name}-{width}-{scheme}.png", arguments.colours)
+                        photograph(visit.page, arguments.out / f"{name}-{width}-{scheme}.png", **style)
                         count += 1
                     faults += visit.faults
                     visit.close()

@@ -52,6 +52,7 @@ from sartor.edge.device_commands import start as edge_start
 from sartor.edge.device_commands import status as edge_status
 from sartor.edge.device_commands import sync as edge_sync
 from sartor.edge.device_commands import verify as edge_verify
+from sartor.edge.fleet_overview import fleet_overview as edge_fleet
 from sartor.edge.owner_commands import PersonOptions as PersonOptions
 from sartor.edge.owner_commands import add as edge_add
 from sartor.edge.owner_commands import forget as edge_forget
@@ -141,6 +142,7 @@ from sartor.serving.commands.plan_replay import replay_plans as replay_plans
 from sartor.serving.commands.receipt_verification import verify_receipt as verify_receipt
 from sartor.serving.commands.serve_adapter import serve_adapter as serve_adapter
 from sartor.serving.commands.spoken_reply import speaking as speaking
+from sartor.serving.commands.team_overview import team_overview as team_overview
 from sartor.serving.http.startup import serve as serve
 from sartor.serving.team_config import Team as Team
 from sartor.synthesize.recipe import SynthesizeRecipe as SynthesizeRecipe
@@ -225,6 +227,7 @@ __all__ = [
     "edge_add",
     "edge_ask",
     "edge_confirm",
+    "edge_fleet",
     "edge_forget",
     "edge_halt",
     "edge_keygen",
@@ -319,6 +322,7 @@ __all__ = [
     "sweep",
     "synthesize",
     "tailor",
+    "team_overview",
     "trace",
     "track",
     "training_summary",

@@ -143,6 +143,7 @@ def release_of(path: Path, adapter: Artifact, report: Artifact) -> Artifact:
             "parents": [adapter.as_parent(), report.as_parent()],
             "name": "faq",
             "version": "1.0",
+            "base": {"name": "starter"},
             "gate": gate,
         }
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sartor
+from endpoint_server import EndpointServer, serving
 from media_files import png, sound
 from option_probes import Observer, Probe, Workspace, probes_of
 from sample_data import ROWS, recipe_on, write_jsonl
@@ -96,7 +98,8 @@ def _placed(value: Any, workspace: Workspace) -> Any:
         return value
     if value.startswith("dataset:"):
         return str(dataset(value.removeprefix("dataset:"), workspace))
-    return str(_made(value, workspace)) if value in ("BASE", "OTHER BASE", "ADAPTER", "CLIP", "WHISPER") else value
+    names = ("BASE", "OTHER BASE", "OTHER TOKENIZER", "ADAPTER", "CLIP", "WHISPER")
+    return str(_made(value, workspace)) if value in names else value
 
 
 def _made(name: str, workspace: Workspace) -> Path:
@@ -113,6 +116,7 @@ def _made(name: str, workspace: Workspace) -> Path:
         return folder
     makers: dict[str, Any] = {
         "OTHER BASE": lambda: tiny.write_base(folder, intermediate_size=96),
+        "OTHER TOKENIZER": lambda: tiny.write_base(folder, texts=["switch on and off, up and down"] * 8),
         "CLIP": lambda: tiny_clip(folder),
         "WHISPER": lambda: tiny_whisper(folder),
     }
@@ -288,7 +292,44 @@ def _tracked(values: Any, workspace: Workspace) -> Any:
     return sorted({(*file.parts[:-1], file.name.partition(".")[0].partition("-")[0]) for file in kept})
 
 
+def _taught(values: Any, workspace: Workspace) -> Any:
+    """What an endpoint that teaches is asked, as whom and how much at once, and what comes of it."""
+    workspace.patch.setattr("sartor.inference.endpoint_client.time.sleep", lambda seconds: None)
+    workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    workspace.patch.setenv("PROBE_KEY", "secret")
+    lock, busy, most = threading.Lock(), [0], [0]
+
+    def completion(body: dict[str, Any]) -> dict[str, Any]:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        threading.Event().wait(0.03)
+        with lock:
+            busy[0] -= 1
+        return {"choices": [{"logprobs": {"token_logprobs": [None, *[-1.0] * len(body["prompt"])]}}]}
+
+    fails_first = iter(["503"])
+    with serving(EndpointServer(lambda body, times: next(fails_first, ""))) as server:
+        server.completion = completion
+        options = {"url": "SERVER", "model": "m", **_placed(values, workspace)}
+        options["url"] = server.url if options["url"] == "SERVER" else options["url"]
+        changes = {"objective": {"kind": "distil", "teacher": options}, "budget": {"updates": 1}}
+        out, outcome = workspace.folder() / "adapter", ""
+        try:
+            sartor.tune(_recipe(changes, workspace), out, show=False)
+            outcome = open_artifact(out).manifest["licence"]
+        except sartor.SartorError as error:
+            outcome = error.kind
+        bodies = [json.loads(body) for body in server.asked]
+        asked = sorted({(body["model"], tuple(body["prompt"])) for body in bodies})
+        keys = sorted({headers.get("Authorization", "") for headers in server.headers})
+    return asked, keys, most[0] > 1, outcome
+
+
 TOO_LONG = {"max_length_tokens": 42}
+DISTIL: dict[str, Any] = {"kind": "distil", "teacher": "ADAPTER"}
+SAMPLED: dict[str, Any] = {**DISTIL, "on_policy": 1.0, "max_reply_tokens": 6}
+SWITCHES_AND_TALK = {"path": "dataset:switches", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
 PAIRS_AND_TALK = {"path": "dataset:pairs", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
 COMPOSED: dict[str, Any] = {
     "base": {"text": "BASE", "image": "CLIP"},
@@ -363,6 +404,41 @@ TUNE_PROBES = (
             "plain_weight": (1.0, 3.0),
         },
     ),
+    *probes_of(
+        "Distil",
+        _part("objective", _tuned, objective=DISTIL, evaluations=2),
+        {
+            "teacher": ("ADAPTER", "OTHER BASE"),
+            "on_policy": (0.0, 1.0),
+            "divergence": ("auto", "reverse"),
+            "top_k": (16, 1),
+            "stop_at_forgetting": (None, 100.0),
+        },
+    ),
+    *probes_of(
+        "Distil", _part("objective", _tuned, objective={**DISTIL, "divergence": "jensen"}), {"mixture": (0.5, 0.1)}
+    ),
+    *probes_of(
+        "Distil",
+        _part("objective", _tuned, objective=SAMPLED),
+        {"max_reply_tokens": (6, 3), "temperature": (1.0, 0.0)},
+    ),
+    *probes_of(
+        "Distil", _part("objective", _tuned, objective=DISTIL, data=SWITCHES_AND_TALK), {"plain_weight": (1.0, 3.0)}
+    ),
+    *probes_of(
+        "TeacherEndpoint",
+        _taught,
+        {
+            "url": ("http://127.0.0.1:9/v1", "SERVER"),
+            "model": ("m", "n"),
+            "tokenizer": ("", "OTHER TOKENIZER"),
+            "key_env": ("", "PROBE_KEY"),
+            "licence": ("", "LicenseRef-teacher"),
+            "at_once": (1, 4),
+            "tries": (1, 3),
+        },
+    ),
     *probes_of("Lora", _part("method", _planned), {"targets": ("all-linear", ["q_proj"])}),
     *probes_of("Lora", _part("method", _tuned), {"start": ("", "ADAPTER")}),
     *probes_of("Targets", _targets(_planned), {"language": (None, {"modules": ["q_proj"]})}),
@@ -415,6 +491,8 @@ DEAR = (
     "Dpo.",
     "Orpo.",
     "Simpo.",
+    "Distil.",
+    "TeacherEndpoint.",
 )
 PROBES: tuple[Probe, ...] = tuple(
     probe._replace(is_slow=probe.option.startswith(DEAR), repeats=False) for probe in TUNE_PROBES

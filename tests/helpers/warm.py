@@ -162,6 +162,7 @@ def serve(address: Path, parent: int | None = None) -> None:
     # the command of a worker is made when serving is imported
     own, sys.executable = sys.executable, str(address.with_name("python"))
     _import_all()
+    keep_products()
     sys.executable = own
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -187,6 +188,22 @@ def serve(address: Path, parent: int | None = None) -> None:
                 _hear(waiting, *key.data)
             else:
                 _end(waiting, *key.data)
+
+
+def keep_products() -> None:
+    """Let oneDNN keep the code of 16,384 products in this process and its forks, unless the environment has a limit.
+
+    It keeps 1,024, and compiles that of others anew. Tiny bases have more, in bf16 for each length of a batch, and tests go
+    through the same ones again and again. The limit is read at the first product; programs that are started have the usual one.
+    """
+    import torch
+
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    if name in os.environ:
+        return
+    os.environ[name] = "16384"
+    torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+    del os.environ[name]
 
 
 def _import_all() -> None:

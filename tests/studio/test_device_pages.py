@@ -216,7 +216,7 @@ def test_only_repositories_below_the_folder_are_shown(site: Site, farm: Farm, na
 
 
 def test_store_and_tuning_of_a_device_are_listed(site: Site, world: World) -> None:
-    client = SyncClient("box", world.device, world.root)
+    client = SyncClient("box", world.device, world.root, starts=2)
     sync(world.store, world.repository.as_uri(), "home", client, nothing)
     shutil.copytree(world.store.folder, site.folder / "box" / "store")
     usage = {"held_by": "cgroup", "limit_bytes": 2, "peak_bytes": 900_000_000, "wall_s": 12.0, "cpu_s": 20.0}

@@ -16,6 +16,7 @@ pytest.importorskip("playwright", reason="no playwright here: pip install playwr
 from playwright.sync_api import Browser, Error  # noqa: E402
 
 from studio_pictures import SCHEMES, WIDTHS, pages_of, served, visit_of  # noqa: E402
+from studio_routes import routes_of  # noqa: E402
 from studio_scenes import REPLY, Scenes, answering  # noqa: E402
 from studio_visit import CHROMIUM, Visit, chromium  # noqa: E402
 
@@ -30,8 +31,8 @@ RUN = """async () => {
   const found = await axe.run(document, { resultTypes: ["violations"] });
   return found.violations.map(rule => [rule.impact, rule.id, rule.nodes.map(node => node.html.slice(0, 200))]);
 }"""
-# GET routes without a page of their own
-NO_PAGES = ("/static/", "/events")
+# GET routes without a page of their own: files, and the card as `curate` wrote it
+NO_PAGES = ("/static/", "/events", "/media/", "/card/")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,15 @@ def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             yield app, address
 
 
-def paths_of(app: Any) -> dict[str, str]:
-    """The pages, with the link of a user without a password among them."""
-    return {**pages_of(app), "welcome": f"/welcome/{app.studio.accounts.add_user('New', Role.VIEWER)}"}
+def visits(browser: Browser, site: tuple[Any, str], **options: Any) -> Iterator[tuple[Visit, dict[str, str]]]:
+    """A stranger with the pages of strangers, and an owner with all others: {name: path}. options: of Visit."""
+    app, address = site
+    stranger = Visit(browser, address, **options)
+    yield stranger, {"login": "/login", "welcome": f"/welcome/{app.studio.accounts.add_user('New', Role.VIEWER)}"}
+    stranger.close()
+    owner = visit_of(browser, app, address, **options)
+    yield owner, pages_of(app)
+    owner.close()
 
 
 def test_axe_is_what_its_package_holds() -> None:
@@ -71,30 +78,26 @@ def test_axe_is_what_its_package_holds() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_page_has_a_serious_fault(browser: Browser, site: tuple[Any, str], scheme: str, width: int) -> None:
-    app, address = site
-    visit = visit_of(browser, app, address, color_scheme=scheme, viewport={"width": width, "height": 900})
     axe, faults = AXE.read_text(encoding="utf-8"), []
-    for name, path in paths_of(app).items():
-        visit.open(path)
-        visit.page.evaluate(axe)
-        faults += [
-            f"{name}: {rule} {nodes}"
-            for impact, rule, nodes in visit.page.evaluate(RUN)
-            if impact in ("serious", "critical")
-        ]
-    visit.close()
+    for visit, pages in visits(browser, site, color_scheme=scheme, viewport={"width": width, "height": 900}):
+        for name, path in pages.items():
+            visit.open(path)
+            visit.page.evaluate(axe)
+            faults += [
+                f"{name}: {rule} {nodes}"
+                for impact, rule, nodes in visit.page.evaluate(RUN)
+                if impact in ("serious", "critical")
+            ]
     assert faults == []
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_page_asks_another_host_or_is_too_wide(browser: Browser, site: tuple[Any, str], width: int) -> None:
-    app, address = site
-    visit = visit_of(browser, app, address, viewport={"width": width, "height": 900})
-    for name, path in paths_of(app).items():
-        visit.open(path)
-        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width, name
-    visit.close()
-    assert [fault for fault in visit.faults if "404" not in fault] == []  # of the page that says what is not there
+    for visit, pages in visits(browser, site, viewport={"width": width, "height": 900}):
+        for name, path in pages.items():
+            visit.open(path)
+            assert visit.page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert [fault for fault in visit.faults if "404" not in fault] == []  # of the page that says what is not there
 
 
 def test_request_to_another_host_is_found(browser: Browser, site: tuple[Any, str]) -> None:
@@ -109,7 +112,8 @@ def test_request_to_another_host_is_found(browser: Browser, site: tuple[Any, str
 def test_every_route_is_among_the_pages(site: tuple[Any, str]) -> None:
     """A new page must be added to pages_of of tools/studio_pictures.py, or nothing here looks at it."""
     app, _ = site
-    paths = [path.partition("?")[0] for path in paths_of(app).values() if path != "/data/nothing"]
-    routes = [route for route in app._asgi._app.routes if "GET" in (getattr(route, "methods", None) or ())]
+    paths = [path.partition("?")[0] for path in pages_of(app).values() if path != "/data/nothing"]
+    paths += ["/login", "/welcome/token"]
+    routes = list(routes_of(app, "GET"))
     missing = [route.path for route in routes if not any(route.path_regex.match(path) for path in paths)]
     assert len(routes) > 10 and [path for path in missing if not any(part in path for part in NO_PAGES)] == []

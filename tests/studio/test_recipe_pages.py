@@ -123,29 +123,29 @@ def test_yaml_and_form_say_the_same(site: Site) -> None:
     assert "is not YAML" in broken and "&lt;script&gt;" in broken and "the recipe line 2" in broken
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/etc/passwd", "../outside.csv", "~/x.csv", "*/../../etc/passwd", "a/../../outside.csv", "link.csv", "links/*.csv",
-     "sql:sqlite:////etc/x.db#select 1", "inbox:/etc", ".studio/accounts.sqlite", "..", "/etc/*", "a\\..\\..\\outside.csv"],
+OUTSIDE = (
+    "/etc/passwd", "../outside.csv", "~/x.csv", "*/../../etc/passwd", "a/../../outside.csv", "link.csv", "links/*.csv",
+    "sql:sqlite:////etc/x.db#select 1", "inbox:/etc", ".studio/accounts.sqlite", "..", "/etc/*",
+    "a\\..\\..\\outside.csv",
 )  # fmt: skip
-@pytest.mark.parametrize("option", ["sources[0].path", "steps[0].against"])
-def test_recipe_reads_only_below_the_folder(site: Site, path: str, option: str) -> None:
+
+
+@pytest.mark.parametrize("option", ["sources", "steps"])
+def test_recipe_reads_only_below_the_folder(site: Site, option: str) -> None:
     outside = site.folder.parent / "outside.csv"
     outside.write_text("prompt,completion\nsecret,secret\n")
     (site.folder / "link.csv").symlink_to(outside)
     (site.folder / "links").symlink_to(site.folder.parent)
-    recipe: dict[str, Any] = {
-        "sources": [{"path": "faq.csv", "licence": "own"}],
-        "steps": [{"kind": "contamination", "against": ["faq.csv"]}],
-    }
-    if option.startswith("sources"):
-        recipe["sources"][0]["path"] = path
-    else:
-        recipe["steps"][0]["against"] = [path]
-    page = site.post("/recipe", from_page="/recipe", yaml=recipe_yaml(recipe), do="yaml").text
-    assert "not below this folder" in page and "secret" not in page and "root:" not in page
-    started = send(site, page, "start", name="x")
-    assert started.status_code == 200 and site.app.studio.jobs.files.ids() == []
+    for path in OUTSIDE:
+        source, against = (path, "faq.csv") if option == "sources" else ("faq.csv", path)
+        recipe = {
+            "sources": [{"path": source, "licence": "own"}],
+            "steps": [{"kind": "contamination", "against": [against]}],
+        }
+        page = site.post("/recipe", from_page="/recipe", yaml=recipe_yaml(recipe), do="yaml").text
+        assert "not below this folder" in page and "secret" not in page and "root:" not in page, path
+        started = send(site, page, "start", name="x")
+        assert started.status_code == 200 and site.app.studio.jobs.files.ids() == [], path
 
 
 def test_hub_is_not_asked_for_a_preview(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

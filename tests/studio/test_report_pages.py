@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ print(json.dumps({"error": {"kind": "GateError", "problem": "the gate refuses it
 raise SystemExit(5)
 """
 FINDING = {
-    "kind": "sex",
+    "kind": "pronouns",
     "group": "women",
     "outcome": "approved",
     "blocks": 24,
@@ -92,7 +93,7 @@ def test_forgetting_has_its_intervals(site: Site) -> None:
 def audited(site: Site, text: str = "women") -> None:
     """A Report with an audit, written as `sartor evaluate --audit` does."""
     adapter = sartor.open(site.folder / "faq" / "adapter")
-    section = {"kinds": {"sex": {"blocks": 24, "clusters": 24, "groups": 2, "spread": 0.1}}, "tests": 1}
+    section = {"kinds": {"pronouns": {"blocks": 24, "clusters": 24, "groups": 2, "spread": 0.1}}, "tests": 1}
     finding = {**FINDING, "group": text[:60]}
     bias = {"own": {**section, "findings": [finding]}, "templates": {"hiring": {**section, "findings": [finding]}}}
     audit = {"bias": bias, "memorisation": {"skipped": text}}
@@ -102,9 +103,9 @@ def audited(site: Site, text: str = "women") -> None:
 def test_groups_of_people_have_gaps_with_intervals(site: Site) -> None:
     audited(site)
     page = Tags(site.page("/slices/faq/audited")).text
-    line = "sex: women approved 24 0.400 0.600 -0.200 -0.310 … -0.090 -0.200 -0.300 … -0.100"
+    line = "pronouns: women approved 24 0.400 0.600 -0.200 -0.310 … -0.090 -0.200 -0.300 … -0.100"
     assert page.count(line) == 2 and "Your own prompts" in page and "Templates: hiring" in page
-    assert "bias fail own prompts, sex: women" in page and "memorisation fail not measured: women" in page
+    assert "bias fail own prompts, pronouns: women" in page and "memorisation fail not measured: women" in page
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -166,6 +167,7 @@ def test_checks_that_hold_it_back_can_be_waived(unreleased: Site) -> None:
         (job,) = unreleased.app.studio.jobs.files.statuses()
         if job.state.is_over:
             break
+        time.sleep(0.02)
     page = unreleased.page("/evaluate/faq/other")
     assert re.findall(r'name=waive value="([^"]+)"', page) == ["gain", "slice:polite"]
     assert "slice:polite fail" in Tags(page).text

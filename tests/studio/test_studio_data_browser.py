@@ -87,19 +87,19 @@ def write_findings(dataset: Path, count: int) -> None:
 def test_pictures_are_seen_and_recordings_play(browser: Browser, site: tuple[Any, str]) -> None:
     page, faults = open_page(browser, site)
     page.goto(f"{site[1]}/data/seen/data")
-    page.wait_for_function("document.images[0].complete && document.images[0].naturalWidth === 40")
+    page.wait_for_function("() => document.images[0].complete && document.images[0].naturalWidth === 40")
     played = page.evaluate(
         "() => new Promise((resolve) => { const sound = document.querySelector('audio'); sound.muted = true;"
         "sound.onloadedmetadata = () => resolve(sound.duration); sound.onerror = () => resolve(-1); sound.load(); })"
     )
     assert abs(played - 0.2) < 0.05
     # the drawing (SVG) is named and not shown
-    page.wait_for_function("document.images.length === 4 && document.images[3].complete")
+    page.wait_for_function("() => document.images.length === 4 && document.images[3].complete")
     assert page.evaluate("document.images[3].naturalWidth") == 0
     page.goto(f"{site[1]}/media/seen/data?at=4")
     expect(page.locator("h1")).to_have_text("That did not work")
     page.goto(f"{site[1]}/evaluate/seen/report?rows=lost")
-    page.wait_for_function("document.images[0].complete && document.images[0].naturalWidth === 40")
+    page.wait_for_function("() => document.images[0].complete && document.images[0].naturalWidth === 40")
     assert [fault for fault in faults if "400" not in fault] == []
 
 

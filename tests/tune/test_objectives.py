@@ -206,7 +206,7 @@ def test_distil_of_equals_is_zero_and_absent_bins_count_nothing() -> None:
     loss = objectives.distil(same, same.detach())
     (slope,) = torch.autograd.grad(loss.sum(), same)
     assert loss.tolist() == pytest.approx([0.0] * N, abs=1e-12)
-    assert slope.tolist() == pytest.approx([[0.0, 0.0]] * N, abs=1e-9) or float(slope.abs().max()) < 1e-9
+    assert float(slope.abs().max()) < 1e-9
     other = bins(doubles(N, seed=2), doubles(N, seed=3)).detach()
     absent = torch.full((N, 2), objectives.NO_BIN, dtype=other.dtype)
     padded = torch.cat([other, absent], 1)
@@ -221,4 +221,4 @@ def test_distil_of_certain_tokens_is_finite() -> None:
         loss = objectives.distil(student, teacher, divergence=divergence)  # type: ignore[arg-type]
         (slope,) = torch.autograd.grad(loss.sum(), student)
         assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
-        assert float(loss[0]) > 0.3 > abs(float(loss[1]))
+        assert loss.tolist()[0] > 0.3 > abs(loss.tolist()[1])

@@ -252,9 +252,9 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(
 ) -> None:
     """Else every update of an fp16 run would be left out, and the run would end well having learnt nothing."""
 
-    def hooked(parameters: Any, *arguments: Any, make: Any = optimizers.make) -> Any:
+    def hooked(parameters: Any, *arguments: Any, make: Any = optimizers.make, **named: Any) -> Any:
         parameters[0].register_hook(lambda gradient: gradient * math.inf)
-        return make(parameters, *arguments)
+        return make(parameters, *arguments, **named)
 
     monkeypatch.setattr(optimizers, "make", hooked)
     monkeypatch.setattr(optimizers, "scaler", lambda *arguments: torch.amp.GradScaler("cpu", init_scale=8.0))

@@ -145,6 +145,15 @@ def _device_states(
             result.append(DeviceState(device, ring_of(device)))
             continue
         outcome = SILENT if is_silent(report, policy) else report.outcome
-        fields = {"name": report.name, "version": report.version, "reason": report.reason}
-        result.append(DeviceState(device, report.ring, **fields, outcome=outcome, seen_at=seen_at[device]))
+        result.append(
+            DeviceState(
+                device,
+                report.ring,
+                name=report.name,
+                version=report.version,
+                outcome=outcome,
+                reason=report.reason,
+                seen_at=seen_at[device],
+            )
+        )
     return result

@@ -116,7 +116,7 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
     try:
         fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
-        if method_of(fields) not in SERVED:
+        if method_of(fields) not in (*SERVED, "dora"):  # below, DoRA is named by its option
             raise ConfigError(
                 f"{adapter} is of method {method_of(fields)}, on top of which no personal version is tuned",
                 "a release tuned with method: {kind: lora}",

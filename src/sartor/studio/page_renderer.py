@@ -35,6 +35,12 @@ NAVIGATION = (
     ("/devices", "nav.devices", Role.VIEWER),
     ("/settings", "nav.settings", Role.OWNER),
 )
+# pages that belong to one of the navigation
+_PARENTS = {
+    **dict.fromkeys(("/row", "/sources", "/duplicates", "/recipe"), "/data"),
+    "/agreement": "/review",
+    "/slices": "/evaluate",
+}
 # sheets of the card and the report first, so that the studio looks like them
 _SHEETS = ("core/page.css", "curate/card/colours.css", "curate/card/card.css", "studio/static/studio.css")
 
@@ -101,6 +107,7 @@ def render_error(request: Request, visitor: Visitor, error: SartorError, status_
 
 
 def _is_current(target: str, path: str) -> bool:
+    path = _PARENTS.get(f"/{path.split('/')[1]}", path)
     return path == "/" if target == "/" else path == target or path.startswith(f"{target}/")
 
 

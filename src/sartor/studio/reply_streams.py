@@ -178,7 +178,5 @@ def _read_events(answer: httpx.Response, reply: SideReply, live: LiveReply) -> S
 
 
 def _problem(body: Any) -> str:
-    """Return the sentence of an error in OpenAI's form, with its remedy. Raises KeyError and TypeError for others."""
-    error = body["error"]
-    remedy = error.get("remedy")
-    return f"{error['message']} ({remedy})" if remedy else str(error["message"])
+    """Return the sentence of an error in OpenAI's form, which names a remedy too. Raises KeyError, TypeError."""
+    return str(body["error"]["message"])

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -57,16 +58,19 @@ class DistilTeacher(Protocol):
 
     name: for people. identity: digest of its weights and tokenizer, or of an endpoint's model.
     licence: of what it states; empty for none.
-    note: how its tokens compare with the student's.
     parent: Adapter or Release that it is; None for a base or an endpoint.
     """
 
     name: str
     identity: str
     licence: str
-    note: str
     parent: Artifact | None
     is_remote: bool
+
+    @property
+    def note(self) -> str:
+        """How its tokens compare with the student's, for the log."""
+        ...
 
     def score(self, rows: Sequence[DistilExample]) -> list[TeacherScore]:
         """Return the scores of rows, in order. Raises what reaching the teacher raises."""
@@ -96,11 +100,14 @@ class Translation:
             return "has the student's vocabulary: distributions are compared token by token"
         return "has another vocabulary: replies are compared by chunks of text at whose ends both have a boundary"
 
-    def row(self, row: DistilExample) -> TokenizedExample:
-        """Return a row of the student as the teacher's tokens. Raises SourceError if its template refuses it."""
+    def row(self, row: DistilExample) -> TokenizedExample | None:
+        """Return a row of the student as the teacher's tokens; None if its template refuses the row."""
         if self._is_same or row.example is None:
             return row
-        return self.teacher.encode(row.example)
+        try:
+            return self.teacher.encode(row.example)
+        except SourceError:
+            return None
 
     def chunks(self, row: TokenizedExample, teacher_row: TokenizedExample) -> list[Chunk] | None:
         """Return the chunks of a row; None if the supervised tokens of both are the same."""
@@ -117,6 +124,11 @@ def chunk_scores(row: TokenizedExample, chunks: Sequence[Chunk], targets: torch.
         unit[chunk.student.start : chunk.student.stop] = index
         sums[index] = targets[chunk.teacher.start : chunk.teacher.stop].sum()
     return TeacherScore(unit, torch.tensor(supervised_ids(row))[:, None], sums[:, None], sums)
+
+
+def nothing_scored(row: TokenizedExample) -> TeacherScore:
+    """Return the scores of a row that the teacher cannot read."""
+    return chunk_scores(row, [], torch.zeros(0))
 
 
 @dataclass
@@ -140,23 +152,29 @@ class LocalTeacher:
         return self.translation.note
 
     def score(self, rows: Sequence[DistilExample]) -> list[TeacherScore]:
-        """Return the scores of rows, in order. Raises SourceError if its template refuses one."""
-        teacher_rows = [self.translation.row(row) for row in rows]
-        if self._backend is None:
-            self._backend = self.base.path(self.model, teacher_rows, LossOptions(share=False))
-        results: list[TeacherScore] = []
-        lengths = [len(row.ids) for row in teacher_rows]
+        """Return the scores of rows, in order; of a row that its template refuses they are empty."""
+        readable: list[tuple[int, TokenizedExample]] = []
+        for index, row in enumerate(rows):
+            teacher_row = self.translation.row(row)
+            if teacher_row is not None and teacher_row.supervised_tokens:
+                readable.append((index, teacher_row))
+        results = [nothing_scored(row) for row in rows]
+        if self._backend is None and readable:
+            self._backend = self.base.path(self.model, [row for _, row in readable], LossOptions(share=False))
+        lengths = [len(row.ids) for _, row in readable]
         for group in packing.group_by_capacity(lengths, max([_TEACHER_TOKENS, *lengths])):
-            batch = [teacher_rows[index] for index in group]
+            assert self._backend is not None
+            batch = [readable[place][1] for place in group]
             top = top_tokens(self._backend, batch, self.top_k, self.translation.vocabulary)
             counts = [row.supervised_tokens for row in batch]
             parts = (part.split(counts) for part in (top.ids, top.log_probabilities, top.targets))
-            for index, ids, values, targets in zip(group, *parts, strict=True):
-                chunks = self.translation.chunks(rows[index], teacher_rows[index])
+            for place, ids, values, targets in zip(group, *parts, strict=True):
+                index, teacher_row = readable[place]
+                chunks = self.translation.chunks(rows[index], teacher_row)
                 if chunks is None:
-                    results.append(TeacherScore.of_tokens(ids, values, targets))
+                    results[index] = TeacherScore.of_tokens(ids, values, targets)
                 else:
-                    results.append(chunk_scores(rows[index], chunks, targets.float().cpu()))
+                    results[index] = chunk_scores(rows[index], chunks, targets.float().cpu())
         return results
 
 
@@ -209,6 +227,8 @@ class RemoteTeacher:
 
     def _score(self, row: DistilExample) -> TeacherScore:
         teacher_row = self.translation.row(row)
+        if teacher_row is None or not teacher_row.supervised_tokens:
+            return nothing_scored(row)
         body = {
             "model": self.options.model,
             "prompt": teacher_row.ids,
@@ -318,7 +338,7 @@ def _open_local(recipe: ResolvedRecipe, name: str, base: Base, notice: Notice) -
             translation=Translation(base.chat, base.chat),
             top_k=top_k,
         )
-    if kind_of(name) not in ("adapter", "release"):
+    if kind_of(Path(name)) not in ("adapter", "release"):
         teacher = _open_base(name, base, notice)
         return LocalTeacher(
             teacher.ref.name,

@@ -17,17 +17,19 @@ from typing import Any
 
 import torch
 
-from sartor.core.errors import BusyError, ConfigError, SartorError, UnavailableError
+from sartor.core.errors import BusyError, ConfigError, SartorError, StoppedError, UnavailableError
 from sartor.core.processes import DeferredSignals
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.token_scores import token_log_probabilities
+from sartor.models.losses.transformers_backend import unpacked
 from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
 from sartor.tune.checkpoint_selection import last_reply
 from sartor.tune.distil_teachers import DistilTeacher, Notice, check_aligned
+from sartor.tune.objectives import Divergence
 from sartor.tune.recipe import Distil
 from sartor.tune.teacher_scores import ScoreBatch, ScoreFiles, TeacherScore
 from sartor.tune.tokenized_dataset import DistilExample
@@ -86,17 +88,23 @@ class DistilRun(TrainingRun):
     def train(self, signals: DeferredSignals) -> None:
         """Score the rows' own replies, then train."""
         self.notice(f"teacher {self.teacher.name}: {self.teacher.note}")
-        self.score_rows()
+        self.score_rows(signals)
         super().train(signals)
         if self.is_done:
             upper = self.forgetting["forgetting_high"]
             self.notice(f"ended after update {self.counters.updates}: forgetting is at most {upper:.4f} nats a token")
 
-    def score_rows(self) -> None:
-        """Let the teacher score the Dataset's replies that the run needs, unless its files have them."""
+    def score_rows(self, signals: DeferredSignals) -> None:
+        """Let the teacher score the Dataset's replies that the run needs, unless its files have them.
+
+        Raises StoppedError after a signal; what was scored is kept.
+        """
         rows = distil_rows(self.data.held_out) if self.evaluation_points else []
         rows = [row for row in self.data.train if isinstance(row, DistilExample) and self._needs_own(row)] + rows
         for first in range(0, len(rows), _SCORED_ROWS):
+            if signals.received:
+                problem = f"{signals.received.name} after the teacher scored {first:,} of {len(rows):,} rows"
+                raise StoppedError(problem, _going_on(self.counters.updates), int(signals.received))
             group = rows[first : first + _SCORED_ROWS]
             scores = self.files.read(group)
             if scores is None:
@@ -122,24 +130,37 @@ class DistilRun(TrainingRun):
     def _backward(self, rows: Sequence[TokenizedExample], weight: float = 1.0) -> float:
         own, plain_rows = distil_rows(rows), [row for row in rows if not isinstance(row, DistilExample)]
         loss = super()._backward(plain_rows, weight * self._objective.plain_weight) if plain_rows else 0.0
-        learnt, scores = self._replies(own)
-        total = sum(row.weight * scores[id(row)].units for row in learnt) or 1.0
-        for micro in self._cut(learnt):
-            values, weights = self._divergences(micro, scores)
-            objective = weight * objectives.sft(values, weights, total)
-            self.scaler.scale(objective).backward()
-            loss += float(objective.detach())
+        learnt, sampled, scores = self._replies(own)
+        total = sum(row.weight * scores[id(row)].units for row in [*learnt, *sampled]) or 1.0
+        for replies, divergence in ((learnt, self._divergence()), (sampled, self._divergence(is_sampled=True))):
+            for micro in self._cut(replies) if replies else []:
+                values, weights = self._divergences(micro, scores, divergence)
+                objective = weight * objectives.sft(values, weights, total)
+                self.scaler.scale(objective).backward()
+                loss += float(objective.detach())
         return loss
 
-    def _replies(self, rows: Sequence[DistilExample]) -> tuple[list[DistilExample], dict[int, TeacherScore]]:
-        """Return an update's rows, some with replies that the student samples, and the scores of all."""
+    def _divergence(self, *, is_sampled: bool = False) -> Divergence:
+        """Return the divergence of sampled replies, or of the rows' own.
+
+        Of a reply that the student would hardly give, KL(student || teacher) has hardly a gradient: its weights are
+        the student's probabilities. On the student's own replies they are not small.
+        """
+        if self._objective.divergence == "auto":
+            return "reverse" if is_sampled else "forward"
+        return self._objective.divergence
+
+    def _replies(
+        self, rows: Sequence[DistilExample]
+    ) -> tuple[list[DistilExample], list[DistilExample], dict[int, TeacherScore]]:
+        """Return an update's rows with their own replies, those with sampled ones, and the scores of all."""
         chosen = [row for row in rows if self._is_sampled(row)]
         chosen_ids = {id(row) for row in chosen}
         learnt = [row for row in rows if id(row) not in chosen_ids]
         scores = {id(row): self.scores[id(row)] for row in learnt}
         self.objective_facts = {"sampled": len(chosen)}
         if not chosen:
-            return learnt, scores
+            return learnt, [], scores
         sampled = self.sample(chosen)
         found = self.files.read(sampled) if self.teacher.is_remote else None
         if found is None:
@@ -149,7 +170,7 @@ class DistilRun(TrainingRun):
         scores |= {id(row): score for row, score in zip(sampled, found, strict=True)}
         tokens = [row.supervised_tokens for row in sampled]
         self.objective_facts["sampled_tokens"] = round(statistics.fmean(tokens), 1)
-        return [*learnt, *sampled], scores
+        return learnt, sampled, scores
 
     def _is_sampled(self, row: DistilExample) -> bool:
         """Return whether the student replies to a row's prompt in this update, by the seed."""
@@ -174,13 +195,9 @@ class DistilRun(TrainingRun):
         is_training = self.model.training
         self.model.eval()
         seed = self.recipe.seed * _SEEDS + self.counters.updates
-        replies = generate(
-            self.model,
-            prompts,
-            stop=self._chat.stops,
-            pad=self._chat.pad,
-            sampling=Sampling(room, temperature=self._objective.temperature, seed=seed),
-        )
+        sampling = Sampling(room, temperature=self._objective.temperature, seed=seed)
+        with unpacked(self.model):
+            replies = generate(self.model, prompts, stop=self._chat.stops, pad=self._chat.pad, sampling=sampling)
         self.model.train(is_training)
         result = []
         for row, prompt, reply in zip(rows, prompts, replies, strict=True):
@@ -195,14 +212,12 @@ class DistilRun(TrainingRun):
         return result
 
     def _divergences(
-        self, rows: Sequence[TokenizedExample], scores: dict[int, TeacherScore]
+        self, rows: Sequence[TokenizedExample], scores: dict[int, TeacherScore], divergence: Divergence
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the divergences and weights of the units of rows, (U,) each."""
         batch = ScoreBatch.of([scores[id(row)] for row in rows], self.base.device)
         student = batch.student_bins(token_log_probabilities(self.path, rows, batch.ids))
-        values = objectives.distil(
-            student, batch.teacher, divergence=self._objective.divergence, mixture=self._objective.mixture
-        )
+        values = objectives.distil(student, batch.teacher, divergence=divergence, mixture=self._objective.mixture)
         weights = torch.tensor([row.weight for row in rows], device=self.base.device)
         return values, weights[batch.row]
 
@@ -216,7 +231,7 @@ class DistilRun(TrainingRun):
         total, count = 0.0, 0
         excess: list[float] = []
         for micro in self._cut(own):
-            values, _ = self._divergences(micro, self.scores)
+            values, _ = self._divergences(micro, self.scores, self._divergence())
             total, count = total + float(values.sum()), count + len(values)
             losses, _ = self.path.losses(micro)
             found = [self.scores[id(row)] for row in micro]
@@ -249,5 +264,9 @@ def _mean_and_upper_end(values: Sequence[float]) -> dict[str, float]:
 def _lost(error: BusyError | UnavailableError, updates: int) -> SartorError:
     """Return the error for an endpoint that does not answer any more."""
     problem = f"the teacher is lost after update {updates}: {error.problem}"
-    remedy = "the same command" + (" with --resume" if updates else "") + " goes on there; what it scored is kept"
-    return UnavailableError(problem, remedy)
+    return UnavailableError(problem, _going_on(updates))
+
+
+def _going_on(updates: int) -> str:
+    """Return how a run goes on: before the first update there is no checkpoint to resume from."""
+    return "the same command" + (" with --resume" if updates else "") + " goes on there; what was scored is kept"

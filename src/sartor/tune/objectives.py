@@ -127,6 +127,7 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (policy - reference).mean().clamp(min=0).detach()
 
 
+Divergence = Literal["reverse", "forward", "jensen"]
 # Log-probability of a bin that a token does not have. Its probability is 0 in every dtype, and nothing is infinite
 NO_BIN = -1e4
 
@@ -150,7 +151,7 @@ def distil(
     student: torch.Tensor,
     teacher: torch.Tensor,
     *,
-    divergence: Literal["reverse", "forward", "jensen"] = "reverse",
+    divergence: Divergence = "reverse",
     mixture: float = 0.5,
 ) -> torch.Tensor:
     """Return (N,) divergences of a student from its teacher, over K bins and the tail of each of N tokens.

@@ -290,13 +290,16 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
     return changed
 
 
-def check_disk(out: Path, trainable: int, kept_checkpoints: int, adapter_bytes: int | None = None) -> None:
+def check_disk(
+    out: Path, trainable: int, kept_checkpoints: int, *, adapter_bytes: int | None = None, beside_bytes: int = 0
+) -> None:
     """Raise MissingError if the disk of `out` has no room for the checkpoints of a run and its Adapter.
 
     trainable: number of trained parameters. adapter_bytes: of the Adapter; by default 4 for each of them.
+    beside_bytes: of other files beside the checkpoints.
     There is room for one checkpoint more than is kept, because it is written before an old one is removed.
     """
-    checkpoint_bytes = 4 * trainable * _CHECKPOINT_FLOATS * (kept_checkpoints + 1)
+    checkpoint_bytes = 4 * trainable * _CHECKPOINT_FLOATS * (kept_checkpoints + 1) + beside_bytes
     needed = checkpoint_bytes + max(4 * trainable, adapter_bytes or 0) + _DISK_RESERVE_BYTES
     folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     if (free := shutil.disk_usage(folder).free) < needed:

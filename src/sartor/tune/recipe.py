@@ -238,8 +238,10 @@ class Distil:
         "base (the student's own, untouched), another base, an Adapter or Release, or {url:, model:} of an endpoint",
     )
     on_policy: float = option(0.0, "fraction of the rows whose reply the student samples anew at each update, 0..1")
-    divergence: Literal["reverse", "forward", "jensen"] = option(
-        "reverse", "reverse: KL(student || teacher); forward: KL(teacher || student); jensen: between both"
+    divergence: Literal["auto", "reverse", "forward", "jensen"] = option(
+        "auto",
+        "reverse: KL(student || teacher); forward: KL(teacher || student); jensen: between both; auto: reverse of "
+        "sampled replies, forward of the rows' own",
     )
     mixture: float = option(0.5, "beta of jensen: weight of the teacher in the mixture, above 0 and below 1")
     top_k: int = option(16, "tokens of the teacher that are compared one by one; the rest is one bin")

@@ -100,6 +100,12 @@ class ScoreBatch:
         return losses.new_zeros(len(self.target)).index_add(0, self.unit[is_compared], -losses[is_compared])
 
 
+def token_bytes(top_k: int) -> int:
+    """Return the bytes on disk of the scores of one supervised token."""
+    # an id (8) and a log-probability (4) of each bin; the unit (8) and the row's own log-probability (4)
+    return 12 * (top_k + 1)
+
+
 class ScoreFiles:
     """Scores of a run's teacher on disk, by the rows that were scored together.
 

@@ -45,8 +45,9 @@ from sartor.tune.model_setup import (
     stored_bytes,
 )
 from sartor.tune.preference_training import PreferenceRun
-from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft, Tracking
+from sartor.tune.recipe import Distil, Recipe, ResolvedRecipe, Sft, Tracking
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.teacher_scores import token_bytes
 from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
 from sartor.tune.training_log import OnStep, TrainingLog, plot_losses
 from sartor.tune.training_loop import Resolved, TrainingRun
@@ -181,8 +182,15 @@ def _tune(
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
+    scores_bytes = 0
+    if isinstance(recipe.objective, Distil):
+        scores_bytes = context.data.supervised_tokens * token_bytes(recipe.objective.top_k)
     preflight.check_disk(
-        out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep, stored_bytes(recipe, model)
+        out.absolute(),
+        adapters.trainable(model)[0],
+        recipe.checkpoints.keep,
+        adapter_bytes=stored_bytes(recipe, model),
+        beside_bytes=scores_bytes,
     )
     if recipe.weights == "best":
         evaluation_ledger.check_ledger()  # before time is spent on evaluations that it could not record

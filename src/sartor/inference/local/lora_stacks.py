@@ -218,10 +218,10 @@ def _plain_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path / CONFIG} is no PEFT config: {error}", "sartor tune RECIPE --out ADAPTER --replace"
         ) from None
-    if kind != "LORA" or not math.isfinite(alpha):
-        raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", REMEDY)
+    if not math.isfinite(alpha):
+        raise ModelError(f"the adapter {path} has alpha {alpha}; it must be finite", REMEDY)
     if (method := method_of(config)) not in SERVED:
-        detail = "use_dora" if method == "dora" else "modules_to_save"
+        detail = {"dora": "use_dora", "full": "modules_to_save"}.get(method, f"peft_type {kind}")
         raise ModelError(
             f"the adapter {path} is of method {method} ({detail}); the engine computes LoRA alone", REMEDY
         )

@@ -84,6 +84,23 @@ def packing(model: Any) -> Iterator[None]:
         text.set_attn_implementation(previous)
 
 
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Make `model` use its own attention inside the `with` block, to generate.
+
+    A model that computes activations again is left with packed attention (`with_recompute`).
+    """
+    text = decoder(without_peft(model))
+    previous = text.config._attn_implementation
+    if previous == "sartor_packed":
+        text.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if previous == "sartor_packed":
+            text.set_attn_implementation(previous)
+
+
 def without_peft(model: Any) -> Any:
     """Return transformers' module inside a PeftModel; `model` itself if it has no adapter."""
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model

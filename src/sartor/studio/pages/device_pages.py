@@ -159,8 +159,9 @@ class _Found:
             run = manifest.get("run")
             if item.kind == "adapter" and isinstance(run, dict) and isinstance(run.get("federated"), dict):
                 found.rounds.append(_finished_rounds(folder, item.name, folder.root / item.name, manifest))
-        for listed in (found.rounds, found.stores, found.tunings):
-            listed.sort(key=lambda item: item.name)
+        found.rounds.sort(key=lambda item: item.name)
+        found.stores.sort(key=lambda item: item.name)
+        found.tunings.sort(key=lambda item: item.name)
         found.repositories.sort()
         return found
 

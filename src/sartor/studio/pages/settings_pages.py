@@ -181,7 +181,7 @@ def _key_row(folder: StudioFolder, file: Path) -> KeyRow:
     try:
         if public.is_file():
             key = signing.open_public(public)
-            identity, purposes = signing.key_id(key), sorted(key.purposes)
+            identity, purposes = signing.key_id(key), [str(purpose) for purpose in sorted(key.purposes)]
         status = file.stat()
         is_encrypted = is_private and b"ENCRYPTED PRIVATE KEY" in file.read_bytes()
     except (SartorError, OSError) as error:

@@ -104,6 +104,8 @@ def _shown(studio: Studio, talk: Talk, index: int, turn: TalkTurn) -> dict[str, 
     replies = []
     for side, reply in enumerate(turn.replies):
         live = studio.replies.find(ReplyKey(talk.name, index, side)) if reply.end is ReplyEnd.PENDING else None
+        if reply.end is ReplyEnd.PENDING and live is None:  # it may have ended since the turns were read
+            _, reply = talk.reply(index, side)
         text = live.text if live else reply.text
         replies.append({"reply": reply, "text": text, "is_live": live is not None, "job": Side.of(reply.side).job_id})
     return {"prompt": turn.prompt, "replies": replies, "media": [(name, kind_of(name)) for name in turn.media]}
@@ -291,7 +293,9 @@ def ask_server(method: str, url: str, **fields: Any) -> httpx.Response:
         error = answer.json()["error"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as fault:
         raise UnavailableError(f"the server does not answer: {fault}", "open it again on the page Talk") from None
-    raise UnavailableError(str(error.get("message", ""))[:500], str(error.get("remedy") or "ask again")[:500])
+    remedy = str(error.get("remedy") or "ask again")
+    problem = str(error.get("message", "")).removesuffix(f"; try: {remedy}")
+    raise UnavailableError(problem[:500], remedy[:500])
 
 
 @router.get("/talk/{job_id}/replies/{turn}/{side}/speech")
