@@ -14,11 +14,10 @@ import argparse
 import asyncio
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -27,7 +26,6 @@ from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
 from sartor.studio.pages.team_pages import team_files
 from sartor.studio.studio_app import StudioApp
-from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.studio_server import StudioServer
 from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
 
@@ -62,15 +60,6 @@ def visit_of(browser: Browser, app: StudioApp, address: str, **options: Any) -> 
     return visit
 
 
-def tuning_pages(found: Sequence[FoundArtifact]) -> dict[str, str]:
-    """Return {name: path} of the pages of tunings."""
-    adapters = [item.name for item in found if item.kind == "adapter" and item.artifact]
-    if not adapters:
-        return {"tune-new": "/tune/new"}
-    runs = urlencode([("run", name) for name in adapters])
-    return {"tune-new": "/tune/new", "tuning": f"/tune/run/{adapters[0]}", "compare": f"/tune/compare?{runs}"}
-
-
 def pages_of(app: StudioApp) -> dict[str, str]:
     """Return {name: path} of the pages: of each kind of artefact and of each state of a job the newest one."""
     found, _ = app.studio.folder.scan()
@@ -94,7 +83,6 @@ def pages_of(app: StudioApp) -> dict[str, str]:
     for kind in ("adapter", "release"):
         if name := first.get(kind):
             pages |= {kind: f"/artefact/{name}"}
-    pages |= tuning_pages(found)
     if files := app.studio.folder.data_files():
         pages |= {"preview": f"/new?file={files[0]}"}
         pages |= {"recipe": f"/recipe?file={files[0]}"}
@@ -104,6 +92,7 @@ def pages_of(app: StudioApp) -> dict[str, str]:
         if status.job.verb == "serve":
             pages.setdefault("conversation", f"/talk/{status.job.id}")
     pages |= operation_pages(app)
+    pages |= {"tune": "/tune", "tune-new": "/tune/new"}
     pages["error"] = "/data/nothing"
     return pages
 

@@ -40,6 +40,8 @@ def draw_rates(losses: Losses | None) -> RateCurve | None:
     if losses is None or len(losses.rates) < 2:
         return None
     peak = max(rate for _, rate in losses.rates)
+    if not peak:  # a log that does not state it
+        return None
     first, last = losses.rates[0][0], losses.rates[-1][0]
     points = []
     for update, rate in losses.rates:

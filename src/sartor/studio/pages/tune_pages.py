@@ -232,7 +232,7 @@ def _drafts(studio: Studio) -> TuningDrafts:
 
 def _proposed_name(studio: Studio, datasets: Sequence[str]) -> str:
     """Return a free name of what a form makes, after its Dataset."""
-    parts = PurePosixPath(datasets[0]).parts if datasets else ("tuning",)
+    parts = PurePosixPath(datasets[0] if datasets else "rows").parts
     stem = f"{parts[-2] if len(parts) > 1 and parts[-1] == 'data' else parts[-1]}-tuned".lower()
     stem = stem if is_valid_name(stem) else "tuning"
     candidates = (f"{stem}{f'-{number}' if number > 1 else ''}" for number in range(1, 10_000))
