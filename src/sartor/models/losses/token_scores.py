@@ -7,7 +7,7 @@ does not keep the logits (S, V) for its backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,9 @@ def top_tokens(backend: LossBackend, rows: Sequence[TokenizedExample], count: in
     )
 
 
-def _predictions(backend: LossBackend, rows: Sequence[TokenizedExample]) -> Any:
+def _predictions(
+    backend: LossBackend, rows: Sequence[TokenizedExample]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (logits (n, V), targets (n,)) of all supervised tokens, in order, a part at a time."""
     if not isinstance(backend, FusedBackend):
         targets = packing.pack(rows, _transformers(backend).device).targets[:, None]
@@ -94,7 +96,7 @@ def _transformers(backend: LossBackend) -> PackedTransformersBackend | RowTransf
 
 def _logits_with_ids(
     backend: PackedTransformersBackend | RowTransformersBackend, rows: Sequence[TokenizedExample], ids: torch.Tensor
-) -> Any:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (logits (n, V), ids (n, K)) of rows that are computed together."""
     if isinstance(backend, PackedTransformersBackend):
         batch = packing.pack(rows, backend.device, share=backend.share)
