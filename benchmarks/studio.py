@@ -9,8 +9,8 @@ million       {rows, drops, seconds.{browse, filter_split, filter_text, filter_n
 time_left     {run_s, killed_at, error.{25, 50, 75}, worst}: a tuning that is killed at 40 % and started again; the
               time left that its page states at 25, 50 and 75 %, against the seconds that the run then took, without
               those in which it was dead; |stated - true| / true
-circle        {kills.{job, studio, browser}, kills_in_all, untrue, lost, seconds}: an uploaded table becomes a released
-              model that is talked to, with kills in between; `untrue` counts pages that did not show what was true
+circle        {kills.{job, studio, browser}, kills_in_all, untrue, lost, seconds}: upload, tailor, evaluate, release, talk,
+              feedback, trace and fix, with kills in between; `untrue` counts pages that did not show what was true
               after a kill, `lost` what was there and is no longer
 
     python benchmarks/studio.py --json             # the starter, 20 kills: an hour

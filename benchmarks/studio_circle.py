@@ -1,4 +1,4 @@
-"""The full circle in a browser, with kills in between: from an uploaded table to a released model that is talked to.
+"""The full circle in a browser, with kills in between: from an uploaded table to a reply that is traced and repaired.
 
 Jobs, the studio and the browser are killed by turns. After each kill the page must show what is true, which is read
 from the processes themselves, and at the end nothing may be missing that was there before.
@@ -30,6 +30,7 @@ from sartor.studio.jobs.job_files import END, PROCESS, PROGRESS, read_json  # no
 from studio_visit import Visit  # noqa: E402
 
 NAME, USER = "faq", "Ada"
+CORRECTION, REASON = "As it should be said.", "the circle of the studio"
 OVER = ("done", "failed", "stopped", "lost")
 TIMEOUT_S = 1800.0
 LOOK_S = 0.1
@@ -96,7 +97,13 @@ class Circle:
         with self._stage("release"):
             self._release()
         with self._stage("talk"):
-            self._talk(kills - sum(self.outcome.kills.values()))
+            path = self._talk(kills - sum(self.outcome.kills.values()))
+        with self._stage("feedback"):
+            self._correct(path)
+        with self._stage("trace"):
+            self._trace(path)
+        with self._stage("fix"):
+            self._fix()
         self._look_for_losses()
         self.visit.close()
         return self.outcome
@@ -237,15 +244,28 @@ class Circle:
         return state != "Z"
 
     def _release(self) -> None:
-        """Release the Adapter with the Report that `tailor` made, unless it was released; waive what holds it back."""
-        page = self.visit.open(f"/evaluate/{NAME}/report")
-        if not page.locator("form[action='/release']").count():
-            return
-        page.fill("form[action='/release'] input[name=name]", NAME)
-        self._follow(self._press("form[action='/release'] button"), 0)
+        """Release the Adapter with the Report of `tailor`, unless it was released; waive what holds it back."""
+        for is_waiving in (False, True):
+            page = self.visit.open(f"/evaluate/{NAME}/report")
+            if not page.locator("form[action='/release']").count():
+                return
+            page.fill("form[action='/release'] input[name=name]", NAME)
+            if is_waiving:
+                page.click("form[action='/release'] summary")
+                for box in page.locator("form[action='/release'] input[name=waive]").all():
+                    box.check()
+                page.fill("form[action='/release'] textarea[name=reason]", REASON)
+            job_id = self._press("form[action='/release'] button")
+            if (state := self._wait_for_end(job_id)) == "done":
+                return
+            if is_waiving or not self.visit.page.locator("#live .warn").count():
+                raise CircleError(f"the release is {state}: {self._text()}")
 
-    def _talk(self, kills: int) -> None:
-        """Ask each question; between two of them kill by turns the browser, the studio and the server."""
+    def _talk(self, kills: int) -> str:
+        """Ask each question; between two of them kill by turns the job that serves, the studio and the browser.
+
+        Return the path of the last conversation.
+        """
         path = self._open_talk()
         for number, question in enumerate(self._questions[: kills + 1]):
             self._ask(path, question)
@@ -260,6 +280,39 @@ class Circle:
             else:
                 self._change_browser()
             self._check_conversation(path)
+        return path
+
+    def _correct(self, path: str) -> None:
+        """Correct the first reply of a conversation."""
+        page = self.visit.open(path)
+        form = page.locator("#reply-0-0 form").filter(has=page.locator("textarea[name=correction]"))
+        page.locator("#reply-0-0 details").filter(has=page.locator("textarea[name=correction]")).locator(
+            "summary"
+        ).click()
+        form.locator("textarea").fill(CORRECTION)
+        form.locator("button").click()
+        page.wait_for_selector("#reply-0-0 [role=status] code")
+
+    def _trace(self, path: str) -> None:
+        """Ask why of the first reply, wait for the training rows, and mark the first of them."""
+        page = self.visit.open(path)
+        page.click("#reply-0-0 form[action$='/why'] button")
+        page.wait_for_url("**/why/*")
+        page.wait_for_selector("form#suspects", timeout=TIMEOUT_S * 1000)
+        page.locator("form#suspects input[name=examples]").first.check()
+        page.click("form#suspects button[name=to]")
+        page.wait_for_url("**/why/*/fix")
+
+    def _fix(self) -> None:
+        """Drop the marked row, tune again and release the next version; waive what holds it back."""
+        page = self.visit.page
+        page.fill("input[name=reason]", REASON)
+        page.locator("details").filter(has=page.locator("input[name=waive]")).locator("summary").click()
+        page.fill("input[name=waive]", "gain forgetting")
+        page.locator("main form").filter(has=page.locator("input[name=reason]")).locator("button").click()
+        page.wait_for_selector(".verdict.better, .warn[role=alert]", timeout=TIMEOUT_S * 1000)
+        if not page.locator(".verdict.better").count():
+            raise CircleError(f"the repair failed: {self._text()}")
 
     def _open_talk(self) -> str:
         """Open the newest Release, or the Adapter if there is none; return the path of the conversation."""
@@ -306,6 +359,9 @@ class Circle:
                 self.outcome.lost.append(f"{name}: {error}")
         if not any(kind_of(path) == "release" for path in (self._folder / NAME).iterdir()):
             self.outcome.lost.append("the Release")
+        inboxes = (self._folder / ".studio" / "served").glob("*/state/inbox/*.jsonl")
+        if not any(CORRECTION in file.read_text(encoding="utf-8") for file in inboxes):
+            self.outcome.lost.append("the correction")
         self._check_conversation("/")
 
     def _text(self) -> str:

@@ -9,19 +9,21 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import sartor
-from loopback import listening
+from sartor.core.artifacts import write_artifact
 from sartor.core.processes import ProcessId
 from sartor.studio.jobs.job_files import END, LOG, OUTPUT, PROCESS, PROGRESS, RUNNER, Job, JobFiles, new_id, write_json
+from sartor.studio.questions import Question, Questions
+from sartor.studio.tuning_drafts import TuningDrafts
 from studio_artefacts import write_specialist
+from studio_operations import make_team
 
-MODELS = ("faq", "base")
-REPLY = "Open it in the app under Products. It takes about five minutes."
+_SUSPECT = "ab" * 32
+_ENDED = {"exit_code": 0, "signal": 0}
 _GATE = {"gain": "cannot tell", "forgetting": "pass", "licence": "pass"}
 
 
@@ -53,7 +55,7 @@ class Scenes:
         self._files = JobFiles(folder / ".studio" / "jobs")
         own = ProcessId.of(os.getpid())
         self._alive = {"pid": own.pid, "started": own.started, "at": time.time() - 300}
-        out = str(folder / "faq")
+        made = folder / "faq"
         self.jobs = {
             "lost": self._write("tune", "lost", process={"pid": 1 << 22, "started": "0", "at": time.time() - 900}),
             "killed": self._write("tune", "killed", end={"exit_code": None, "signal": 9}),
@@ -69,7 +71,7 @@ class Scenes:
                 "tailor",
                 "done",
                 end={"exit_code": 0, "signal": 0},
-                result={"adapter": f"{out}/adapter", "report": f"{out}/report", "gate": _GATE, "release": None},
+                result={"adapter": f"{made}/adapter", "report": f"{made}/report", "gate": _GATE, "release": None},
             ),
             "running": self._write("tune", "running", process=self._alive),
             "waiting": self._write("tune", "waiting", runner=self._alive),
@@ -85,10 +87,25 @@ class Scenes:
         ]
         progress = self._files.path(self.jobs["running"]) / PROGRESS
         progress.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        make_team(folder / "teams" / "team.yaml")
         if address:
-            self.jobs["served"] = self._write(
-                "serve", "served", process=self._alive, result={"address": address, "agents": ["faq"]}
-            )
+            result = {"address": address, "agents": ["faq", "home"]}
+            out = folder / "teams" / "team.yaml"
+            self.jobs["served"] = self._write("serve", "served", process=self._alive, result=result, out=out)
+        self._write_question()
+        drafts = TuningDrafts(folder / ".studio" / "drafts", folder)
+        drafts.save({"base.name": "starter"}, ["faq/data"], name="faq-2", recipe={"base": {"name": "starter"}})
+        _write_rounds(folder / "wards")
+
+    def _write_question(self) -> None:
+        """A reply whose rows were found and proved."""
+        release = self.folder / "faq" / "faq-1.0"
+        messages = [{"role": "user", "content": "When?"}]
+        question = Question("", "Ada", 0.0, "faq@1.0", "When?", "The sky is blue.", target=str(release))
+        question = Questions(self.folder / ".studio" / "questions").create(question, messages, None)
+        jobs = {verb: self._write(verb, verb, end=_ENDED, result=result) for verb, result in _answers(self.folder)}
+        suspects = [_SUSPECT]
+        Questions(self.folder / ".studio" / "questions").save(replace(question, jobs=jobs, suspects=suspects))
 
     def _write(
         self,
@@ -99,6 +116,7 @@ class Scenes:
         process: Mapping[str, Any] | None = None,
         end: Mapping[str, Any] | None = None,
         result: Mapping[str, Any] | None = None,
+        out: Path | None = None,
     ) -> str:
         adapter = self.folder / "faq" / "adapter"
         job = Job(
@@ -109,7 +127,7 @@ class Scenes:
             title=f"faq, {title}",
             by="Ada",
             created_at=time.time() - 600,
-            out=str(adapter),
+            out=str(out or adapter),
             adapter=str(adapter) if verb == "tune" else "",
         )
         folder = self._files.create(job)
@@ -125,48 +143,45 @@ class Scenes:
         return job.id
 
 
-class _Replies(BaseHTTPRequestHandler):
-    """Answers of a served team, whole or as a stream."""
-
-    pause_s = 0.0
-
-    def log_message(self, *_: Any) -> None:
-        return
-
-    def do_GET(self) -> None:
-        listed = [{"id": name, "object": "model", "root": f"{name}@1.0", "modalities": ["text"]} for name in MODELS]
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps({"object": "list", "data": listed}).encode())
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        model = f"{asked.get('model', 'base')}@1.0"
-        self.send_response(200)
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": REPLY}
-            body = {"id": "1", "model": model, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
-            self.send_header("content-type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-            return
-        self.send_header("content-type", "text/event-stream")
-        self.end_headers()
-        for word in REPLY.split(" "):
-            delta = {"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}
-            self._send({"id": "1", "model": model, "choices": [delta]})
-            time.sleep(self.pause_s)
-        self._send({"id": "1", "model": model, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def _send(self, event: Mapping[str, Any]) -> None:
-        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-        self.wfile.flush()
+def _answers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the JSON of `sartor trace` and `sartor ablate` about the Release."""
+    shared = {"score": 0.5, "prompt": "when", "reply": "sky is", "rows_with_reply_span": 1, "media": 0.0}
+    row = {"id": _SUSPECT, "score": 0.5, "source": "rows.jsonl", "locator": "rows.jsonl:3", "licence": "MIT"}
+    texts = {"prompt": "when?", "reply": "the sky is blue", "shared": shared, "copies": [], "dropped_duplicates": 0}
+    flags = {"origins": [], "steps": [], "made_from": [], "reviewers": [], "rehearsal": False, "rejected": False}
+    paths = {"target": str(folder / "faq" / "faq-1.0"), "dataset": str(folder / "faq" / "data")}
+    facts = {"method": "retrieval", "lds": None, "refused": None, "base_says_it": False, "approximate": None}
+    yield "trace", {**paths, **facts, "rows": 400, "examples": [{**row, **texts, **flags}]}
+    effects = {"effect": {"estimate": 2.5, "low": 2.0, "high": 3.0}, "suspects": {"examples": [], "effect": 2.6}}
+    controls = [{"effect": effect} for effect in (0.1, -0.1, 0.2, 0.0, 0.3)]
+    counts = {"detectable_nats": 0.4, "needed_nats": 0.5, "duplicates": [], "approximate": "", "retrains": 7}
+    yield (
+        "ablate",
+        {"proof": str(folder / "proof.json"), "verdict": "proven", **effects, "controls": controls, **counts},
+    )
 
 
-@contextmanager
-def answering(pause_s: float = 0.0) -> Iterator[str]:
-    """Serve replies, and yield the address. pause_s: between two words of a streamed one."""
-    with listening(type("Replies", (_Replies,), {"pause_s": pause_s})) as address:
-        yield address
+def _write_rounds(path: Path) -> None:
+    """An Adapter of three federated rounds by its manifest and log."""
+    lines = [
+        {
+            "round": number,
+            "clients": 3,
+            "clipped": 1,
+            "exactness_error": 1e-7,
+            "uploaded_bytes": 2_000_000,
+            "loss_first": 3.0 - number / 2,
+            "loss_last": 2.5 - number / 2,
+            "epsilon": 1.5 * number,
+            "verdicts": [],
+        }
+        for number in (1, 2, 3)
+    ]
+
+    def fill(part: Path) -> dict[str, object]:
+        (part / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        recipe = {"privacy": {"level": "client", "epsilon": 8.0, "delta": 1e-5}}
+        run = {"federated": {"examples": {f"ward-{number}": 10 * number for number in (1, 2, 3)}}, "rounds": 3}
+        return {"licence": "MIT", "parents": [], "sources": [], "recipe": recipe, "run": run}
+
+    write_artifact(path, "adapter", fill)

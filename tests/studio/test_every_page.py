@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from playwright.sync_api import Browser, Error  # noqa: E402
 
 from studio_pictures import SCHEMES, WIDTHS, pages_of, served, visit_of  # noqa: E402
 from studio_routes import routes_of  # noqa: E402
-from studio_scenes import REPLY, Scenes, answering  # noqa: E402
+from studio_scenes import Scenes  # noqa: E402
 from studio_visit import CHROMIUM, Visit, chromium  # noqa: E402
+from talking import HeldReplies, talking  # noqa: E402
 
 pytestmark = [
     pytest.mark.browser,
@@ -32,7 +34,7 @@ RUN = """async () => {
   return found.violations.map(rule => [rule.impact, rule.id, rule.nodes.map(node => node.html.slice(0, 200))]);
 }"""
 # GET routes without a page of their own: files, and the card as `curate` wrote it
-NO_PAGES = ("/static/", "/events", "/media/", "/card/")
+NO_PAGES = ("/static/", "/events", "/media/", "/speech", "/forecast", "/card/")
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +44,20 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+def site(browser: Browser, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     """A studio in which every page has something to show; Ada has asked one question."""
     folder = tmp_path_factory.mktemp("scenes") / "work"
     folder.mkdir()
-    with answering() as replies, pytest.MonkeyPatch.context() as patch:
+    with talking(folder.parent, HeldReplies()) as replies, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder.parent / "home"))
         scenes = Scenes(folder, replies)
+        shutil.copytree(published / "repository", folder / "farm" / "repository")
         with served(folder) as (app, address):
             visit = visit_of(browser, app, address)
             visit.open(f"/talk/{scenes.jobs['served']}")
             visit.page.fill("textarea[name=prompt]", "How do I open an account?")
             visit.page.press("textarea[name=prompt]", "Control+Enter")
-            visit.page.wait_for_selector(f"text={REPLY[:20]}")
+            visit.page.wait_for_selector("#talk article .reply-tools")
             visit.close()
             yield app, address
 

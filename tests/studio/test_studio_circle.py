@@ -1,4 +1,4 @@
-"""From an uploaded table to a released model that is talked to, in Chromium, with kills of job, studio and browser."""
+"""From an uploaded table to a reply that is traced and repaired, in Chromium, with kills of job, studio and browser."""
 
 from __future__ import annotations
 
@@ -42,4 +42,4 @@ def test_circle_survives_kills(tmp_path: Path, tiny_base: Path) -> None:
         end_jobs(work)
     assert (outcome.untrue, outcome.lost) == ([], [])
     assert outcome.kills == {"job": 1, "studio": 1, "browser": 1}
-    assert set(outcome.seconds) == {"upload", "tailor", "evaluate", "release", "talk"}
+    assert set(outcome.seconds) == {*("upload", "tailor", "evaluate", "release", "talk", "feedback", "trace", "fix")}
