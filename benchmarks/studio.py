@@ -9,9 +9,9 @@ million       {rows, drops, seconds.{browse, filter_split, filter_text, filter_n
 time_left     {run_s, killed_at, error.{25, 50, 75}, worst}: a tuning that is killed at 40 % and started again; the
               time left that its page states at 25, 50 and 75 %, against the seconds that the run then took, without
               those in which it was dead; |stated - true| / true
-circle        {kills.{job, studio, browser}, kills_in_all, untrue, lost, seconds}: upload, tailor, evaluate, release, talk,
-              feedback, trace and fix, with kills in between; `untrue` counts pages that did not show what was true
-              after a kill, `lost` what was there and is no longer
+circle        {kills.{job, studio, browser}, kills_in_all, untrue, lost, seconds}: upload, tailor, evaluate, release,
+              talk, feedback, trace and fix, with kills in between; `untrue` counts pages that did not show what was
+              true after a kill, `lost` what was there and is no longer
 
     python benchmarks/studio.py --json             # the starter, 20 kills: an hour
     python benchmarks/studio.py --small --json     # a tiny base, 3 kills, 40,000 rows
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -39,23 +40,20 @@ from pathlib import Path
 from typing import Any
 
 import parts
-import pyarrow.parquet as pq
 import smallest
+from large_dataset import write_large_dataset
 from results import print_result
 from studio_circle import Circle, end_jobs
 
 import sartor
 from sartor.core import assets
-from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.home import home
-from sartor.core.parquet_io import examples_table, write_drops
-from sartor.core.records import Drop, Example, Message, Origin
 from sartor.studio.jobs.job_control import JobControl
 from sartor.studio.jobs.job_files import END, PROCESS, JobState, read_json
 from studio_visit import CHROMIUM, StudioProcess, Visit, chromium
 
 USER = "Ada"
-GROUP_ROWS = 4096
+FEW_ROWS = 8192
 PARTS = ("first_page", "review", "million", "time_left", "circle")
 MARKS, KILLED_AT = (0.25, 0.5, 0.75), 0.4
 LOOK_S = 0.1
@@ -77,7 +75,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(20, 100, 1_000_000, 100_000, 240, 1024, 0.1, 400, 10, 5)
+FULL = Sizes(20, 100, 1_000_000, 250_000, 240, 1024, 0.1, 400, 10, 5)
 SMALL = Sizes(3, 6, 40_000, 2_000, 1500, 64, 0.01, 160, 0, 1)
 
 
@@ -129,7 +127,7 @@ def timed(visit: Visit, path: str) -> float:
 
 def measure_first_page(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Home with a cold cache."""
-    write_dataset(folder / "faq" / "data", 2 * GROUP_ROWS, 10)
+    write_large_dataset(folder / "faq" / "data", FEW_ROWS, 10)
     seconds, sent = [], 0
     with StudioProcess(folder, os.environ) as studio, chromium() as browser:
         owner = Visit(browser, studio.address)
@@ -148,7 +146,7 @@ def measure_first_page(folder: Path, sizes: Sizes) -> dict[str, Any]:
 def measure_review(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Decide findings by keyboard, each fifth a second time."""
     dataset = folder / "faq" / "data"
-    write_dataset(dataset, GROUP_ROWS, 10)
+    write_large_dataset(dataset, FEW_ROWS, 10)
     examples = sartor.read_examples(sartor.open(dataset))[: sizes.decisions]
     fields = {"kind": "label", "reason": "suspicious_label", "suggestion": {"reply": "Another answer."}}
     lines = [
@@ -176,12 +174,12 @@ def measure_review(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 def measure_million(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Pages of a large Dataset."""
-    write_dataset(folder / "large", sizes.million_rows, sizes.drops)
+    write_large_dataset(folder / "large", sizes.million_rows, sizes.drops)
     last = sizes.million_rows - 1
     pages = {
         "browse": "/data/large",
         "filter_split": "/data/large?split=eval",
-        "filter_text": f"/data/large?q=question+{last}",
+        "filter_text": f"/data/large?q=question+{last}:",
         "filter_nothing": "/data/large?q=no+such+words",
         "drops": "/data/large?split=dropped",
         "drops_reason": "/data/large?split=dropped&reason=too_long",
@@ -194,35 +192,6 @@ def measure_million(folder: Path, sizes: Sizes) -> dict[str, Any]:
         "seconds": seconds,
         "worst_s": max(seconds.values()),
     }
-
-
-def write_dataset(path: Path, rows: int, drops: int) -> Artifact:
-    """Write a Dataset of short questions, each fifth row held out, and drops with the row that was kept."""
-
-    def example(number: int) -> Example:
-        messages = (Message.of("user", f"question {number}"), Message.of("assistant", f"answer {number % 977}"))
-        split = "eval" if number % 5 == 0 else "train"
-        return Example(messages, (Origin("rows.jsonl", f"rows.jsonl:{number}"),), split=split)
-
-    def drop(number: int) -> Drop:
-        reason = "too_long" if number % 7 == 0 else "near_duplicates"
-        locator = f"rows.jsonl:{rows + number}"
-        return Drop(reason, "rows.jsonl", locator, kept=kept.id, text=f"user: question {number} again", score=0.9)
-
-    kept = example(3)
-
-    def fill(part: Path) -> dict[str, object]:
-        (part / "examples").mkdir()
-        (part / "drops").mkdir()
-        first = examples_table([example(0)])
-        with pq.ParquetWriter(part / "examples/0.parquet", first.schema, compression="zstd") as writer:
-            for start in range(0, rows, GROUP_ROWS):
-                writer.write_table(examples_table(map(example, range(start, min(start + GROUP_ROWS, rows)))))
-        write_drops(part / "drops/0.parquet", map(drop, range(drops)))
-        counts = {"splits": {"train": rows - -(-rows // 5), "eval": -(-rows // 5)}, "dropped": {"all": drops}}
-        return {"licence": "MIT", "parents": [], "counts": counts}
-
-    return write_artifact(path, "dataset", fill)
 
 
 def measure_time_left(folder: Path, sizes: Sizes) -> dict[str, Any]:
@@ -284,8 +253,8 @@ def follow(
         if progress is not None:
             last = (time.time(), progress.fraction)
             for mark in marks:
-                if progress.fraction >= mark and mark not in stated and progress.left_s is not None:
-                    stated[mark] = (last[0], progress.left_s)
+                if progress.fraction >= mark and mark not in stated and math.isfinite(progress.left_s or math.inf):
+                    stated[mark] = (last[0], progress.left_s or 0.0)
             if passing is not None and progress.fraction >= passing[0]:
                 passing[1].setdefault("at", last[0])
             if progress.fraction >= stop_at:

@@ -1,4 +1,4 @@
-"""A Dataset of a million distinct rows with its drops, written by columns in seconds, in files as `curate` writes them."""
+"""A Dataset of a million distinct rows with its drops, written by columns in seconds, in files as of `curate`."""
 
 from __future__ import annotations
 
