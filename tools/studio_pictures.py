@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Page
 
 from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
-from sartor.studio.pages.team_pages import team_files
+from sartor.studio.pages.team_pages import teams_of
 from sartor.studio.studio_app import StudioApp
 from sartor.studio.studio_server import StudioServer
 from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
@@ -102,7 +102,7 @@ def operation_pages(app: StudioApp) -> dict[str, str]:
     folder = app.studio.folder
     pages = {"team": "/team", "devices": "/devices", "settings": "/settings"}
     pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
-    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in team_files(app.studio).items()}
+    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in teams_of(app.studio).items()}
     for path in folder.walk():
         if (path / "metadata" / "1.root.json").is_file():
             pages.setdefault("fleet", f"/devices/fleet/{folder.name_of(path)}")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from large_dataset import ROWS, row_id, write_large_dataset
+
 from sartor.studio.accounts import Role
 
 pytest.importorskip("playwright", reason="no playwright here: pip install playwright")
 
-from studio_pictures import PASSWORD, served  # noqa: E402
+from studio_pictures import served  # noqa: E402
+from studio_visit import PASSWORD  # noqa: E402
 
 pytestmark = [pytest.mark.circle, pytest.mark.alone]
 MAX_S = 2.0

@@ -20,9 +20,8 @@ import httpx
 
 from sartor.core.errors import BusyError
 from sartor.studio.served_talk import ReplyEnd, Side, SideReply
+from sartor.studio.server_traffic import KEY_VARIABLE
 
-# API key that the studio sends to servers of this machine, if they ask for keys
-KEY_VARIABLE = "SARTOR_STUDIO_KEY"
 TIMEOUT_S = 300.0
 CONNECT_S = 10.0
 MAX_TOKENS = 400

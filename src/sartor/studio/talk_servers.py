@@ -9,9 +9,8 @@ An Adapter is sealed anew for each server, so each has a folder of its own. A te
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,22 @@ from typing import Any
 import httpx
 import yaml
 
-from sartor.core.artifacts import Artifact, kind_of
+from sartor.core.artifacts import Artifact
 from sartor.core.config import read_yaml
-from sartor.core.errors import ConfigError, SartorError, UnavailableError
+from sartor.core.errors import ConfigError, UnavailableError
 from sartor.core.filesystem import PRIVATE, make_private_folder, write_file_atomic
 from sartor.studio.jobs.job_files import Job, JobState, JobStatus, new_id
 from sartor.studio.reply_streams import key_headers
 from sartor.studio.served_talk import BASE, Side
 from sartor.studio.studio_folder import FoundArtifact, StudioFolder
+from sartor.studio.team_files import SUFFIXES, is_team, team_files
 from sartor.studio.visitor import Studio
 
 VERB = "serve"
 BASE_PREFIX = "base:"
-YAML = (".yaml", ".yml")
 # what a page waits for a server's list of models
 LIST_S = 3.0
 _SPEECH, _AUTO = "speech", "auto"
-_MAX_TEAM_BYTES = 1 << 20
-_MAX_TEAM_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -102,41 +99,13 @@ def _bases(artifacts: Sequence[FoundArtifact]) -> list[str]:
     return sorted(names)
 
 
-def team_files(folder: StudioFolder) -> list[str]:
-    """Return the names of the teams' files below the folder: YAML with a base and agents, outside of artefacts."""
-    return sorted(folder.name_of(file) for file in _yaml_files(folder.root, _MAX_TEAM_DEPTH) if _is_team(file))
-
-
-def _yaml_files(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    for entry in entries:
-        if entry.name.startswith(".") or entry.is_symlink():
-            continue
-        path = Path(entry.path)
-        if entry.is_dir() and depth > 1 and kind_of(path) is None:
-            yield from _yaml_files(path, depth - 1)
-        elif path.suffix in YAML and entry.stat().st_size <= _MAX_TEAM_BYTES:
-            yield path
-
-
-def _is_team(file: Path) -> bool:
-    try:
-        fields = read_yaml(file)
-    except SartorError:
-        return False
-    return "base" in fields and bool({"agents", "plans"} & set(fields))
-
-
 def target_of(studio: Studio, name: str) -> tuple[str, str]:
     """Return the `out` of a target's job, and the target's kind. Raises OutsideError, ConfigError, ArtifactError."""
     if name.startswith(BASE_PREFIX):
         return str(_served(studio, f"base-{_digest(name)}") / "team.yaml"), "base"
     path = studio.folder.resolve(name)
-    if path.suffix in YAML and path.is_file():
-        if not _is_team(path):
+    if path.suffix in SUFFIXES and path.is_file():
+        if not is_team(path):
             raise ConfigError(f"{name} is no team: it has no base or no agents", "docs/agents.md shows one")
         return str(path), "team"
     artifact = studio.folder.artifact(name, ("adapter", "release"))
@@ -203,7 +172,7 @@ def state_of(job: Job) -> Path:
 
 def team_file_of(job: Job) -> Path | None:
     """Return the team's file by which commands find a server's records; None for an Adapter, which has none."""
-    file = Path(job.out) if Path(job.out).suffix in YAML else state_of(job).parent / "team.yaml"
+    file = Path(job.out) if Path(job.out).suffix in SUFFIXES else state_of(job).parent / "team.yaml"
     return file if file.is_file() else None
 
 

@@ -28,7 +28,7 @@ from sartor.core.home import home
 from sartor.core.licences import compliance
 from sartor.studio.accounts import Role, checked_name
 from sartor.studio.page_renderer import redirect, render
-from sartor.studio.pages.team_pages import FAST_S, recent_commands, team_files
+from sartor.studio.pages.team_pages import FAST_S, recent_commands, teams_of
 from sartor.studio.studio_folder import UPLOADS, FoundArtifact, StudioFolder, back_up
 from sartor.studio.visitor import Owner, PostedForm, Studio, Visitor, studio_of, text_field
 
@@ -157,7 +157,7 @@ def keys(request: Request, visitor: Owner) -> Response:
         keys=list(_signing_keys(studio.folder)),
         trusted=[_key_row(studio.folder, file) for file in _key_files(home() / "trusted", "*.pub")],
         revoked=[_key_row(studio.folder, file) for file in _key_files(home() / "revoked", "*.pub")],
-        teams=[_team_keys(studio, name, file) for name, file in team_files(studio).items() if file.is_file()],
+        teams=[_team_keys(studio, name, file) for name, file in teams_of(studio).items() if file.is_file()],
         home=home(),
     )
 
@@ -232,7 +232,7 @@ def licences(request: Request, visitor: Owner) -> Response:
     studio = studio_of(request)
     artifacts, _ = studio.folder.scan()
     rows = [row for found in artifacts[:MAX_ROWS] for row in _licence_rows(found)]
-    for name, file in team_files(studio).items():
+    for name, file in teams_of(studio).items():
         try:
             versions = sartor.team_overview(file, events=1).versions if file.is_file() else {}
         except SartorError:

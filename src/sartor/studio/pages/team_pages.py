@@ -6,14 +6,12 @@ change is a command of `sartor agents`, which names the user and their reason in
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -23,15 +21,13 @@ from sartor.serving.http.http_errors import NotFoundError
 from sartor.studio.jobs.job_files import JobState, JobStatus
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.server_traffic import KEY_VARIABLE, ServerState, VersionTraffic, local_address, read_server
+from sartor.studio.team_files import SUFFIXES, is_team, team_files
 from sartor.studio.visitor import Owner, PostedForm, Studio, Viewer, studio_of, text_field
 
 router = APIRouter()
 VERB = "agents"
 # name of the team whose server shows this studio; the names of others end in a suffix of YAML
 SERVER = "server"
-SUFFIXES = (".yaml", ".yml")
-MAX_FILE_BYTES = 256 << 10
-MAX_TEAMS = 50
 MAX_EVENTS = 200
 MAX_REASON_CHARS = 500
 # commands of a team that its page shows
@@ -69,35 +65,11 @@ class FoundTeam:
     remedy: str = ""
 
 
-def team_files(studio: Studio) -> dict[str, Path]:
-    """Return the files of teams by the names of their pages."""
-    found = {}
+def teams_of(studio: Studio) -> dict[str, Path]:
+    """Return the files of teams by the names of their pages; that of the server that mounts the studio first."""
     served = studio.served_team
-    if served is not None:
-        found[SERVER] = served
-    for folder in studio.folder.walk():
-        files = sorted({file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}")})
-        for file in files:
-            if file != served and not file.name.startswith(".") and _is_team(file):
-                found[file.relative_to(studio.folder.root).as_posix()] = file
-            if len(found) >= MAX_TEAMS:
-                return found
-    return found
-
-
-def _is_team(file: Path) -> bool:
-    """Return whether a YAML file has options of a team alone, and agents or the registry of one."""
-    try:
-        if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
-            return False
-        fields = yaml.safe_load(file.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return False
-    if not isinstance(fields, dict) or "base" not in fields:
-        return False
-    options = {field.name for field in dataclasses.fields(sartor.Team)}
-    has_registry = (file.parent / f".{file.stem}" / "registry.sqlite").is_file()
-    return fields.keys() <= options and ("agents" in fields or has_registry)
+    found = {name: file for name, file in team_files(studio.folder).items() if file != served}
+    return found if served is None else {SERVER: served, **found}
 
 
 def _team_file(studio: Studio, name: str) -> Path:
@@ -105,7 +77,7 @@ def _team_file(studio: Studio, name: str) -> Path:
     if name == SERVER and studio.served_team is not None:
         return studio.served_team
     file = studio.folder.resolve(name)
-    if not (file.suffix in SUFFIXES and _is_team(file)):
+    if not (file.suffix in SUFFIXES and is_team(file)):
         raise NotFoundError(f"{name[:80]!a} is no file of a team", "the page Team lists those of this folder")
     return file
 
@@ -150,7 +122,7 @@ def recent_commands(studio: Studio, verb: str, target: Path) -> list[JobStatus]:
 def teams(request: Request, visitor: Viewer) -> Response:
     """List the teams with what is live."""
     studio = studio_of(request)
-    found = [_found_team(request, studio, name, file, 1) for name, file in team_files(studio).items()]
+    found = [_found_team(request, studio, name, file, 1) for name, file in teams_of(studio).items()]
     return render(request, visitor, "teams", found=found)
 
 

@@ -25,7 +25,8 @@ from sartor.studio.pages.evaluate_pages import DEFAULT_KEY
 from sartor.studio.pages.talk_pages import chosen_reply, fetch_receipt, request_messages
 from sartor.studio.questions import CORRECTIONS, MESSAGES, RECEIPT, REPLY, Question, Questions
 from sartor.studio.served_talk import Side
-from sartor.studio.talk_servers import YAML, server_status
+from sartor.studio.talk_servers import server_status
+from sartor.studio.team_files import SUFFIXES
 from sartor.studio.visitor import Owner, PostedForm, Reviewer, Studio, Visitor, studio_of, text_field
 
 router = APIRouter()
@@ -76,7 +77,7 @@ def begin(request: Request, visitor: Reviewer, job_id: str, form: PostedForm) ->
         raise ConfigError("no rows of yours have taught this reply", "choose a whole reply of a tuned model")
     messages = request_messages(talk, turn, reply)
     job, receipt = server_status(studio, Side.of(reply.side).job_id).job, None
-    is_team = Path(job.out).suffix in YAML
+    is_team = Path(job.out).suffix in SUFFIXES
     if is_team:
         _, receipt = fetch_receipt(studio, reply)
     question = Question(
