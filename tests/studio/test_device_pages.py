@@ -172,6 +172,7 @@ def test_wrong_form_starts_nothing(site: Site, farm: Farm, fields: dict[str, str
     assert answer.status_code == 400 and site.app.studio.jobs.files.ids() == []
 
 
+@pytest.mark.services
 def test_halt_by_the_real_command_is_shown(site: Site, farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     site.app.studio.jobs = JobControl(site.folder / ".studio" / "jobs")

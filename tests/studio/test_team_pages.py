@@ -177,6 +177,7 @@ def test_frozen_trial_asks_the_owner(site: Site, team: Path) -> None:
     assert "End the trial" in page and '<option value="1.2" selected>' in page
 
 
+@pytest.mark.services
 def test_real_command_promotes_and_a_stale_page_is_refused(
     site: Site, team: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
