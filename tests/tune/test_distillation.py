@@ -221,10 +221,10 @@ def test_a_teacher_of_another_family_and_tokenizer_teaches_by_text(
     tmp_path: Path, made: Path, recipe: dict[str, Any]
 ) -> None:
     notices: list[str] = []
-    asked = changed(recipe, {"teacher": str(made / "qwen")}, budget={"updates": 12}, evaluations=2)
+    asked = changed(recipe, {"teacher": str(made / "qwen")}, budget={"updates": 40}, evaluations=2)
     told = tune(asked, tmp_path / "a", notice=notices.append)
     assert any("has another vocabulary" in line for line in notices)
-    assert told["loss"]["last"] < 0.5 * told["loss"]["first"]
+    assert told["loss"]["last"] < 0.9 * told["loss"]["first"]
     evaluated = [line["eval_loss"] for line in lines_of(tmp_path / "a") if "eval_loss" in line]
     assert evaluated[-1] < evaluated[0]
     assert open_artifact(tmp_path / "a").manifest["licence"] == "Apache-2.0 AND CC-BY-4.0 AND MIT"
@@ -261,21 +261,20 @@ def endpoint(server: EndpointServer, **options: Any) -> dict[str, Any]:
 
 
 def test_an_endpoint_teaches_what_its_model_would_teach_here(
-    tmp_path: Path, made: Path, recipe: dict[str, Any], tiny_base: Path
+    tmp_path: Path, made: Path, recipe: dict[str, Any]
 ) -> None:
     """The same base behind an endpoint: losses differ by the tokens that no text names. It is asked once for a row."""
-    start = {**recipe["method"], "start": str(made / "teacher")}
-    own = changed(recipe, {"teacher": "base", "top_k": 8}, method=start)
+    own = changed(recipe, {"teacher": str(made / "talker"), "top_k": 8}, data={"path": str(made / "talk")})
     tune(own, tmp_path / "local")
     with serving(EndpointServer()) as server:
-        server.completion = completions(tiny_base)
+        server.completion = completions(made / "talker")
         asked = changed(own, endpoint(server, licence="LicenseRef-teacher"))
         tune(asked, tmp_path / "remote")
         assert set(server.asked.values()) == {1}
         (warning,) = [item for item in sartor.plan(asked).advice.warnings if item.reason == "teacher_endpoint"]
         assert "m@127.0.0.1" in warning.problem
     losses = [[line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("local", "remote")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
     manifest = open_artifact(tmp_path / "remote").manifest
     assert "LicenseRef-teacher" in manifest["licence"]
     assert manifest["run"]["teacher"]["is_remote"]
