@@ -221,13 +221,14 @@ def test_a_teacher_of_another_family_and_tokenizer_teaches_by_text(
     tmp_path: Path, made: Path, recipe: dict[str, Any]
 ) -> None:
     notices: list[str] = []
-    asked = changed(recipe, {"teacher": str(made / "qwen")}, budget={"updates": 40}, evaluations=2)
+    student = {**recipe, "base": str(made / "talker")}
+    asked = changed(student, {"teacher": str(made / "qwen")}, budget={"updates": 20}, evaluations=2)
     told = tune(asked, tmp_path / "a", notice=notices.append)
     assert any("has another vocabulary" in line for line in notices)
-    assert told["loss"]["last"] < 0.9 * told["loss"]["first"]
+    assert told["loss"]["last"] < 0.7 * told["loss"]["first"]
     evaluated = [line["eval_loss"] for line in lines_of(tmp_path / "a") if "eval_loss" in line]
     assert evaluated[-1] < evaluated[0]
-    assert open_artifact(tmp_path / "a").manifest["licence"] == "Apache-2.0 AND CC-BY-4.0 AND MIT"
+    assert open_artifact(tmp_path / "a").manifest["licence"] == "CC-BY-4.0 AND MIT"
     sampled = changed(asked, {"on_policy": 1.0, "max_reply_tokens": 6}, budget={"updates": 2})
     assert tune(sampled, tmp_path / "b")["updates"] == 2
 
