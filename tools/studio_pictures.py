@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -25,6 +26,7 @@ from playwright.sync_api import Browser, Page
 from sartor.studio import studio_folder
 from sartor.studio.accounts import Role
 from sartor.studio.pages.team_pages import teams_of
+from sartor.studio.served_talk import Talk
 from sartor.studio.studio_app import StudioApp
 from sartor.studio.studio_server import StudioServer
 from studio_visit import CHROMIUM, NAME, Visit, choose_password, chromium
@@ -62,54 +64,62 @@ def visit_of(browser: Browser, app: StudioApp, address: str, **options: Any) -> 
 
 def pages_of(app: StudioApp) -> dict[str, str]:
     """Return {name: path} of the pages: of each kind of artefact and of each state of a job the newest one."""
+    names = ("data", "review", "evaluate", "jobs", "new", "talk", "tune", "team", "devices", "settings")
+    pages = {"home": "/", **{name: f"/{name}" for name in names}, "tune-new": "/tune/new"}
+    pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
+    if files := app.studio.folder.data_files():
+        pages |= {"preview": f"/new?file={files[0]}", "recipe": f"/recipe?file={files[0]}"}
+    return {**pages, **_artefact_pages(app), **_job_pages(app), **_operation_pages(app), "error": "/data/nothing"}
+
+
+def _artefact_pages(app: StudioApp) -> dict[str, str]:
     found, _ = app.studio.folder.scan()
     first: dict[str, str] = {}
     for item in found:
         if item.artifact:
             first.setdefault(item.kind, item.name)
-    names = ("data", "review", "evaluate", "jobs", "new", "talk", "tune")
-    pages = {"home": "/", **{name: f"/{name}" for name in names}}
+    pages = {}
     if name := first.get("dataset"):
         pages |= {"rows": f"/data/{name}", "drops": f"/data/{name}?split=dropped", "row": f"/row/{name}?at=0"}
-        pages |= {"finding": f"/review/{name}"}
-        pages |= {
-            "sources": f"/sources/{name}",
-            "duplicates": f"/duplicates/{name}",
-            "agreement": f"/agreement/{name}",
-        }
+        pages |= {"sources": f"/sources/{name}", "duplicates": f"/duplicates/{name}"}
+        pages |= {"finding": f"/review/{name}", "agreement": f"/agreement/{name}"}
     if name := first.get("report"):
-        pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won"}
-        pages |= {"slices": f"/slices/{name}"}
+        pages |= {"report": f"/evaluate/{name}", "won": f"/evaluate/{name}?rows=won", "slices": f"/slices/{name}"}
     for kind in ("adapter", "release"):
         if name := first.get(kind):
             pages |= {kind: f"/artefact/{name}"}
-    if files := app.studio.folder.data_files():
-        pages |= {"preview": f"/new?file={files[0]}"}
-        pages |= {"recipe": f"/recipe?file={files[0]}"}
-    for status in app.studio.jobs.files.statuses():
-        state = "killed" if status.signal else status.state.value
-        pages.setdefault("server" if status.job.verb == "serve" else f"job-{state}", f"/jobs/{status.job.id}")
-        if status.job.verb == "serve":
-            pages.setdefault("conversation", f"/talk/{status.job.id}")
-    pages |= operation_pages(app)
-    pages |= {"tune": "/tune", "tune-new": "/tune/new"}
-    pages["error"] = "/data/nothing"
-    return pages
-
-
-def operation_pages(app: StudioApp) -> dict[str, str]:
-    """Paths of the pages of teams, devices and settings, by name."""
-    folder = app.studio.folder
-    pages = {"team": "/team", "devices": "/devices", "settings": "/settings"}
-    pages |= {f"settings-{tab}": f"/settings/{tab}" for tab in ("keys", "licences", "storage", "doctor")}
-    pages |= {f"team-{file.stem}": f"/team/{name}" for name, file in teams_of(app.studio).items()}
-    for path in folder.walk():
-        if (path / "metadata" / "1.root.json").is_file():
-            pages.setdefault("fleet", f"/devices/fleet/{folder.name_of(path)}")
-    for item in folder.scan()[0]:
+    if name := first.get("adapter"):
+        runs = [("run", item.name) for item in found if item.kind == "adapter"]
+        pages |= {"tuning": f"/tune/run/{name}", "compare": f"/tune/compare?{urlencode(runs)}"}
+    for item in found:
         run = item.artifact.manifest.get("run", {}) if item.artifact else {}
         if isinstance(run, dict) and "federated" in run:
             pages.setdefault("rounds", f"/devices/rounds/{item.name}")
+    return pages
+
+
+def _job_pages(app: StudioApp) -> dict[str, str]:
+    pages: dict[str, str] = {}
+    for status in app.studio.jobs.files.statuses():
+        state = "killed" if status.signal else status.state.value
+        pages.setdefault("server" if status.job.verb == "serve" else f"job-{state}", f"/jobs/{status.job.id}")
+        if status.job.verb == "serve" and "conversation" not in pages:
+            pages["conversation"] = f"/talk/{status.job.id}"
+            talk = Talk(app.studio.talks, status.job.id, NAME)
+            if any(reply.receipt for turn in talk.turns()[:1] for reply in turn.replies[:1]):
+                pages["receipt"] = f"/talk/{status.job.id}/receipts/0/0"
+    for name in sorted(path.name for path in (app.studio.folder.hidden / "questions").glob("*")):
+        pages |= {"why": f"/why/{name}", "why-proof": f"/why/{name}/proof", "why-fix": f"/why/{name}/fix"}
+    for path in (app.studio.folder.hidden / "drafts").glob("*"):
+        pages["draft"] = f"/tune/draft/{path.name}"
+    return pages
+
+
+def _operation_pages(app: StudioApp) -> dict[str, str]:
+    pages = {f"team-{file.stem}": f"/team/{name}" for name, file in teams_of(app.studio).items()}
+    for folder in app.studio.folder.walk():
+        if (folder / "metadata" / "1.root.json").is_file():
+            pages.setdefault("fleet", f"/devices/fleet/{app.studio.folder.name_of(folder)}")
     return pages
 
 

@@ -1,4 +1,4 @@
-"""Files of teams below the studio's folder: YAML with options of a team alone, and agents, plans or a registry."""
+"""Files of teams below the folder: YAML with options of a team, and agents, plans or a registry."""
 
 from __future__ import annotations
 
