@@ -125,7 +125,7 @@ class Circle:
         page.fill("input[name=name]", NAME)
         page.fill("input[name=base]", self._base)
         page.fill("input[name=licence]", "own")
-        return self._press("form[action='/new'] button")
+        return self._press("form[action='/new'] button:not(.second)")
 
     def _press(self, selector: str) -> str:
         """Press a button that starts a job; return the job's id."""

@@ -160,9 +160,12 @@ def test_full_disk_is_said_and_loses_nothing(browser: Browser, tmp_path: Path) -
             other.page.click("main button")
             expect(other.page.locator("[role=alert]")).to_contain_text("disk", timeout=15_000)
             other.close()
-            for path in ("/", "/data/faq/data", "/evaluate/faq/report", "/jobs", "/review/faq/data"):
+            for path in ("/", "/data/faq/data", "/evaluate/faq/report", "/jobs"):
                 visit.open(path)
                 expect(page.locator("[role=alert]")).to_have_count(0)
+            # SQLite makes a file for each reader of a queue, so the queue waits until there is room
+            visit.open("/review/faq/data")
+            expect(page.locator("[role=alert]")).to_contain_text("nothing was changed")
             assert [fault for fault in visit.faults if "the server responded with a status of" not in fault] == []
 
             filler.unlink()
@@ -258,7 +261,7 @@ def test_real_command_out_of_memory_says_so(browser: Browser, work: Path, tiny_b
     with site_of(browser, work, limited) as (_, visit):
         page = visit.open("/new?file=rows.csv")
         page.fill("input[name=base]", str(tiny_base))
-        page.click("form[action='/new'] button")
+        page.click("form[action='/new'] button:not(.second)")
         expect(page.locator(".state")).to_have_text("failed", timeout=120_000)
         assert page.locator("#live .warn").inner_text().strip()
         assert "emory" in page.locator("main").inner_text()
