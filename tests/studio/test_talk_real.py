@@ -125,7 +125,7 @@ def test_wrong_reply_is_rated_traced_proved_and_repaired(site: Site, tmp_path: P
 
     why = site.post(f"{path}/why", from_page=path, turn="0", side="0").headers["location"]
     page = until(site, why, "suspect this row")
-    suspect = re.search(r'name=examples value="([0-9a-f]{64})"', page)
+    suspect = re.search(r'name=examples value="([0-9a-f]{32})"', page)
     assert suspect and "own.jsonl" in page and "training rows searched" in page
     site.post(f"{why}/key", from_page=why)
     while "there is none yet" in site.page(why):
@@ -142,7 +142,7 @@ def test_wrong_reply_is_rated_traced_proved_and_repaired(site: Site, tmp_path: P
     page = until(site, f"{why}/fix", "is released.")
     assert "door 1.1 is released." in page
     fixed = served(site, "door-1.0-fixed/release")
-    page = ask(site, fixed, PROMPT, choices(site.page(fixed))["door@1.1"])
+    page = ask(site, fixed, PROMPT, choices(until(site, fixed, "door@1.1"))["door@1.1"])
     assert f"dir=auto>{RIGHT}</div>" in page
 
 
