@@ -72,7 +72,7 @@ def test_losses_of_both_are_those_of_each(pair: tuple[Base, Any], monkeypatch: p
     assert together[0] != together[1] and together[0][-1] == 0.0
     assert measure_losses(base, model, encoded, sides=[True]) == [together[1]]
     assert measure_losses(base, model, []) == [[], []]
-    monkeypatch.setattr(paired_replies, "open_compiled", lambda *_: None)
+    monkeypatch.setattr(paired_replies, "open_compiled", lambda *_, **__: None)
     assert measure_losses(base, model, encoded)[1] == pytest.approx(together[1], rel=1e-4)
 
 
