@@ -51,8 +51,14 @@ def work(adapter: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def ask(visit: Visit) -> int:
-    """Send a question and return the number of its turn, whose reply may still be written."""
+    """Send a question and return the number of its turn, whose reply may still be written.
+
+    The conversation is begun anew: the base has room for one reply.
+    """
     page = visit.page
+    if page.locator("#talk article").count():
+        page.click("form[action$='/clear'] button")
+        page.wait_for_selector("#talk article", state="detached")
     turns = page.locator("#talk article").count()
     page.fill("textarea[name=prompt]", f"hi {turns}")
     page.press("textarea[name=prompt]", "Control+Enter")
