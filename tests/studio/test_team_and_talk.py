@@ -57,6 +57,7 @@ def ask(visit: Visit) -> int:
     """
     page = visit.page
     if page.locator("#talk article").count():
+        page.reload()
         page.click("form[action$='/clear'] button")
         page.wait_for_selector("#talk article", state="detached")
     turns = page.locator("#talk article").count()
