@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -136,7 +137,7 @@ def measure_first_page(folder: Path, sizes: Sizes) -> dict[str, Any]:
         for _ in range(sizes.rounds + 1):  # the first fills the studio's own caches
             visit = Visit(browser, studio.address, storage_state=state)
             bodies: list[Any] = []
-            visit.page.on("response", bodies.append)
+            visit.page.on("response", lambda response, found=bodies: found.append(response))
             seconds.append(timed(visit, "/"))
             sent = sum(len(response.body()) for response in bodies)
             visit.close()
@@ -146,8 +147,8 @@ def measure_first_page(folder: Path, sizes: Sizes) -> dict[str, Any]:
 def measure_review(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Decide findings by keyboard, each fifth a second time."""
     dataset = folder / "faq" / "data"
-    write_large_dataset(dataset, FEW_ROWS, 10)
-    examples = sartor.read_examples(sartor.open(dataset))[: sizes.decisions]
+    sartor.curate({"sources": [str(write_table(folder / "rows.csv", 2 * sizes.decisions))]}, dataset)
+    examples = list(itertools.islice(sartor.read_examples(sartor.open(dataset)), sizes.decisions))
     fields = {"kind": "label", "reason": "suspicious_label", "suggestion": {"reply": "Another answer."}}
     lines = [
         json.dumps({**fields, "examples": [row.id], "detail": str(number)}) for number, row in enumerate(examples)
@@ -157,12 +158,19 @@ def measure_review(folder: Path, sizes: Sizes) -> dict[str, Any]:
         page = visit.open("/review/faq/data")
         started, decisions = time.monotonic(), 0
         for number in range(sizes.decisions):
-            keys = "a" if number % 5 else "rua"  # one that is changed
-            for key in keys:
-                url = page.url
-                page.keyboard.press(key)
-                page.wait_for_function("url => location.href !== url && document.readyState === 'complete'", arg=url)
-                decisions += key != "u"
+            page.wait_for_selector(f"text={sizes.decisions - number} wait for you")
+            page.wait_for_load_state("load")
+            if number % 5 == 0:  # one that is changed
+                page.keyboard.press("r")
+                page.wait_for_selector(_after(sizes.decisions - number - 1))
+                page.wait_for_load_state("load")
+                page.keyboard.press("u")
+                page.wait_for_selector("text=Your decision so far")
+                page.wait_for_load_state("load")
+                decisions += 1
+            page.keyboard.press("a")
+            decisions += 1
+        page.wait_for_selector(".empty")
         wall_s = time.monotonic() - started
     counts = sartor.review_counts(dataset)
     return {
@@ -170,6 +178,11 @@ def measure_review(folder: Path, sizes: Sizes) -> dict[str, Any]:
         "decisions": decisions,
         "stored": counts["accepted"] + counts["rejected"],
     }
+
+
+def _after(waiting: int) -> str:
+    """Return the selector of what a review queue shows once so many findings wait."""
+    return f"text={waiting} wait for you" if waiting else ".empty"
 
 
 def measure_million(folder: Path, sizes: Sizes) -> dict[str, Any]:
