@@ -566,7 +566,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, recipe: dict[str, Any], monk
 
     Something else fills it after the run has looked at it.
     """
-    monkeypatch.setattr("sartor.tune.preflight.check_disk", lambda *given: None)
+    monkeypatch.setattr("sartor.tune.preflight.check_disk", lambda *given, **named: None)
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
