@@ -142,7 +142,8 @@ def test_wrong_reply_is_rated_traced_proved_and_repaired(site: Site, tmp_path: P
     page = until(site, f"{why}/fix", "is released.")
     assert "door 1.1 is released." in page
     fixed = served(site, "door-1.0-fixed/release")
-    page = ask(site, fixed, PROMPT, choices(until(site, fixed, "door@1.1"))["door@1.1"])
+    sides = choices(until(site, fixed, "door@1.1"))  # of two servers, whose titles stand beside the names
+    page = ask(site, fixed, PROMPT, sides["door@1.1 · door-1.0-fixed/release"])
     assert f"dir=auto>{RIGHT}</div>" in page
 
 
