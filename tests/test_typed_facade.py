@@ -36,7 +36,7 @@ def specialist(rows: Path, key: Path) -> str:
     made = sartor.curate({"sources": [{"path": str(rows), "licence": "own"}]}, "data/faq", notice=print)
     print(made.kept, made.dropped, made.dataset.path)
     recipe = sartor.load_recipe({"base": "starter", "data": "data/faq"}, ["--method.rank", "8"])
-    print(recipe.method.rank + 1, recipe.base.name.upper())
+    print(recipe.method.kind.upper(), recipe.seed + 1, recipe.base.name.upper())
     forecast = sartor.plan(recipe, price="0.45/h")
     if forecast.refusals:
         return ""
