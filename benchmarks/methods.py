@@ -6,7 +6,7 @@
 Every run is a process of its own in fp32 (at the smallest size, the first of each set), with the passes over the rows
 and the batch that `auto` chooses for LoRA.
 LoRA has the rate of `auto` and `full` a tenth of it: "LoRA without regret" (Schulman et al. 2025) found LoRA's best
-rate at ten times that of full tuning. The other methods have LoRA's rate times RATES, by their papers' own settings.
+rate at ten times that of full tuning. The other methods have LoRA's rate times RATES, which were not measured.
 With `--factors 0.3 1 3` each method is first tuned at so many times its rate with seed 0, and the best goes on. All
 held-out rows are answered greedily. A finished run stands in --work; a call that runs out of --minutes ends with exit
 code 75, and the same command goes on.

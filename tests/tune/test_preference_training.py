@@ -233,7 +233,8 @@ def test_options_out_of_range_are_refused(recipe: dict[str, Any], wrong: dict[st
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kind": "orpo", "odds_weight": 0.0}, {"kind": "simpo", "margin": -0.5}, {"kind": "simpo", "beta": 0.0}],
+    [{"kind": "orpo", "odds_weight": 0.0}, {"kind": "simpo", "margin": -0.5}, {"kind": "simpo", "beta": 0.0}]
+    + [{"kind": "simpo", "beta": math.nan}, {"kind": "orpo", "odds_weight": math.inf}],
 )
 def test_options_of_orpo_and_simpo_out_of_range_are_refused(recipe: dict[str, Any], wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=list(wrong)[1]):

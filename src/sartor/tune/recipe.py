@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ Method = Lora | RsLora | Dora | Pissa | Oft | Miss | Ia3 | Full
 
 def _at_least(value: Any, minimum: int, *names: str) -> None:
     for name in names:
-        if getattr(value, name) < minimum:
+        if not minimum <= getattr(value, name) < math.inf:  # so that a value that is no number is refused too
             raise ConfigError(f"{name} is {getattr(value, name)}; it must be at least {minimum}", f"{name}: {minimum}")
 
 
@@ -268,7 +269,7 @@ class Distil:
 
 def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
     _at_least(objective, 0, *weights)
-    if objective.beta <= 0:
+    if not 0 < objective.beta < math.inf:
         default = type(objective)().beta
         raise ConfigError(f"beta is {objective.beta}; it must be above 0", f"beta: {default}")
 
@@ -316,7 +317,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.batch_tokens != "auto":
             _at_least(self, 1, "batch_tokens")
-        if (self.learning_rate != "auto" and self.learning_rate <= 0) or self.clip_norm <= 0:
+        if (self.learning_rate != "auto" and not 0 < self.learning_rate < math.inf) or not self.clip_norm > 0:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate} and clip_norm {self.clip_norm}; both must be above 0",
                 "learning_rate: 2.0e-4, clip_norm: 1.0",

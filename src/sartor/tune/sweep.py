@@ -190,9 +190,12 @@ def sweep(
             )
         racing = [result.trial for result in sorted(results, key=lambda result: result.rank, reverse=True)]
     plot_sweep(race.measured, folder / "sweep.png")
+    copied = folder / "winner"  # whole, before the Adapter that it replaces goes
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(race.folder_of(len(sizes) - 1, racing[0]), copied)
     if out.exists():
         shutil.rmtree(out)
-    shutil.copytree(race.folder_of(len(sizes) - 1, racing[0]), out)
+    copied.rename(out)
     return Sweep(_adapter(out), race.measured, folder)
 
 
