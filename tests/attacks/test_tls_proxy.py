@@ -150,7 +150,15 @@ def test_a_reply_comes_through_tls(proxied: Proxied) -> None:
 @needs_nginx
 @pytest.mark.services
 def test_a_stream_comes_through_tls_in_parts(proxied: Proxied) -> None:
-    """nginx hands parts on as they come: the first is there before the last was made."""
+    """nginx hands parts on as they come: the first is there before the last was made.
+
+    On a busy machine the client may be woken when all of a reply has come, so it has some attempts.
+    """
+    assert any(_comes_in_parts(proxied) for _ in range(10))
+
+
+def _comes_in_parts(proxied: Proxied) -> bool:
+    """Whether the parts of one streamed reply came at different moments. Asserts that the reply is whole."""
     with (
         proxied.client() as client,
         client.stream(
@@ -163,7 +171,7 @@ def test_a_stream_comes_through_tls_in_parts(proxied: Proxied) -> None:
         arrivals = [(time.monotonic(), line) for line in answer.iter_lines() if line]
     assert arrivals[-1][1] == "data: [DONE]" and len(arrivals) > 100
     moments = {moment for moment, _ in arrivals}
-    assert len(moments) > 20 and arrivals[-1][0] - arrivals[0][0] > 0.02
+    return len(moments) > 20 and arrivals[-1][0] - arrivals[0][0] > 0.02
 
 
 @needs_nginx

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import httpx
 
 from sartor.core.errors import BusyError
 from sartor.studio.served_talk import ReplyEnd, Side, SideReply
-from sartor.studio.server_traffic import KEY_VARIABLE
+from sartor.studio.server_traffic import key_headers
 
 TIMEOUT_S = 300.0
 CONNECT_S = 10.0
@@ -94,9 +93,9 @@ class RunningReplies:
             except Exception:
                 _log.exception("a reply could not be stored")
             finally:
-                live.is_over = True
                 with self._lock:
                     self._live.pop(key, None)
+                live.is_over = True  # last: who hears of the end and asks again finds it on disk alone
 
         live.thread = threading.Thread(target=run, daemon=True, name="studio-reply")
         with self._lock:
@@ -108,12 +107,6 @@ class RunningReplies:
         """Ask a running reply to end with what it has. One that has ended is left alone."""
         if live := self.find(key):
             live.is_stopping = True
-
-
-def key_headers() -> dict[str, str]:
-    """Return the headers of a request to a server: the studio's API key, if it has one."""
-    key = os.environ.get(KEY_VARIABLE, "")
-    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def receive(request: ReplyRequest, live: LiveReply) -> SideReply:

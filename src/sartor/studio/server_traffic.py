@@ -84,11 +84,15 @@ def local_address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def key_headers() -> dict[str, str]:
+    """Return the headers of a request to a server: the studio's API key, if it has one."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 def read_server(address: str) -> ServerState | None:
     """Return the state of the server at an address; None if nothing answers there as a server of Sartor does."""
-    key = os.environ.get(KEY_VARIABLE, "")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=address, headers=headers, timeout=TIMEOUT_S, trust_env=False) as client:
+    with httpx.Client(base_url=address, headers=key_headers(), timeout=TIMEOUT_S, trust_env=False) as client:
         try:
             health = client.get("/health").json()
             page = client.get("/metrics")

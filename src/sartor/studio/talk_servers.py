@@ -23,8 +23,8 @@ from sartor.core.config import read_yaml
 from sartor.core.errors import ConfigError, UnavailableError
 from sartor.core.filesystem import PRIVATE, make_private_folder, write_file_atomic
 from sartor.studio.jobs.job_files import Job, JobState, JobStatus, new_id
-from sartor.studio.reply_streams import key_headers
 from sartor.studio.served_talk import BASE, Side
+from sartor.studio.server_traffic import key_headers
 from sartor.studio.studio_folder import FoundArtifact, StudioFolder
 from sartor.studio.team_files import SUFFIXES, is_team, team_files
 from sartor.studio.visitor import Studio

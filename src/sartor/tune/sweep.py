@@ -33,6 +33,7 @@ from typing import Any
 from sartor.core import config, statistics
 from sartor.core.artifacts import Adapter, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
+from sartor.core.filesystem import create_directory_atomic
 from sartor.core.line_ledger import LineLedger
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import Recipe, Sft
@@ -190,12 +191,8 @@ def sweep(
             )
         racing = [result.trial for result in sorted(results, key=lambda result: result.rank, reverse=True)]
     plot_sweep(race.measured, folder / "sweep.png")
-    copied = folder / "winner"  # whole, before the Adapter that it replaces goes
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(race.folder_of(len(sizes) - 1, racing[0]), copied)
-    if out.exists():
-        shutil.rmtree(out)
-    copied.rename(out)
+    with create_directory_atomic(out, replace=True) as copied:
+        shutil.copytree(race.folder_of(len(sizes) - 1, racing[0]), copied, dirs_exist_ok=True)
     return Sweep(_adapter(out), race.measured, folder)
 
 

@@ -19,9 +19,10 @@ from sartor.studio import talk_servers
 from sartor.studio.accounts import Role
 from sartor.studio.jobs.job_files import Job, JobState
 from sartor.studio.page_renderer import redirect, render
-from sartor.studio.reply_streams import MAX_TOKENS, LiveReply, ReplyKey, ReplyRequest, key_headers
+from sartor.studio.reply_streams import MAX_TOKENS, LiveReply, ReplyKey, ReplyRequest
 from sartor.studio.request_guard import MAX_MEDIA_BYTES
 from sartor.studio.served_talk import BASE, ReplyEnd, Side, SideReply, Talk, TalkTurn
+from sartor.studio.server_traffic import key_headers
 from sartor.studio.talk_media import kind_of, media_file, store_media, user_message
 from sartor.studio.talk_servers import BASE_PREFIX, ServedModel, running_server, server_status
 from sartor.studio.visitor import PostedForm, Reviewer, Studio, Visitor, studio_of, text_field
