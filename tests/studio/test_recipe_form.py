@@ -10,8 +10,8 @@ import pytest
 import sartor
 from sartor.core import config
 from sartor.core.errors import ConfigError
+from sartor.studio.option_schema import Control
 from sartor.studio.recipe_form import (
-    FieldKind,
     FilledForm,
     FormField,
     FormGroup,
@@ -67,12 +67,14 @@ def test_fields_have_help_defaults_and_choices(form: RecipeForm) -> None:
     assert fields["steps[0].normal_form"].choices[:2] == ["NFC", "NFKC"]
     assert fields["steps[0].normal_form"].default == "NFC" and fields["steps[0].normal_form"].value == ""
     assert (fields["steps[1].min_words"].default, fields["steps[1].max_words"].value) == ("1", "9")
-    kinds = {name: fields[name].kind for name in ("seed", "split.eval_fraction", "sources[0].use", "steps[2].rules")}
-    assert kinds == {
-        "seed": FieldKind.NUMBER,
-        "split.eval_fraction": FieldKind.NUMBER,
-        "sources[0].use": FieldKind.LINES,
-        "steps[2].rules": FieldKind.YAML,
+    controls = {
+        name: fields[name].control for name in ("seed", "split.eval_fraction", "sources[0].use", "steps[2].rules")
+    }
+    assert controls == {
+        "seed": Control.NUMBER,
+        "split.eval_fraction": Control.NUMBER,
+        "sources[0].use": Control.CHOICES,
+        "steps[2].rules": Control.YAML,
     }
     assert all(field.text for name, field in fields.items())
 

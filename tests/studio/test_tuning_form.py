@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import sartor
+from sartor.studio.option_schema import Control
 from sartor.studio.tuning_drafts import TuningDrafts
-from sartor.studio.tuning_form import COMMON, Control, check_form, default_values, recipe_fields
+from sartor.studio.tuning_form import COMMON, check_form, default_values, recipe_fields
 
 
 def checked(**changes: str) -> Any:
@@ -33,9 +34,10 @@ def test_fields_know_their_controls() -> None:
     assert fields["optimizer.learning_rate"].allows_auto and not fields["method.rank@lora"].allows_auto
     assert fields["objective"].choices[:3] == ("sft", "dpo", "kto") and fields["objective"].default == "sft"
     assert fields["objective.beta@kto"].kind == "kto" and fields["base.bits"].choices == (4, 8, 16, 32, "auto")
-    assert fields["compute.share_prefixes"].control is Control.SWITCH
+    assert fields["compute.share_prefixes"].choice_texts == ["true", "false"]
     assert (
-        fields["base.use"].control is Control.CHOICES and fields["method.targets.modules@lora"].control is Control.LIST
+        fields["base.use"].control is Control.CHOICES
+        and fields["method.targets.modules@lora"].control is Control.LINES
     )
     units = {key: fields[key].unit for key in ("budget.minutes", "data.max_length_tokens", "compute.cache_gb", "seed")}
     assert units == {"budget.minutes": "min", "data.max_length_tokens": "tokens", "compute.cache_gb": "GB", "seed": ""}
@@ -49,10 +51,10 @@ def test_untouched_form_is_the_shortest_recipe() -> None:
 def test_values_are_typed_and_load() -> None:
     form = checked(
         base__bits="8",
-        base__use="commercial, research",
+        base__use="commercial\nresearch",
         budget__epochs="2",
         optimizer__learning_rate="1e-4",
-        **{"method.rank@lora": "8", "method.targets.modules@lora": "q_proj, v_proj"},
+        **{"method.rank@lora": "8", "method.targets.modules@lora": "q_proj\r\nv_proj"},
         compute__share_prefixes="false",
         data__rehearsal="none",
         evaluations="3",

@@ -14,7 +14,6 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import yaml
@@ -22,23 +21,13 @@ import yaml
 import sartor
 from sartor.core.config import parse_yaml
 from sartor.core.errors import ConfigError, SartorError
+from sartor.studio.option_schema import Control, OptionSchema, Schema, choices, is_list, text_of, value_of
 
-Schema = Mapping[str, Any]
 # errors that a page shows at once, and groups of a list
 MAX_ERRORS, MAX_GROUPS = 12, 40
 # of a kind that there is not
 _UNKNOWN: Schema = {"properties": {}}
 _PATH = re.compile(r"([A-Za-z_]\w*)|\[(\d+)\]")
-
-
-class FieldKind(Enum):
-    """Kind of a form's field. LINES: one value a line. CHOICE: one of several, or the default."""
-
-    TEXT = "text"
-    NUMBER = "number"
-    CHOICE = "choice"
-    LINES = "lines"
-    YAML = "yaml"
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class FormField:
 
     name: str
     label: str
-    kind: FieldKind
+    control: Control
     text: str
     default: str
     value: str
@@ -107,12 +96,11 @@ class RecipeForm:
     """The form of a kind of recipe. schema: as `sartor.schema` returns it."""
 
     def __init__(self, schema: Schema) -> None:
-        self._schema = schema
-        self._definitions: Mapping[str, Schema] = schema["$defs"]
+        self._schema = OptionSchema(schema)
 
     def step_kinds(self) -> dict[str, str]:
         """Return the kinds of steps, each with a sentence on it."""
-        members = self._members(self._schema["properties"]["steps"])
+        members = self._schema.members(self._schema.properties["steps"])
         return {kind: str(definition.get("description", "")) for kind, definition in members.items()}
 
     def fill(self, recipe: Mapping[str, Any], errors: Sequence[SartorError] = ()) -> FilledForm:
@@ -121,9 +109,9 @@ class RecipeForm:
         lists: dict[str, Sequence[FormGroup]] = {}
         others: list[FormGroup] = []
         own: list[FormField] = []
-        for key, schema in self._schema["properties"].items():
-            members, value = self._members(schema), recipe.get(key)
-            if members and _is_list(schema):
+        for key, schema in self._schema.properties.items():
+            members, value = self._schema.members(schema), recipe.get(key)
+            if members and is_list(schema):
                 items = value if isinstance(value, list) else [] if value is None else [value]
                 lists[key] = [
                     self._group(f"{key}[{index}]", members, item, known, is_last=index == len(items) - 1)
@@ -146,9 +134,9 @@ class RecipeForm:
         for key, schema in definition["properties"].items():
             if key == "kind":
                 continue
-            inner = self._members(schema)
+            inner = self._schema.members(schema)
             path = f"{name}.{key}"
-            if list(inner) == [""] and not _is_list(schema):
+            if list(inner) == [""] and not is_list(schema):
                 nested.append(self._group(path, inner, fields.get(key) or {}, errors))
             else:
                 is_required = key in definition.get("required", ())
@@ -159,16 +147,16 @@ class RecipeForm:
     def _field(
         self, name: str, label: str, schema: Schema, value: Any, errors: _Errors, *, is_required: bool = False
     ) -> FormField:
-        kind = self._kind(schema)
+        control = self._schema.control(schema)
         default = schema.get("default")
         return FormField(
             name=name,
             label=label,
-            kind=kind,
+            control=control,
             text=str(schema.get("description", "")),
-            default=_shown(default, kind) if default not in (None, "", []) else "",
-            value=_shown(value, kind),
-            choices=[_shown(choice, kind) for choice in _choices(schema)],
+            default=text_of(default, control) if default not in (None, "", []) else "",
+            value=text_of(value, control),
+            choices=[text_of(choice, control) for choice in choices(schema)],
             is_required=is_required,
             error=errors.take(name),
         )
@@ -188,9 +176,9 @@ class RecipeForm:
     def read(self, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the recipe that a filled form says. Raises ConfigError for a field of YAML that is none."""
         recipe: dict[str, Any] = {}
-        for key, schema in self._schema["properties"].items():
-            members = self._members(schema)
-            if members and _is_list(schema):
+        for key, schema in self._schema.properties.items():
+            members = self._schema.members(schema)
+            if members and is_list(schema):
                 recipe[key] = [self._read_group(f"{key}[{index}]", members, fields) for index in _indices(key, fields)]
             elif members:
                 if value := self._read_group(key, members, fields):
@@ -206,8 +194,8 @@ class RecipeForm:
         for key, schema in definition["properties"].items():
             if key == "kind":
                 continue
-            inner, path = self._members(schema), f"{name}.{key}"
-            if list(inner) == [""] and not _is_list(schema):
+            inner, path = self._schema.members(schema), f"{name}.{key}"
+            if list(inner) == [""] and not is_list(schema):
                 if value := self._read_group(path, inner, fields):
                     result[key] = value
             elif (text := fields.get(path, "").strip()) != "":
@@ -215,49 +203,15 @@ class RecipeForm:
         return result
 
     def _parsed(self, name: str, text: str, schema: Schema) -> Any:
-        kind = self._kind(schema)
+        control = self._schema.control(schema)
         text = text.replace("\r\n", "\n")  # as browsers end the lines of a text area
-        if kind is FieldKind.CHOICE:
-            return next((choice for choice in _choices(schema) if _shown(choice, kind) == text), text)
-        if kind is FieldKind.NUMBER:
-            return _number(text)
-        if kind is FieldKind.LINES:
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        if kind is FieldKind.YAML:
-            try:
-                return parse_yaml(f"value:\n{textwrap.indent(text, '  ')}", name)["value"]
-            except ConfigError as error:
-                error.option = name
-                raise
-        return text
-
-    def _members(self, schema: Schema) -> dict[str, Schema]:
-        """Return {kind: definition} of the mappings that a property takes; a class without kinds has the kind ""."""
-        members: dict[str, Schema] = {}
-        for variant in _variants(schema):
-            parts: Sequence[Schema] = [variant, *variant.get("allOf", ())]
-            reference = next((part["$ref"] for part in parts if "$ref" in part), "")
-            definition = self._definitions.get(str(reference).removeprefix("#/$defs/"), {})
-            if definition.get("type") == "object":
-                members[str(definition["properties"].get("kind", {}).get("const", ""))] = definition
-        return members
-
-    def _kind(self, schema: Schema) -> FieldKind:
-        variants = _variants(schema)
-        if _choices(schema):
-            return FieldKind.CHOICE
-        lists = [variant for variant in variants if variant.get("type") == "array"]
-        if lists and self._members(schema):  # a mapping, or a list of its names
-            return FieldKind.YAML
-        if lists:
-            items = _variants(lists[0]["items"])
-            is_plain = all(item.get("type") == "string" or "enum" in item for item in items)
-            return FieldKind.LINES if is_plain else FieldKind.YAML
-        kinds = {str(variant.get("type", "")) for variant in variants if variant.get("type") != "null"}
-        has_number = any(variant.get("$ref") == "#/$defs/number" for variant in variants)
-        if kinds <= {"integer", "number", ""} and (has_number or "integer" in kinds):
-            return FieldKind.NUMBER
-        return FieldKind.TEXT if kinds == {"string"} else FieldKind.YAML
+        if control is not Control.YAML:
+            return value_of(text, control, choices(schema))
+        try:
+            return parse_yaml(f"value:\n{textwrap.indent(text, '  ')}", name)["value"]
+        except ConfigError as error:
+            error.option = name
+            raise
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> list[SartorError]:
@@ -302,22 +256,6 @@ def _remove(recipe: Any, option: str) -> bool:
     return True
 
 
-def _variants(schema: Schema) -> Sequence[Schema]:
-    return [schema, *schema.get("anyOf", ())]
-
-
-def _is_list(schema: Schema) -> bool:
-    return any(variant.get("type") == "array" for variant in _variants(schema))
-
-
-def _choices(schema: Schema) -> list[Any]:
-    """Return the values that a property is limited to; empty if others are possible."""
-    variants = [variant for variant in schema.get("anyOf", (schema,)) if variant.get("type") != "null"]
-    if all("enum" in variant for variant in variants):
-        return [choice for variant in variants for choice in variant["enum"] if choice != ""]
-    return [True, False] if all(variant.get("type") == "boolean" for variant in variants) else []
-
-
 def _chosen(members: Mapping[str, Schema], value: Any) -> tuple[str, Schema, Mapping[str, Any]]:
     """Return kind, definition and options of a mapping, with the shorthands of `core/config.py` written out."""
     if isinstance(value, str) and value in members:
@@ -344,27 +282,3 @@ def _indices(key: str, fields: Mapping[str, str]) -> Iterator[int]:
         if match:
             found.add(int(match[1]))
     yield from sorted(found)[:MAX_GROUPS]
-
-
-def _shown(value: Any, kind: FieldKind) -> str:
-    """Return a value as the text of a field."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if kind is FieldKind.LINES and isinstance(value, (list, tuple)):
-        return "\n".join(map(str, value))
-    if isinstance(value, (dict, list, tuple)):
-        plain = list(value) if isinstance(value, tuple) else value
-        return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)).strip()
-    return str(value)
-
-
-def _number(text: str) -> Any:
-    """Return a number; a text that is none stays, for the recipe's own error."""
-    for parse in (int, float):
-        try:
-            return parse(text)
-        except ValueError:
-            continue
-    return text

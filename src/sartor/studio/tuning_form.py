@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import sartor
 from sartor.core.errors import ConfigError, SartorError
+from sartor.studio.option_schema import Control, OptionSchema, Schema, choices, text_of, value_of, words
 
 # options that a person sets most often, in the order of the form; the others are below a fold
 COMMON = (
@@ -44,17 +44,6 @@ _UNITS = {
 }
 
 
-class Control(Enum):
-    """Kind of a form's control. SWITCH: true or false. CHOICES: several of a list. LIST: names between commas."""
-
-    TEXT = "text"
-    NUMBER = "number"
-    SWITCH = "switch"
-    CHOICE = "choice"
-    CHOICES = "choices"
-    LIST = "list"
-
-
 @dataclass(frozen=True)
 class RecipeField:
     """An option of the recipe as a control of the form.
@@ -79,6 +68,11 @@ class RecipeField:
     def key(self) -> str:
         """Name of the control in the form; options of two kinds may have one name."""
         return f"{self.name}@{self.kind}" if self.kind else self.name
+
+    @property
+    def choice_texts(self) -> list[str]:
+        """The allowed values as the form shows them."""
+        return [text_of(choice, self.control) for choice in self.choices]
 
     @property
     def unit(self) -> str:
@@ -107,70 +101,43 @@ class CheckedForm:
 @functools.cache
 def recipe_fields() -> tuple[RecipeField, ...]:
     """Return the fields of the form, as declared. The Dataset is left out."""
-    schema = sartor.schema("tune").schema
-    fields = _fields_of(schema, schema["$defs"], "", {})
+    schema = OptionSchema(sartor.schema("tune").schema)
+    fields = _fields_of(schema, schema.properties, "", {})
     return tuple(field for field in fields if field.name != DATASET)
 
 
 def _fields_of(
-    options: Mapping[str, Any], classes: Mapping[str, Any], prefix: str, facts: Mapping[str, str]
+    schema: OptionSchema, properties: Mapping[str, Schema], prefix: str, facts: Mapping[str, str]
 ) -> Iterator[RecipeField]:
-    """Yield the fields of a mapping of options. classes: `$defs` of the schema. facts: their kind and union."""
-    for name, value in options["properties"].items():
-        if "const" in value:  # `kind`
+    """Yield the fields of a mapping of options. facts: their kind and union."""
+    for key, option in properties.items():
+        name = f"{prefix}{key}"
+        members = schema.members(option)
+        if key == "kind":
             continue
-        dotted = f"{prefix}{name}"
-        forms = value.get("anyOf", [value])
-        mappings = [form["$ref"] for form in forms if "$ref" in form]
-        members = [classes[reference.rpartition("/")[2]] for reference in mappings if not _is_number(reference)]
-        kinds = [classes[form["allOf"][0]["$ref"].rpartition("/")[2]] for form in forms if "allOf" in form]
-        if kinds:
-            choices = tuple(member["properties"]["kind"]["const"] for member in kinds)
-            yield _field(dotted, value, Control.CHOICE, choices=choices, **facts)
-            for choice, member in zip(choices, kinds, strict=True):
-                yield from _fields_of(member, classes, f"{dotted}.", {"kind": choice, "union": dotted})
-        elif members:
-            literals = tuple(literal for form in forms for literal in form.get("enum", ()))
-            if len(literals) > 1 and value.get("default") in literals:
-                yield _field(dotted, value, Control.CHOICE, choices=literals, **facts)
-            yield from _fields_of(members[0], classes, f"{dotted}.", facts)
+        if not members:
+            yield _field(name, option, schema.control(option), choices(option), **facts)
+        elif "" in members:
+            short = words(option)
+            if len(short) > 1 and option.get("default") in short:
+                yield _field(name, option, Control.CHOICE, short, **facts)
+            yield from _fields_of(schema, members[""]["properties"], f"{name}.", facts)
         else:
-            yield _plain_field(dotted, value, forms, facts)
+            yield _field(name, option, Control.CHOICE, list(members), **facts)
+            for kind, member in members.items():
+                yield from _fields_of(schema, member["properties"], f"{name}.", {"kind": kind, "union": name})
 
 
-def _is_number(reference: str) -> bool:
-    return reference.endswith("/number")
-
-
-def _plain_field(
-    name: str, value: Mapping[str, Any], forms: Sequence[Mapping[str, Any]], facts: Mapping[str, str]
-) -> RecipeField:
-    literals = tuple(literal for form in forms for literal in form.get("enum", ()))
-    arrays = [form["items"] for form in forms if form.get("type") == "array"]
-    if arrays:
-        choices = tuple(arrays[0].get("enum", ()))
-        return _field(name, value, Control.CHOICES if choices else Control.LIST, choices=choices, **facts)
-    if any(form.get("type") == "integer" or _is_number(form.get("$ref", "")) for form in forms):
-        return _field(name, value, Control.NUMBER, allows_auto="auto" in literals, **facts)
-    if literals:
-        return _field(name, value, Control.CHOICE, choices=literals, **facts)
-    is_switch = any(form.get("type") == "boolean" for form in forms)
-    return _field(name, value, Control.SWITCH if is_switch else Control.TEXT, **facts)
-
-
-def _field(name: str, value: Mapping[str, Any], control: Control, **facts: Any) -> RecipeField:
-    default = value.get("default", "")
-    if name == "base.name":
-        default = STARTER
-    return RecipeField(name, value.get("description", ""), control, _shown(default), **facts)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _field(name: str, option: Schema, control: Control, allowed: Sequence[Any], **facts: str) -> RecipeField:
+    return RecipeField(
+        name,
+        option.get("description", ""),
+        control,
+        default=STARTER if name == "base.name" else text_of(option.get("default"), control),
+        choices=tuple(allowed),
+        allows_auto=control is Control.NUMBER and "auto" in words(option),
+        **facts,
+    )
 
 
 def default_values() -> dict[str, str]:
@@ -188,7 +155,7 @@ def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
     errors: dict[str, SartorError] = {}
     recipe: dict[str, Any] = {}
     for field in changed:
-        value = _typed(field, values.get(field.key, ""))
+        value = value_of(values.get(field.key, ""), field.control, field.choices)
         parent = field.name.rpartition(".")[0]
         alone: dict[str, Any] = {"base": {"name": STARTER}, "data": {"path": dataset}}
         if field.kind:
@@ -221,24 +188,6 @@ def _is_changed(field: RecipeField, values: Mapping[str, str], kinds: Mapping[st
         return False
     value = values.get(field.key, field.default).strip()
     return value != field.default and (bool(value) or field.control is Control.CHOICES)
-
-
-def _typed(field: RecipeField, text: str) -> Any:
-    """Return the value of a field's text; a text that is none stays as it is, for the recipe to refuse."""
-    text = text.strip()
-    if field.control is Control.SWITCH:
-        return {"true": True, "false": False}.get(text, text)
-    if field.control is Control.CHOICE:
-        return next((choice for choice in field.choices if str(choice) == text), text)
-    if field.control in (Control.CHOICES, Control.LIST):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    if field.control is Control.NUMBER:
-        for read in (int, float):
-            try:
-                return read(text)
-            except ValueError:
-                continue
-    return text
 
 
 def _put(recipe: dict[str, Any], dotted: str, value: Any) -> None:

@@ -81,7 +81,12 @@ def _curate_form() -> RecipeForm:
 
 
 def _fields(form: FormData) -> dict[str, str]:
-    return {name: value for name, value in form.items() if isinstance(value, str)}
+    """Return the texts of a form by field; of a field with several boxes, a line for each that is ticked."""
+    texts: dict[str, list[str]] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            texts.setdefault(name, []).append(value)
+    return {name: "\n".join(values) for name, values in texts.items()}
 
 
 def _readable(form: FormData) -> dict[str, Any]:

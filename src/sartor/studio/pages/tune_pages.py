@@ -20,12 +20,13 @@ from sartor.core.filesystem import write_file_atomic
 from sartor.studio.jobs.job_control import GRACE_S, JobProgress
 from sartor.studio.jobs.job_files import JobState, JobStatus
 from sartor.studio.jobs.training_logs import Losses
+from sartor.studio.option_schema import Control
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.pages.job_pages import draw_losses, stream_part
 from sartor.studio.run_plots import draw_compared, draw_rates
 from sartor.studio.studio_folder import FoundArtifact
 from sartor.studio.tuning_drafts import TuningDraft, TuningDrafts
-from sartor.studio.tuning_form import COMMON, CheckedForm, Control, check_form, default_values, recipe_fields
+from sartor.studio.tuning_form import COMMON, CheckedForm, check_form, default_values, recipe_fields
 from sartor.studio.tuning_runs import FORECAST, TuningRun, find_run, renewed, tuning_runs
 from sartor.studio.visitor import Owner, PostedForm, Studio, Viewer, Visitor, studio_of, text_field
 
@@ -351,7 +352,7 @@ def _read_form(studio: Studio, form: FormData) -> _ReadForm:
     values = {}
     for field in recipe_fields():
         if field.control is Control.CHOICES:
-            values[field.key] = ", ".join(str(value) for value in form.getlist(field.key))
+            values[field.key] = "\n".join(str(value) for value in form.getlist(field.key))
         else:
             values[field.key] = text_field(form, field.key) if field.key in form else field.default
     known = {item.name for item in _datasets(studio)}
