@@ -136,7 +136,7 @@ def fill(folder: Path) -> Path:
 def test_full_disk_is_said_and_loses_nothing(browser: Browser, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         write_specialist(disk)
-        write_findings(disk / "faq" / "data", 3)
+        write_findings(disk / "faq" / "data", 3, with_suggestion=True)
         with site_of(browser, disk, (sys.executable, "-c", "print('{}')")) as (app, visit):
             page = visit.open("/new")
             rows = tmp_path / "rows.csv"
