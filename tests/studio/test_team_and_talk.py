@@ -34,7 +34,7 @@ from sartor.cli import main
 sys.exit(main())
 """
 SETTINGS = "engine: {kind: local, threads: 1}\nworkers: {count: 1, spare: 0}\nhttp: {port: 0}\n"
-PATIENCE_S = 180.0
+PATIENCE_S = 600.0
 
 
 @pytest.fixture
