@@ -382,7 +382,7 @@ def run_seconds(
     if updates is None:
         assert limit_s is not None
         return Interval(limit_s, limit_s, limit_s + evaluations_s)
-    total_s = update_seconds(times, updates, micro_batch_tokens) + evaluations_s
+    total_s = cost_model.RUN_PACE * (update_seconds(times, updates, micro_batch_tokens) + evaluations_s)
     loop_s = Interval(total_s, low=total_s * (1 - times.half_width), high=total_s * (1 + times.half_width))
     duration = loop_s.at_least(0) + start_s
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration
