@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sartor.core.errors import BudgetError, ConfigError, RefusedError, SartorError
+from sartor.core.errors import BudgetError, ConfigError, MissingError, SartorError
 from sartor.core.resource_limits import JobResult, ResourceLimits, run_job
 from sartor.inference.verifiers.limited_child import IMPORT_S, MOST_OUTPUT_BYTES, MOST_WORKER_BYTES, ChildResult, Fault
 from sartor.inference.verifiers.submission import Submission
@@ -29,7 +29,7 @@ def score_in_child(
     job: `items`, one for each submission, and `function` for an entry point.
     name: of the verifier, for errors.
     time_s: for one reply.
-    Raises RefusedError if the network cannot be taken away, ConfigError for a function that cannot be imported, raises
+    Raises MissingError if the network cannot be taken away, ConfigError for a function that cannot be imported, raises
     or returns no reward, BudgetError for a child that was killed.
     """
     if not submissions:
@@ -56,7 +56,7 @@ def _killed(done: JobResult, name: str) -> BudgetError:
 def _error(result: ChildResult, name: str, row: str, *, time_s: float) -> SartorError:
     """Return the error for a fault at the reply to a row."""
     if result.fault is Fault.NETWORK:
-        return RefusedError(
+        return MissingError(
             f"{name} runs code without a network, which this system does not allow ({result.detail})",
             f"{_OPTION}.network: allowed, if you trust the code and the replies; or a machine with network namespaces",
         )

@@ -66,6 +66,6 @@ class Verifier(Protocol):
     def rewards(self, submissions: Sequence[Submission]) -> list[float]:
         """Return the rewards of submissions, each 0..1, in order.
 
-        Raises ConfigError, BudgetError or RefusedError if the verifier itself fails, with the row.
+        Raises ConfigError, BudgetError or MissingError if the verifier itself fails, with the row.
         """
         ...

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from sartor.core.errors import RefusedError, SourceError
+from sartor.core.errors import ConfigError, SourceError
 from sartor.core.statistics import Z, area_under_roc
 from sartor.inference.verifiers.reply_edits import wrong_reply
 from sartor.inference.verifiers.submission import Submission, Verifier
@@ -55,7 +55,7 @@ class VerifierCheck:
 def check_verifier(verifier: Verifier, rows: Sequence[Submission], seed: int) -> VerifierCheck:
     """Return the check of a verifier on the references of rows and as many wrong replies.
 
-    Raises SourceError for rows that are too few, or lack what the verifier needs; RefusedError for a verifier whose
+    Raises SourceError for rows that are too few, or lack what the verifier needs; ConfigError for a verifier whose
     rewards are all equal, or whose AUC may be LEAST_AUC or less; and what its rewards raise.
     """
     check_rows(verifier, rows)
@@ -85,7 +85,7 @@ def check_verifier(verifier: Verifier, rows: Sequence[Submission], seed: int) ->
         wrong=fmean(wrong_rewards),
     )
     if len(set(rewards)) == 1:
-        raise RefusedError(
+        raise ConfigError(
             f"the verifier {verifier.kind} gives every reply the reward {rewards[0]:g}, right or wrong "
             f"({len(rewards)} replies)",
             f"objective.verifier: one that passes row {right[0].row} and fails its reply changed to "
@@ -93,7 +93,7 @@ def check_verifier(verifier: Verifier, rows: Sequence[Submission], seed: int) ->
         )
     if check.low <= LEAST_AUC:
         missed = max(range(len(right)), key=lambda index: wrong_rewards[index] - right_rewards[index])
-        raise RefusedError(
+        raise ConfigError(
             f"{check}: the lower end must be above {LEAST_AUC:g}",
             f"objective.verifier: a stricter one, or another kind. It does not tell the right reply to row "
             f"{right[missed].row} from {wrong[missed].reply[:60]!r}",
