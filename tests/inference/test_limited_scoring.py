@@ -70,13 +70,16 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             return 0
         return 1
 
-    def connects(reply, reference, prompt):
+    def connects(reply, reference, prompt, host="192.0.2.1"):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
             try:
-                opened.connect(("192.0.2.1", 9))
+                opened.connect((host, 9))
             except OSError:
                 return 0
         return 1
+
+    def reaches_loopback(reply, reference, prompt):
+        return connects(reply, reference, prompt, "127.0.0.1")
     """
     (tmp_path / "mine.py").write_text(textwrap.dedent(source))
     return tmp_path
@@ -126,6 +129,8 @@ def test_module_that_is_not_there_is_named(module: Path) -> None:
 
 def test_function_reaches_no_network_unless_allowed(module: Path) -> None:
     assert rewards("connects", "a") == [0.0]
+    assert rewards("reaches_loopback", "a") == [0.0]
+    assert rewards("reaches_loopback", "a", network="allowed") == [1.0]
 
 
 def test_function_changes_no_file_outside_its_folder(module: Path) -> None:

@@ -94,6 +94,8 @@ def test_options_of_a_kind_within_a_kind_load() -> None:
     verifier = {"kind": "regex", "pattern": "^on"}
     assert form.recipe["objective"] == {"kind": "grpo", "group_size": 4, "verifier": verifier}
     unfinished = check_form({**values, "objective.verifier.pattern@regex": ""}, "data")
+    running = check_form({**values, "objective.verifier@grpo": "unit_tests"}, "data")
+    assert list(running.errors) == ["objective.verifier@grpo"]
     assert list(unfinished.errors) == [""] and "objective.verifier.pattern" in unfinished.errors[""].problem
     assert check_form({**values, "objective": "dpo"}, "data").recipe["objective"] == "dpo"
 

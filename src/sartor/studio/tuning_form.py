@@ -31,6 +31,8 @@ COMMON = (
 DATASET = "data.path"
 # options that name a folder which a run writes to: below the studio's folder alone
 WRITTEN_FOLDERS = ("track.folder",)
+# verifiers that run code, of the rows or of this machine's modules; a page starts none
+VERIFIER, RUNNING_CODE = "objective.verifier", ("unit_tests", "python")
 STARTER = "starter"
 _UNITS = {
     "minutes": "min",
@@ -166,6 +168,9 @@ def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
         try:
             if field.name in WRITTEN_FOLDERS:
                 _check_written(field.name, str(value))
+            if field.name == VERIFIER and value in RUNNING_CODE:
+                problem = f"{VERIFIER}.kind is {value}, which runs code; the studio starts none"
+                raise ConfigError(problem, f"sartor tune at a shell, or {VERIFIER}.kind: json_schema")
             if parent != field.union and kinds.get(parent) not in (None, "", "auto"):
                 raise ConfigError(f"{parent} is {kinds[parent]}, and {field.name} is given", f"{parent}: auto")
             _put(alone, field.name, value)
