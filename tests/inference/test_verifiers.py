@@ -111,7 +111,7 @@ def test_regex_finds_its_pattern() -> None:
 def test_regex_that_never_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regular_expression, "SEARCH_S", 0.05)
     with pytest.raises(BudgetError, match="regex searched the reply to row r") as caught:
-        reward({"kind": "regex", "pattern": r"^(a|a?)+$"}, "a" * 60 + "!")
+        reward({"kind": "regex", "pattern": r"^(a|aa)+$(?<!b)"}, "a" * 60 + "b")
     assert "pattern" in caught.value.remedy
 
 

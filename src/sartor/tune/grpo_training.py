@@ -19,7 +19,7 @@ import torch
 from sartor.core.errors import ConfigError, ModelError, SourceError
 from sartor.inference.engine import Sampling
 from sartor.inference.verifiers.submission import Submission, Verifier
-from sartor.inference.verifiers.verifier_check import LEAST_REPLIES, VerifierCheck, check_rows, check_verifier
+from sartor.inference.verifiers.verifier_check import VerifierCheck, check_rows, check_verifier
 from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend, LossOptions
@@ -36,7 +36,7 @@ from sartor.tune.training_loop import TrainingRun
 Notice = Callable[[str], object]
 # Updates in a row from which nothing can be learnt, after which a run ends
 SILENT_UPDATES = 5
-# Rows by which a verifier is checked if fewer are held out than LEAST_REPLIES / 2: some have no edit
+# Fewest rows by which a verifier is checked, if there are so many: half of LEAST_REPLIES, and some have no edit
 _CHECKED_ROWS = 32
 _NAMED = 3
 
@@ -89,9 +89,8 @@ def open_grpo(recipe: ResolvedRecipe, base: Base, data: TokenizedDataset, notice
     verifier = objective.verifier
     submissions = [_submission(row) for row in [*held_out, *rows]]
     check_rows(verifier, submissions)
-    is_enough = len(held_out) >= LEAST_REPLIES // 2
-    checked = submissions[: len(held_out) if is_enough else max(_CHECKED_ROWS, len(held_out))]
-    if not is_enough:
+    checked = submissions[: max(_CHECKED_ROWS, len(held_out))]
+    if len(checked) > len(held_out):
         notice(
             f"{len(held_out)} rows are held out: the verifier is checked by {len(checked) - len(held_out)} training "
             "rows besides, whose replies are not learnt"
