@@ -64,7 +64,8 @@ class Size:
     seeds: tuple[int, ...] = (0, 1)
     sft_rate: float = 5e-4
     rate: float = 2e-4
-    batch_tokens: int = 512
+    sft_batch_tokens: int = 512
+    batch_tokens: int = 256
     group_size: int = 8
     max_reply_tokens: int = 48
 
@@ -152,7 +153,7 @@ def measure(size: Size, data_folder: Path, folder: Path) -> dict[str, Any]:
         before, after = folder / f"sft-{seed}", folder / f"grpo-{seed}"
 
         def tune_before(seed: int = seed, before: Path = before) -> dict[str, list[float]]:
-            optimizer = {"learning_rate": size.sft_rate, "batch_tokens": size.batch_tokens}
+            optimizer = {"learning_rate": size.sft_rate, "batch_tokens": size.sft_batch_tokens}
             budget = {"updates": size.sft_updates}
             tuned(before, data, size, seed=seed, optimizer=optimizer, budget=budget)
             return measured(before, test, schema, size)

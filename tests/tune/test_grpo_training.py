@@ -14,7 +14,7 @@ import sartor
 from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import ConfigError, ModelError, SartorError, SourceError
+from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.inference.verifiers.submission import Submission
@@ -28,6 +28,7 @@ from sartor.tune.training_loop import TrainingRun
 pytestmark = pytest.mark.usefixtures("fp32")
 
 WEIGHTS = "adapter_model.safetensors"
+REWARDS = RegexVerifier.rewards
 
 
 def exact(self: RegexVerifier, items: Sequence[Submission]) -> list[float]:
@@ -195,7 +196,7 @@ def test_only_the_adapter_learns_and_the_reference_shares_the_base(recipe: dict[
 def test_useless_verifier_is_refused_before_the_run(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(RegexVerifier, "rewards", REWARDS)
     with pytest.raises(ConfigError, match="gives every reply the reward 1, right or wrong"):
         tune(recipe, tmp_path / "a")
     assert not (tmp_path / "a").exists() and not folder_of(tmp_path / "a").exists()
@@ -208,8 +209,27 @@ def test_rows_without_what_the_verifier_needs_are_named(tmp_path: Path, recipe: 
         tune(changed(recipe, {"verifier": {"kind": "numeric"}}), tmp_path / "a")
 
 
+def test_function_of_a_user_rewards_in_a_child(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rewards by a function make the same weights; one that hangs ends the run."""
+    source = "def letters(reply, reference, prompt):\n    return 1 if reply == reference else reply.count('o') / (2 * len(reply) + 2)\n"
+    source += "def hangs(reply, reference, prompt):\n    while reply[:1] not in 'oud': pass\n    return letters(reply, reference, prompt)\n"
+    (tmp_path / "rewarding.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    tune(changed(recipe, {}, budget={"updates": 2}), tmp_path / "a")
+    by_function = {"verifier": {"kind": "python", "function": "rewarding:letters"}}
+    tune(changed(recipe, by_function, budget={"updates": 2}), tmp_path / "b")
+    assert file_digest(tmp_path / "a" / WEIGHTS) == file_digest(tmp_path / "b" / WEIGHTS)
+    hanging = {"verifier": {"kind": "python", "function": "rewarding:hangs", "time_s": 0.2}}
+    with pytest.raises(
+        BudgetError, match="rewarding:hangs.*took more than 0.2 s for the reply to row .* and was killed"
+    ):
+        tune(changed(recipe, hanging), tmp_path / "c")
+
+
 def test_plan_counts_replies_and_passes(recipe: dict[str, Any]) -> None:
-    plans = [sartor.plan(changed(recipe, {"group_size": size})) for size in (2, 16)]
+    plans = [sartor.plan(changed(recipe, {"group_size": size})) for size in (2, 400)]
     assert [plan.counters.updates for plan in plans] == [3, 3] and not plans[0].refusals
     few, many = (plan.time_s.estimate for plan in plans if plan.time_s)
     assert many > few
