@@ -15,7 +15,7 @@ from sartor.core.splits import TEST, group_of, hold_out
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
-from sartor.tune.recipe import PAIRED, Distil, Kto, Objective, Recipe, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -32,7 +32,7 @@ def encode_preference(
     folder: below which the row's media lie.
     Raises SourceError as `ChatTokenizer.encode` does.
     """
-    if example.rejected and not isinstance(objective, (Sft, Distil)):
+    if example.rejected and not isinstance(objective, (Sft, *SAMPLED)):
         rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
         good, bad = (keep_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
         if isinstance(objective, PAIRED):
@@ -45,11 +45,11 @@ def encode_preference(
     if example.rating < 0:
         return []
     row = chat.encode(example, folder)
-    return [(to_distil(row, example) if isinstance(objective, Distil) else row, example)]
+    return [(to_distil(row, example) if isinstance(objective, SAMPLED) else row, example)]
 
 
 def to_distil(row: TokenizedExample, example: Example) -> DistilExample:
-    """Return a row whose replies a teacher scores."""
+    """Return a row whose replies a teacher scores or a verifier rewards."""
     return DistilExample(row.ids, row.learnt, example_id=row.example_id, weight=row.weight, example=example)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ConfigError, SartorError, SourceError
 from sartor.core.row_warnings import DataWarning
 from sartor.models import hardware, kernels
 from sartor.models.base import Base, machine_facts
@@ -48,9 +48,10 @@ from sartor.tune.cost_model import (
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.distil_teachers import DistilTeacher, open_teacher
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
+from sartor.tune.grpo_training import open_grpo
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
 from sartor.tune.preference_training import reached_pairs
-from sartor.tune.recipe import REFERENCED, Distil, Recipe, ResolvedRecipe
+from sartor.tune.recipe import REFERENCED, Distil, Grpo, Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
@@ -203,6 +204,11 @@ def plan(
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)
+    verifier_refusals = []
+    try:
+        open_grpo(resolved, base, data, notice)
+    except SartorError as error:
+        verifier_refusals.append(preflight.Refusal(preflight.VERIFIER, error.problem, error.remedy))
     model = inject_recipe_adapter(resolved, base)
     forecast = _forecast(
         resolved,
@@ -214,6 +220,7 @@ def plan(
         teacher=teacher,
         is_peak_restarted=is_peak_restarted,
     )
+    forecast = replace(forecast, refusals=[*forecast.refusals, *verifier_refusals])
     forecast = replace(forecast, advice=replace(forecast.advice, settings=settings))
     if forecast.time_s is None:
         return forecast
@@ -282,6 +289,10 @@ def _forecast(
             cost = distil_cost.measure(recipe.objective, teacher, base=base, model=model, data=data)
             start_s += cost.seconds(recipe, data, counters.tokens)
             warnings = [*warnings, *cost.warnings]
+        if isinstance(recipe.objective, Grpo):
+            start_s += distil_cost.grpo_seconds(
+                recipe.objective, counters.tokens, times, base=base, model=model, data=data
+            )
         # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         calibration_batches = run_forecast.calibration_batches(sequences, max_tokens)

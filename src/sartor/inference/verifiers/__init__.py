@@ -1,0 +1,1 @@
+"""Verifiers, which give a reply a reward from 0 to 1; a new one is a class in a file and a line in `registry.py`."""
