@@ -7,6 +7,7 @@ and a row may be one token shorter. The module does not import `lm_eval`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ def log_likelihoods(
             wanted = [token for token, is_learnt in zip(row.ids[1:], row.learnt[1:], strict=True) if is_learnt]
             results.append((float(targets.sum()), likeliest.tolist() == wanted))
         progress(len(batch))
-    if not all(torch.isfinite(torch.tensor([total for total, _ in results]))):
+    if not all(math.isfinite(total) for total, _ in results):
         raise ModelError(
             "the log-likelihood of some texts is not finite: the weights of the model or the adapter are broken",
             "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4, or another base",
@@ -180,7 +181,8 @@ class RequestRunner:
             if excess > 0:
                 if excess >= row.learnt.index(True):
                     raise ModelError(
-                        f"a continuation has {row.supervised_tokens} tokens; the model has {self.max_tokens} positions",
+                        f"a continuation has {row.supervised_tokens} tokens; the model has {self.max_tokens} "
+                        "positions",
                         "a task with shorter continuations, or a base with a longer context",
                     )
                 row = TokenizedExample(row.ids[excess:], row.learnt[excess:])

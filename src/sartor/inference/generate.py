@@ -168,9 +168,7 @@ def generate(
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
         batch = {row: prompts[row] for row in rows}
-        replies.update(
-            _generate_batch(model, batch, stop=set(stop), pad=pad, choose=choose, is_decided=is_decided)
-        )
+        replies.update(_generate_batch(model, batch, stop=set(stop), pad=pad, choose=choose, is_decided=is_decided))
         progress(len(rows))
     return [replies[index] for index in range(len(prompts))]
 
