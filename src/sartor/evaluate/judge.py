@@ -138,11 +138,12 @@ class JudgePlan:
             facts["judge"] = judge.name
             judged, winners = self._judged(judge, rows, notice)
         except SartorError as error:
-            notice(f"the judge failed, and the rest of the Report is kept: {error.problem}")
             failure = {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}
-            return JudgeResult({**facts, "outcome": Outcome.FAILED.value, "failure": failure}, [None] * len(rows))
-        notice(sentence({**facts, **judged}))
-        return JudgeResult({**facts, **judged}, winners)
+            judged, winners = {"outcome": Outcome.FAILED.value, "failure": failure}, [None] * len(rows)
+        facts |= judged
+        facts["sentence"] = sentence(facts)
+        notice(facts["sentence"])
+        return JudgeResult(facts, winners)
 
     def _judged(
         self, judge: Judge, rows: Sequence[JudgedRow | None], notice: Notice
@@ -320,7 +321,7 @@ def _agreement(labels: Sequence[LabelledPair], verdicts: Sequence[PairVerdict]) 
 def sentence(facts: dict[str, Any]) -> str:
     """Return what a judging found, in a sentence or two, for the terminal and the page of a Report."""
     if facts["outcome"] == Outcome.FAILED:
-        return f"The judge could not be asked: {facts['failure']['problem']}."
+        return f"The judge failed, and the rest of the Report is kept: {facts['failure']['problem']}."
     trial = facts["planted"]
     if trial["pairs"] < LEAST_PLANTED:
         return (
