@@ -176,6 +176,10 @@ def test_intervals_of_perplexities_follow_from_the_documents(harness: Path) -> N
         (('doc_to_text: "{{prompt}}"', 'doc_to_text: "{{ 1 / 0 }}"'), "cannot be measured"),
         (("task: own_choice", "task: own_choice\nunsafe_code: true"), "code that a model wrote"),
         (("task: own_choice", "task: [own"), "cannot be measured"),
+        (
+            ("metric: acc,", "metric: no_such_metric,"),
+            "metric no_such_metric of the task own_choice is not on this machine",
+        ),
     ],
 )
 def test_wrong_task_is_refused_before_a_model_is_opened(

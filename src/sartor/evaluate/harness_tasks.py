@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -83,25 +84,27 @@ class HarnessTasks:
 
     loaded: what the harness's TaskManager returned.
     max_rows: largest number of documents of a task, its first ones.
+    requests, characters: of each side, for the foreseen cost.
     """
 
     loaded: Mapping[str, Any]
     max_rows: int
+    requests: int
+    characters: int
 
     def measure(self, base: Base, model: Any, notice: Notice) -> TaskResults:
         """Answer all tasks with both sides. Raises what a model raises, and ConfigError where a task fails."""
         tasks = self.loaded["tasks"]
-        count, characters = self._cost()
         notice(
-            f"lm-eval: {count:,} requests of {characters:,} characters for each side, of {len(tasks)} "
+            f"lm-eval: {self.requests:,} requests of {self.characters:,} characters for each side, of {len(tasks)} "
             f"task{'s' if len(tasks) > 1 else ''}"
         )
         results, clipped = [], 0
-        with Progress("lm-eval", 2 * count, "requests", notice) as progress:
+        with Progress("lm-eval", 2 * self.requests, "requests", notice) as progress:
             for tuned in (False, True):
                 runner = RequestRunner(base, model, progress.advance)
                 with model_side(model, tuned=tuned), _quiet(), _named_failures("lm-eval"):
-                    self._seed()
+                    _seed(tasks)
                     results.append(
                         evaluator.evaluate(
                             lm=HarnessModel(runner),
@@ -119,25 +122,6 @@ class HarnessTasks:
             facts["tasks"][name] = self._task_facts(name, task, results, samples)
             table += _table(name, samples)
         return TaskResults(facts, table)
-
-    def _seed(self) -> None:
-        for task in self.loaded["tasks"].values():
-            task.set_fewshot_seed(seed=FEW_SHOT_SEED)
-
-    def _cost(self) -> tuple[int, int]:
-        """Return the number of requests of a side, and of the characters of their texts.
-
-        Raises ConfigError for a task that cannot make its requests.
-        """
-        count = characters = 0
-        self._seed()
-        for name, task in self.loaded["tasks"].items():
-            with _quiet(), _named_failures(f"the task {name}"):
-                task.build_all_requests(limit=self.max_rows, rank=0, world_size=1)
-            count += sum(instance.repeats or 1 for instance in task.instances)
-            for instance in task.instances:
-                characters += sum(len(part) for part in instance.args if isinstance(part, str))
-        return count, characters
 
     def _task_facts(
         self,
@@ -200,9 +184,21 @@ def open_tasks(names: Sequence[str], max_rows: int, notice: Notice = lambda line
             if task_name in tasks:
                 raise ConfigError(f"the task {task_name} is named twice", f"--tasks lm-eval:{name} once")
             tasks[task_name] = task
-    harness = HarnessTasks({"tasks": tasks, "groups": {}, "group_map": {}}, max_rows)
-    harness._cost()  # a task that cannot make its requests fails here, before a model is opened
-    return harness
+    requests = characters = 0
+    _seed(tasks)
+    for name, task in tasks.items():
+        with _quiet(), _named_failures(f"the task {name}"):
+            task.build_all_requests(limit=max_rows, rank=0, world_size=1)
+        requests += sum(instance.repeats or 1 for instance in task.instances)
+        for instance in task.instances:
+            characters += sum(len(part) for part in instance.args if isinstance(part, str))
+    return HarnessTasks({"tasks": tasks, "groups": {}, "group_map": {}}, max_rows, requests, characters)
+
+
+def _seed(tasks: Mapping[str, Any]) -> None:
+    """Set the draw of few-shot examples, which each run of a task goes on with."""
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=FEW_SHOT_SEED)
 
 
 def _load_named(manager: Any, name: str) -> dict[str, Any]:
@@ -255,6 +251,9 @@ def _check(name: str, task: Any) -> None:
         raise ConfigError(f"the task {name} shows media, and tasks of lm-eval are asked as text alone", other)
     if task.OUTPUT_TYPE not in KINDS:
         raise ConfigError(f"the task {name} is of the kind {task.OUTPUT_TYPE}; known are {', '.join(KINDS)}", other)
+    metrics = getattr(task, "_metric_fn_list", {}) if not task.get_config("process_results") else {}
+    if absent := [metric for metric, function in metrics.items() if function is None]:
+        raise ConfigError(f"the metric {absent[0]} of the task {name} is not on this machine", other)
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
 
@@ -359,11 +358,14 @@ def _as_text(value: Any) -> str:
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Hold the libraries of the hub to what is on this machine, as HF_DATASETS_OFFLINE and HF_HUB_OFFLINE do."""
-    settings = [
+    settings: list[tuple[Any, str]] = [
         (datasets.config, "HF_HUB_OFFLINE"),
         (datasets.config, "HF_DATASETS_OFFLINE"),
         (huggingface_hub.constants, "HF_HUB_OFFLINE"),
     ]
+    # metrics of the library `evaluate`; one that cannot be loaded asks no network
+    with contextlib.suppress(Exception):
+        settings.append((importlib.import_module("evaluate.config"), "HF_EVALUATE_OFFLINE"))
     before = [getattr(module, name) for module, name in settings]
     for module, name in settings:
         setattr(module, name, True)
