@@ -157,16 +157,18 @@ def test_intervals_of_perplexities_follow_from_the_documents(harness: Path) -> N
 
     from sartor.evaluate.harness_tasks import compare
 
-    def samples(shift: float) -> list[dict[str, Any]]:
-        return [{"doc_id": index, "ppl": (-10.0 - index % 3 - shift, 4), "acc": index % 2} for index in range(30)]
+    def scores(shift: float) -> dict[int, Any]:
+        return {index: (-10.0 - index % 3 - shift, 4) for index in range(30)}
 
-    before, after = samples(0.0), samples(-1.0)
-    comparison = compare((before, after), "ppl", metrics.weighted_perplexity)
+    before, after = scores(0.0), scores(-1.0)
+    comparison = compare(before, after, metrics.weighted_perplexity)
     assert comparison is not None
     assert comparison.base == pytest.approx(math.exp(11 / 4)) and comparison.tuned == pytest.approx(math.exp(10 / 4))
     assert comparison.low <= comparison.difference <= comparison.high < 0
     assert comparison.verdict(higher_is_better=False) == "better"
-    assert compare((before, after), "acc", metrics.bleu) is None, "a metric of the whole set has no interval"
+    accuracy = compare(dict.fromkeys(range(30), 0), dict.fromkeys(range(1, 31), 1.0), metrics.mean)
+    assert accuracy is not None and (accuracy.base, accuracy.tuned, accuracy.low) == (0.0, 1.0, 1.0)
+    assert compare(before, after, metrics.bleu) is None, "a metric of the whole set has no interval"
 
 
 @pytest.mark.parametrize(

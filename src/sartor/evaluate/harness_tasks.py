@@ -139,9 +139,9 @@ class HarnessTasks:
             if not filter_name or metric.endswith("_stderr"):
                 continue
             label = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            rows = [[sample for sample in side if sample["filter"] == filter_name] for side in samples]
+            base_scores, tuned_scores = (document_scores(side, metric, filter_name) for side in samples)
             is_higher = directions.get(metric, True) is not False
-            comparison = compare(rows, metric, task.aggregation().get(metric, harness_metrics.mean))
+            comparison = compare(base_scores, tuned_scores, task.aggregation().get(metric, harness_metrics.mean))
             if comparison is None:
                 both = [float(result["results"][name][key]) for result in results]
                 metrics[label] = _without_interval(both, is_higher)
@@ -258,17 +258,26 @@ def _check(name: str, task: Any) -> None:
         task.set_config(key="num_fewshot", value=0)
 
 
+def document_scores(samples: Sequence[Mapping[str, Any]], metric: str, filter_name: str) -> dict[int, Any]:
+    """Return a metric's score of each document that has one, from the samples that the harness logs."""
+    return {
+        int(sample["doc_id"]): sample[metric]
+        for sample in samples
+        if sample["filter"] == filter_name and metric in sample
+    }
+
+
 def compare(
-    sides: Sequence[Sequence[Mapping[str, Any]]], metric: str, aggregation: Callable[..., Any]
+    base_scores: Mapping[int, Any], tuned_scores: Mapping[int, Any], aggregation: Callable[..., Any]
 ) -> Comparison | None:
     """Return the comparison of both sides by a metric; None where its documents have no scores of their own.
 
-    sides: samples of base and tuned, as the harness logs them. aggregation: the harness's own function of the metric.
-    Each document is a group. A document that one side has no score of is left out.
+    aggregation: the harness's own function of the metric. Each document is a group. One that a side has no score of is
+    left out.
     """
-    scores = [{sample["doc_id"]: sample[metric] for sample in side if metric in sample} for side in sides]
-    documents = [document for document in scores[0] if document in scores[1]]
-    base, tuned = ([side[document] for document in documents] for side in scores)
+    documents = [document for document in base_scores if document in tuned_scores]
+    base = [base_scores[document] for document in documents]
+    tuned = [tuned_scores[document] for document in documents]
     groups = [str(document) for document in documents]
     statistic = _STATISTICS.get(aggregation)
     if not documents:

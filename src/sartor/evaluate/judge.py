@@ -168,7 +168,7 @@ class JudgePlan:
             verdicts = self._ask(judge, pairs, progress)
             agreement = _agreement(self.labels, self._ask(judge, labelled, progress))
         facts = {"outcome": Outcome.ACCEPTED.value, "planted": trial, "agreement": agreement}
-        facts["clipped"] = sum(any(question.is_clipped for question in self._questions(pair)) for pair in pairs)
+        facts["clipped"] = sum(self._questions(pair)[0].is_clipped for pair in pairs)
         names = {Winner.FIRST: "base", Winner.SECOND: "tuned", Winner.TIE: "tie"}
         by_row = dict(zip(map(id, differing), (names[verdict.winner] for verdict in verdicts), strict=True))
         winners = [None if row is None else by_row.get(id(row), "tie") for row in rows]
@@ -202,7 +202,7 @@ class JudgePlan:
         answers: list[Verdict] = []
         for start in range(0, len(questions), judge.at_once):
             answers += judge.ask(questions[start : start + judge.at_once])
-            progress.show(progress.done + len(questions[start : start + judge.at_once]))
+            progress.advance(len(questions[start : start + judge.at_once]))
         return [PairVerdict(*answers[start : start + 2]) for start in range(0, len(answers), 2)]
 
     def _trial(self, planted: Sequence[ReplyPair], verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
@@ -266,7 +266,9 @@ def _counted(winners: Sequence[str], groups: Sequence[str], verdicts: Sequence[P
     counts = Counter(winners)
     decided = counts["tuned"] + counts["base"]
     low, high = interval(counts["tuned"], decided)
-    base, tuned = ([_score(winner, side) for winner in winners] for side in ("base", "tuned"))
+    # a tie is half a win for both
+    tuned = [{"tuned": 1.0, "tie": 0.5, "base": 0.0}[winner] for winner in winners]
+    base = [1 - score for score in tuned]
     return {
         "rows": len(winners),
         "same": len(winners) - len(verdicts),
@@ -274,16 +276,9 @@ def _counted(winners: Sequence[str], groups: Sequence[str], verdicts: Sequence[P
         "losses": counts["base"],
         "ties": counts["tie"],
         "win_rate": {"estimate": counts["tuned"] / decided if decided else None, "low": low, "high": high},
-        # a tie is half a win for both
         "comparison": asdict(paired_bootstrap(base, tuned, groups)) if winners else None,
         "position": _position(verdicts),
     }
-
-
-def _score(winner: str, side: str) -> float:
-    if winner == "tie":
-        return 0.5
-    return float(winner == side)
 
 
 def _position(verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
