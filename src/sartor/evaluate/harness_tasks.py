@@ -103,7 +103,7 @@ class HarnessTasks:
         with Progress("lm-eval", 2 * self.requests, "requests", notice) as progress:
             for tuned in (False, True):
                 runner = RequestRunner(base, model, progress.advance)
-                with model_side(model, tuned=tuned), _quiet(), _named_failures("lm-eval"):
+                with model_side(model, tuned=tuned), _quiet(), _offline(), _named_failures("lm-eval"):
                     _seed(tasks)
                     results.append(
                         evaluator.evaluate(
