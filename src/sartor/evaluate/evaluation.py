@@ -81,7 +81,8 @@ class Evaluated(ShownResult):
             "split",
             "wall_s",
         )
-        asked = {key: manifest[key] for key in ("cut_replies", "tasks", "judge") if key in manifest}
+        optional: Sequence[str] = ("cut_replies", "tasks", "judge")
+        asked = {key: manifest[key] for key in optional if key in manifest}
         return {"report": str(self.report.path), **{key: manifest[key] for key in keys}, **asked}
 
 

@@ -167,7 +167,7 @@ class JudgePlan:
                 return {"outcome": Outcome.REFUSED.value, "planted": trial}, [None] * len(rows)
             verdicts = self._ask(judge, pairs, progress)
             agreement = _agreement(self.labels, self._ask(judge, labelled, progress))
-        facts = {"outcome": Outcome.ACCEPTED.value, "planted": trial, "agreement": agreement}
+        facts: dict[str, Any] = {"outcome": Outcome.ACCEPTED.value, "planted": trial, "agreement": agreement}
         facts["clipped"] = sum(self._questions(pair)[0].is_clipped for pair in pairs)
         names = {Winner.FIRST: "base", Winner.SECOND: "tuned", Winner.TIE: "tie"}
         by_row = dict(zip(map(id, differing), (names[verdict.winner] for verdict in verdicts), strict=True))
