@@ -213,8 +213,8 @@ def _load_named(manager: Any, name: str) -> dict[str, Any]:
         except _MISSING_DATA as error:
             raise AssetError(
                 f"the data of the task {name} is not on this machine, and no network is asked: {first_line(error)}",
-                f"lm_eval run --model dummy --tasks {name} --limit 1 where there is a network, which keeps it in "
-                f"~/.cache/huggingface; or {_OWN_TASK}",
+                f"run {name} once with lm_eval where there is a network, and copy its ~/.cache/huggingface here; or "
+                f"{_OWN_TASK}",
             ) from None
 
 
