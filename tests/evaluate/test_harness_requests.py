@@ -94,9 +94,9 @@ def test_sides_differ_by_the_adapter_alone(base: Base, tmp_path: Path) -> None:
 
 
 def test_rolling_windows_are_those_of_the_harness(base: Base) -> None:
-    """`get_rolling_token_windows` of lm_eval/utils.py with max_seq_len 7 and context_len 1, made disjoint, by hand."""
+    """`get_rolling_token_windows` of lm_eval/utils.py with max_seq_len 5 and context_len 1, made disjoint, by hand."""
     ids = base.chat.content_tokens("what colour is the sky and the kitchen light")
-    count, size = len(ids), 7
+    count, size = len(ids), 5
     assert count > 2 * size
     prefix = base.chat.tokenizer.bos_token_id
     expected = [([prefix], ids[:size])]
