@@ -1,7 +1,7 @@
 """Requests of lm-evaluation-harness, answered by a model as it stands.
 
 The three kinds of requests, and how texts become tokens, are those of the harness's own adapter of transformers
-(`lm_eval/models/huggingface.py`, 0.4.13), with two differences: text that spells control tokens is tokenised as text,
+(its class `HFLM`, 0.4.13), with two differences: text that spells control tokens is tokenised as text,
 and a row may be one token shorter. The module does not import `lm_eval`.
 """
 
