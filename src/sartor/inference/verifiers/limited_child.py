@@ -165,7 +165,7 @@ def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
             except BaseException as error:
                 report({"fault": Fault.RAISED, "detail": _text(error)})
                 return
-            if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+            if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
                 report({"fault": Fault.NO_REWARD, "detail": f"{value!r:.80}"})
                 return
             report({"reward": float(value)})
