@@ -8,7 +8,7 @@ LOCKED ?= yes
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 # pyproject's `all`; tests/test_packaging.py holds the two together
-TESTED := tune,demo,hub,notebook,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,studio,edge,federated,track,eval
+TESTED := tune,demo,hub,notebook,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,studio,edge,federated,track
 
 .PHONY: demo lock quick test assets test-default durations test-slow test-alone fuzz check bench bench-small bench-peers scoreboard docs site clean
 .DEFAULT_GOAL := demo

@@ -1,4 +1,4 @@
-"""Training loop of GRPO: the model replies in groups, and a verifier's rewards say which replies become likelier.
+"""Training loop of GRPO: groups of replies, of which a verifier's rewards make some likelier.
 
     prompt --sample G--> replies --verifier--> rewards --group mean--> advantages --one update--> weights
 

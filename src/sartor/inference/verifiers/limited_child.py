@@ -1,4 +1,6 @@
-"""Child process that runs code from outside over replies: `python -m sartor.inference.verifiers.limited_child`.
+"""Child process that runs code from outside over replies.
+
+    python -m sartor.inference.verifiers.limited_child
 
 It is started by `limited_scoring.py` under limits of memory and time, leaves the network, and forks workers. A worker
 runs the code: all replies for a function, one reply for unit tests. Each worker may write below a scratch folder
