@@ -360,7 +360,7 @@ def _verified(kind: str, **base: Any) -> Observer:
     def observed(values: Any, workspace: Workspace) -> Any:
         code = "".join(f"    {line}\n" for line in CODE.splitlines())
         (workspace.path / "probed.py").write_text(
-            f"def code(reply, reference, prompt):\n{code}    return reached\n\ndef zero(*arguments):\n    return 0\n"
+            f"def code(reply, reference, prompt):\n{code}    return reached\n\ndef half(*arguments):\n    return 0.5\n"
         )
         workspace.patch.chdir(workspace.path)
         options = {"kind": kind, **base, **values}
@@ -499,7 +499,7 @@ TUNE_PROBES = (
         "EntryPointVerifier",
         _verified("python", function="probed:code"),
         {
-            "function": ("probed:code", "probed:zero"),
+            "function": ("probed:code", "probed:half"),
             "time_s": (5.0, 0.2),
             "network": ("none", "allowed"),
         },

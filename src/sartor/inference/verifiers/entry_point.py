@@ -19,7 +19,7 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 class EntryPointVerifier:
     """A Python function of your own, (reply, reference, prompt) -> 0..1, in a limited process without a network."""
 
-    function: str = option(REQUIRED, "module:function, importable from the folder in which sartor runs")
+    function: str = option(REQUIRED, "module:function, importable from the working directory")
     time_s: float = option(10.0, "seconds for one reply, after which the function is killed and the run ends")
     network: Network = option(
         "none", "none: refused where the system cannot take it away; allowed: the code may use it"

@@ -63,7 +63,7 @@ def _error(result: ChildResult, name: str, row: str, *, time_s: float) -> Sartor
     if result.fault is Fault.IMPORT:
         return ConfigError(
             f"{name} cannot be imported: {result.detail}",
-            f"start sartor in the folder that holds the module, or install it; {_OPTION}.function: MODULE:FUNCTION",
+            f"go to the folder that holds the module, or install it; {_OPTION}.function: MODULE:FUNCTION",
         )
     if result.fault is Fault.HUNG:
         return BudgetError(
