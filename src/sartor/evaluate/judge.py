@@ -178,23 +178,14 @@ class JudgePlan:
 
     def _questions(self, pair: ReplyPair) -> tuple[JudgeQuestion, JudgeQuestion]:
         """Return the questions of a pair, in both orders."""
-        plain = JudgeQuestion(
-            self.options.rubric,
-            pair.prompt,
-            pair.first,
-            pair.second,
-            reference=pair.reference,
-            limit=self.options.max_characters,
-        )
-        swapped = JudgeQuestion(
-            self.options.rubric,
-            pair.prompt,
-            pair.second,
-            pair.first,
-            reference=pair.reference,
-            limit=self.options.max_characters,
-        )
-        return plain, swapped
+
+        def question(first: str, second: str) -> JudgeQuestion:
+            limit = self.options.max_characters
+            return JudgeQuestion(
+                self.options.rubric, pair.prompt, first, second, reference=pair.reference, limit=limit
+            )
+
+        return question(pair.first, pair.second), question(pair.second, pair.first)
 
     def _ask(self, judge: Judge, pairs: Sequence[ReplyPair], progress: Progress) -> list[PairVerdict]:
         """Return the verdicts of pairs, asked in both orders."""
