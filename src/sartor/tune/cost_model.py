@@ -243,8 +243,8 @@ LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
 TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.3, 0.15
 # A run lasts minutes and the samples before it seconds, while the processor is at its fastest: the seconds of a run
-# over what its samples say were 0.72 to 1.67 in 29 runs of benchmarks/forecast.py on one machine, the median 1.14
-RUN_PACE = 1.14
+# over what its samples say were 0.72 to 1.67 in 30 runs of benchmarks/forecast.py on one machine, the median 1.12
+RUN_PACE = 1.12
 # Limit of the half-width: an interval whose high end is over twice its low end is of no use for a decision
 MOST_HALF_WIDTH = 0.33
 # By how much less and more another process may hold, relative, while it opens a base and chooses its loss backend:
