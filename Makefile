@@ -93,8 +93,9 @@ FILES_WITH = $$(grep -rlE 'mark\.($(1))' tests --include='test_*.py')
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone" $(call FILES_WITH,circle|services|browser)
 
+# AGAIN=--last-failed: only those that failed, or all where none is known. The cache is its own, since test-slow may run beside it.
 test-alone: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone" $(call FILES_WITH,alone)
+	$(BIN)/python -m pytest -q --durations 10 -o cache_dir=.pytest_cache/alone $(AGAIN) -m "(circle or services or browser) and alone" $(call FILES_WITH,alone)
 
 # in CI, 1,000 each are part of test-slow
 fuzz: $(VENV)/.dev  ## 10,000 inputs for each parser of what comes from outside
