@@ -342,8 +342,7 @@ class Circle:
 
     def _check_conversation(self, path: str) -> None:
         for talked, questions in self._asked.items():
-            self.visit.open(talked)
-            text = self._text()
+            text = str(self.visit.open(talked).locator("main").inner_text())
             self.outcome.lost += [f"the question {question!r}" for question in questions if question not in text]
         self.visit.open(path)
 
@@ -365,6 +364,7 @@ class Circle:
         self._check_conversation("/")
 
     def _text(self) -> str:
+        """Return the start of the page's text, for a message."""
         return str(self.visit.page.locator("main").inner_text())[:2000]
 
 
