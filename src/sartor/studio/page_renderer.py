@@ -16,7 +16,7 @@ from sartor.core.errors import SartorError
 from sartor.core.html import render_template
 from sartor.studio.accounts import Role
 from sartor.studio.jobs.job_files import shown_command
-from sartor.studio.translations import has_text, preferred_language, translator
+from sartor.studio.translations import has_text, option_texts, preferred_language, translator
 from sartor.studio.visitor import Visitor, studio_of
 
 LANGUAGE_COOKIE = "sartor-language"
@@ -66,6 +66,7 @@ def render(
         f"studio/templates/{template}.html.j2",
         t=translator(language),
         has_text=has_text,
+        describe=lambda text: option_texts(language).get(text, text),
         url=url,
         language=language,
         user=visitor.user,

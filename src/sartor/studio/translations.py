@@ -1,4 +1,4 @@
-"""Texts of the pages, German beside English, from strings.toml."""
+"""Texts of the pages, German beside English, from strings.toml; German descriptions of options."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def translator(language: str) -> Callable[..., str]:
 def has_text(key: str) -> bool:
     """Return whether there is a text for a key."""
     return key in load_strings()
+
+
+@functools.cache
+def option_texts(language: str) -> Mapping[str, str]:
+    """Return {English description of an option, as its JSON Schema has it: text in a language}; {} for English."""
+    if language == LANGUAGES[0]:
+        return {}
+    return tomllib.loads((STRINGS.parent / f"option_texts_{language}.toml").read_text(encoding="utf-8"))
 
 
 def preferred_language(cookie: str, accept_language: str) -> str:
