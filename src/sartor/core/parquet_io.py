@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from sartor.core.artifacts import SCHEMA, Artifact
 from sartor.core.errors import ArtifactError
-from sartor.core.records import Drop, Example, Message, Origin, Part, PartKind
+from sartor.core.records import Drop, Example, Message, Origin, Part, PartKind, split_role
 
 ROWS_PER_GROUP = 4096
 
@@ -166,7 +166,9 @@ def example_row(example: Example) -> dict[str, Any]:
 
 
 def _message_row(message: Message) -> dict[str, Any]:
-    return {**vars(message), "content": [part.plain() for part in message.content]}
+    # the weight is in the role, so that the schema, and the files of rows without weights, stay as they are
+    fields = {name: value for name, value in vars(message).items() if name != "weight"}
+    return {**fields, "role": message.stored_role, "content": [part.plain() for part in message.content]}
 
 
 def example_of(row: dict[str, Any]) -> Example:
@@ -198,7 +200,8 @@ def _message_of(row: dict[str, Any]) -> Message:
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
     # older Datasets have no reasoning_content
     texts = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
-    return Message(row["role"], tuple(parts), *texts)
+    role, weight = split_role(row["role"])
+    return Message(role, tuple(parts), *texts, weight=weight)
 
 
 def numbers(array: Any) -> Any:

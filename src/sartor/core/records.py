@@ -45,6 +45,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def _sorted_json(text: str) -> str:
+    """Return JSON text with sorted keys, so that equal values have one digest; other text unchanged."""
+    try:
+        return json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False) if text else text
+    except (ValueError, RecursionError):
+        return text
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a message's content.
@@ -62,12 +70,18 @@ class Part:
         return {"type": self.kind, self.kind: self.text if self.kind == "text" else self.media}
 
 
+# between role and weight in a stored role
+_WEIGHT_MARK = " weight="
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
 
-    tool_calls: JSON text of OpenAI's list; text, since its arguments have no fixed form.
+    tool_calls: JSON text of OpenAI's list; text, since its arguments have no fixed form. Rows read from files have
+        them as JSON objects, in the order in which they were written.
     reasoning_content: the assistant's reasoning before its reply, for templates that support it.
+    weight: factor of the loss of an assistant's turn, 0 or more; a turn of weight 0 is context alone.
     """
 
     role: str
@@ -76,6 +90,7 @@ class Message:
     tool_calls: str = ""
     tool_call_id: str = ""
     reasoning_content: str = ""
+    weight: float = 1.0
 
     @classmethod
     def of(cls, role: str, text: str) -> Message:
@@ -87,8 +102,18 @@ class Message:
         """The text parts, joined."""
         return "".join(part.text for part in self.content if part.kind == "text")
 
+    @property
+    def text_with_reasoning(self) -> str:
+        """The reasoning, if there is any, and the text behind it."""
+        return f"{self.reasoning_content}\n{self.text}" if self.reasoning_content else self.text
+
+    @property
+    def stored_role(self) -> str:
+        """Role as a Dataset stores it, with the turn's weight unless that is 1: `assistant weight=0.5`."""
+        return self.role if self.weight == 1 else f"{self.role}{_WEIGHT_MARK}{self.weight!r}"
+
     def plain(self) -> dict[str, Any]:
-        """Return the OpenAI message with content parts; empty fields are left out."""
+        """Return the OpenAI message with content parts; empty fields and the weight are left out."""
         fields = {
             "name": self.name,
             "tool_calls": self.tool_calls,
@@ -97,6 +122,23 @@ class Message:
         }
         parts = [part.plain() for part in self.content]
         return {"role": self.role, "content": parts, **{key: value for key, value in fields.items() if value}}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the id of an Example covers: `plain`, with sorted keys of calls and a weight that is not 1."""
+        fields = self.plain()
+        if self.tool_calls:
+            fields["tool_calls"] = _sorted_json(self.tool_calls)
+        return fields if self.weight == 1 else {**fields, "weight": float(self.weight)}
+
+
+def split_role(stored_role: str) -> tuple[str, float]:
+    """Return role and weight of a turn from `Message.stored_role`. Raises ValueError for a weight that is no number.
+
+    >>> split_role("assistant weight=0.5"), split_role("user")
+    (('assistant', 0.5), ('user', 1.0))
+    """
+    role, mark, weight = stored_role.partition(_WEIGHT_MARK)
+    return role, float(weight) if mark else 1.0
 
 
 @dataclass(frozen=True)
@@ -144,12 +186,15 @@ class Example:
 
     @cached_property
     def id(self) -> str:
-        """First 32 hex digits of the sha256 of messages, rejected, tools and rating, without origins."""
-        content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
+        """First 32 hex digits of the sha256 of messages, rejected, tools and rating, without origins.
+
+        The order of keys in tools and calls, which decides how they are rendered, does not count.
+        """
+        content: dict[str, Any] = {"messages": [message.identity() for message in self.messages]}
         if self.rejected:
-            content["rejected"] = [message.plain() for message in self.rejected]
+            content["rejected"] = [message.identity() for message in self.rejected]
         if self.tools:
-            content["tools"] = self.tools
+            content["tools"] = _sorted_json(self.tools)
         if self.rating:
             content["rating"] = float(self.rating)
         return digest(content)[:32]

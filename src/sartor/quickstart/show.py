@@ -105,7 +105,7 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
             "group": example.group,
             # the assistant's turns are marked as supervised, as every template treats them
             "turns": [
-                {"role": turn.role, "text": _text(turn), "learnt": turn.role == "assistant"}
+                {"role": turn.stored_role, "text": _text(turn), "learnt": turn.role == "assistant" and turn.weight > 0}
                 for turn in example.messages
             ],
         }
@@ -116,8 +116,10 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
 
 
 def _text(turn: Message) -> str:
-    """Return a turn's text, with media as their paths and tool calls as JSON, at most _LONGEST characters."""
+    """Return a turn's text, with media as their paths, reasoning and tool calls as JSON."""
     parts = [part.text if part.kind == "text" else f"<{part.kind} {part.media}>" for part in turn.content]
+    if turn.reasoning_content:
+        parts.insert(0, f"{turn.reasoning_content}\n")
     if turn.tool_calls:
         parts.append(f"\n{turn.tool_calls}")
     return "".join(parts)[:_LONGEST]
