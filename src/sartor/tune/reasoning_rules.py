@@ -20,7 +20,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.tune.recipe import Data
 
 # keys of the counts that a plan and a manifest show
-KEPT, DROPPED, AS_TEXT, NO_EMPTY_BLOCK = "kept", "dropped", "written_as_text", "empty_think_dropped"
+KEPT, DROPPED, AS_TEXT = "kept", "dropped", "written_as_text"
 
 
 def with_reasoning_rule(example: Example, data: Data, chat: ChatTokenizer, counts: Counter[str]) -> Example:
