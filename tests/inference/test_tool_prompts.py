@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+import tiny
 import tool_prompts
 from sartor.inference.llamacpp_server import LlamaCppServer
+from sartor.models.chat import ChatTokenizer
 from tool_prompts import (
     PROMPTS,
     TEMPLATES,
@@ -52,6 +54,27 @@ def test_tool_prompts_are_alike(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_all_tool_prompts_are_alike_in_every_template(name: str) -> None:
     check_alike(name, ALL)
+
+
+TEXT_ARGUMENTS = (
+    "{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [TEXT_ARGUMENTS, TEXT_ARGUMENTS.replace(" + call.function.arg", " ~ call.function.arg")]
+)
+def test_template_of_arguments_as_text_gets_text_everywhere(template: str) -> None:
+    """The second one refuses no object, but would write it as Python does."""
+    chat = ChatTokenizer(tiny.tokenizer(template))
+    assert chat.probed.needs_text_arguments
+    for prompt in ALL[:20]:
+        ours = by_engine(chat, prompt)
+        assert by_training(chat, prompt) == ours and "': " not in ours.text.partition("<|im_start|>")[2].replace(
+            "it's", ""
+        )
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from sartor.core.errors import SourceError
 from sartor.core.records import Message, Part
 from sartor.models.content_shielding import calls_as_text
 
@@ -19,6 +20,7 @@ TOOLS_TEXT = (
     "To call one, write its name and arguments as JSON, and nothing after the last call:\n"
     '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
 )
+TOOLS_EXAMPLE = '"tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]'
 
 
 def uses_tools(messages: Sequence[Message], tools: str) -> bool:
@@ -30,13 +32,16 @@ def plain_conversations(messages: Sequence[Message], tools: str) -> Iterator[lis
     """Yield the conversation without fields of tools: declared in the system turn, then in the first user turn.
 
     messages: shielded. tools: JSON text of OpenAI's list, shielded; empty for none.
-    The second form is for templates that refuse a system turn. Raises SourceError for calls in an unknown form.
+    The second form is for templates that refuse a system turn. Raises SourceError for calls and tools in another form.
     """
     plain = _in_plain_turns(messages)
-    declared = [json.dumps(tool.get("function", tool)) for tool in json.loads(tools)] if tools else []
-    if not declared:
+    if not tools:
         yield plain
         return
+    try:
+        declared = [json.dumps(tool.get("function", tool)) for tool in json.loads(tools)]
+    except (ValueError, RecursionError, TypeError, AttributeError):
+        raise SourceError("`tools` is no list of declarations in OpenAI's form", TOOLS_EXAMPLE) from None
     note = TOOLS_TEXT.format(tools="\n".join(declared))
     yield _noted(plain, note, "system")
     yield _noted(plain, note, "user")
