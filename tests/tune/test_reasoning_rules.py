@@ -6,15 +6,19 @@ import json
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import marked
+import sartor
 import tiny
+from sample_data import write_jsonl
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.models.chat import ChatTokenizer
+from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.reasoning_rules import with_reasoning_rule
 from sartor.tune.recipe import Data
 from tool_prompts import TEMPLATES
@@ -153,3 +157,34 @@ def test_calls_of_earlier_rounds_are_learnt_as_the_template_writes_them() -> Non
     assert text == (
         f"{call}done<|im_end|><think>\nsince three\n</think>\n\n{call}<think>\nsince four\n</think>\n\ndone again<|im_end|>"
     )
+
+
+def test_rows_of_a_dataset_are_counted(tmp_path: Path) -> None:
+    """A plan, the lines of a run and `sartor.json` show these counts."""
+    rows = []
+    for index in range(8):
+        turns = [{"role": "user", "content": f"what {index}"}, {"role": "assistant", "content": "sky", "weight": 0}]
+        turns += [{"role": "user", "content": "and"}, {"role": "assistant", "content": f"blue {index}"}]
+        if index % 2:
+            turns[1]["reasoning_content"], turns[3]["reasoning_content"] = f"since {index}", f"as {index}"
+        rows.append({"messages": turns})
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC0-1.0"}
+    dataset = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, tmp_path / "data").dataset
+    chat = chat_of(QWEN_3)
+
+    def encoded(**options: str) -> Any:
+        data = {"path": str(dataset.path), "eval_fraction": 0.0, **options}
+        return encode_rows(dataset, sartor.load_recipe({"base": "starter", "data": data}), chat)
+
+    default = encoded()
+    assert default.reasoning == {"dropped": 4, "kept": 4} and not default.left_out
+    texts = [
+        chat.tokenizer.decode([token for token, on in zip(row.ids, row.learnt, strict=True) if on])
+        for row in default.train
+    ]
+    assert all("blue" in text and "sky" not in text for text in texts)
+    kept = encoded(reasoning="keep")
+    assert len(kept.train) == 4 and [len(ids) for ids in kept.left_out.values()] == [4]
+    assert next(iter(kept.left_out)).startswith("template: it leaves out reasoning that data.reasoning=keep keeps")
+    assert encoded(reasoning="drop").reasoning == {"dropped": 4}
+    assert encoded(empty_think="drop").supervised_tokens < default.supervised_tokens

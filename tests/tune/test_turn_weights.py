@@ -91,7 +91,7 @@ def gradients(backend: LossBackend, examples: list[TokenizedExample]) -> tuple[f
     """Loss and gradients of an update, with the divisor of `TrainingRun._backward`."""
     losses, weights = backend.losses(examples)
     loss = objectives.sft(losses, weights, sum(row.loss_weight for row in examples))
-    return float(loss), list(torch.autograd.grad(loss, backend.trained))
+    return float(loss.detach()), list(torch.autograd.grad(loss, backend.trained))
 
 
 def two_turns(*weights: float) -> TokenizedExample:
