@@ -44,7 +44,8 @@ def with_reasoning_rule(example: Example, data: Data, chat: ChatTokenizer, count
     if kept:
         _check_written(result, chat, data)
         counts[KEPT] += 1
-        counts[AS_TEXT] += not chat.probed.writes_reasoning
+        if not chat.probed.writes_reasoning:
+            counts[AS_TEXT] += 1
     return result
 
 
