@@ -199,9 +199,9 @@ def _message_of(row: dict[str, Any]) -> Message:
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
     # older Datasets have no reasoning_content
-    texts = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
+    texts = [row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content")]
     role, weight = split_role(row["role"])
-    return Message(role, tuple(parts), *texts, weight=weight)
+    return Message(role, tuple(parts), *texts, weight)
 
 
 def numbers(array: Any) -> Any:
