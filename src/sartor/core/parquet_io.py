@@ -199,9 +199,10 @@ def _message_of(row: dict[str, Any]) -> Message:
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
     # older Datasets have no reasoning_content
-    texts = [row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content")]
+    texts = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+    fields: dict[str, Any] = {key: row.get(key) or "" for key in texts}
     role, weight = split_role(row["role"])
-    return Message(role, tuple(parts), *texts, weight)
+    return Message(role, tuple(parts), **fields, weight=weight)
 
 
 def numbers(array: Any) -> Any:
