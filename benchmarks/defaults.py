@@ -1,20 +1,20 @@
 """How near the default rate, batch and budget come to the best of a grid, on sets that the rules were not chosen on.
 
-    python benchmarks/defaults.py --data ../shared/data --work defaults-work [--sets snips textile] [--minutes 60]
-    [--json] python benchmarks/defaults.py --defaults-only --json    # the defaults alone: a run a set, which the
-    others go on from python benchmarks/defaults.py --small --json    # made-up rows, a tiny base: shows that
-                                                                      everything runs
+    python benchmarks/defaults.py --data ../shared/data --work DIR [--sets snips textile] [--minutes 60] [--json]
+    python benchmarks/defaults.py --defaults-only --json    # the defaults alone: a run a set; the others go on from it
+    python benchmarks/defaults.py --small --json            # made-up rows, a tiny base: shows that everything runs
 
 Each set is tuned at 12 points (rate {1, 2, 5, 10}e-4 x batch {256, 1,024, 4,096}) with one seed, and as the defaults
 would have it; every run of a set has the epochs and the rehearsal of the defaults, so that rate and batch alone
-differ. The best point and the defaults are then tuned with three other seeds: the best was chosen on none of them.
+differ. The best point and the defaults are then tuned with three other seeds: the best was chosen on none of them. A
+point at which the defaults are is not tuned a second time.
 
 All runs make one evaluation, at the end, so that the last weights are kept: what is compared is rate, batch, budget
 and rehearsal. The measure is the exact match of greedy replies on up to 200 held-out rows; of construction-faq and the
 documents, whose texts are long, the loss of those rows. A finished run stands in --work, by the code and the options
-but --sets and
---defaults-only. A call that runs out of --minutes ends with exit code 75 and names its `unfinished` sets; the next one
-goes on. banking77 and construction-faq are those that the rules were chosen on (docs/decisions/028-defaults.md).
+but --sets and --defaults-only. A call that runs out of --minutes ends with exit code 75 and names its `unfinished`
+sets; the next one goes on. banking77 and construction-faq are those that the rules were chosen on
+(docs/decisions/028-defaults.md).
 
 sets {name: {default, best, fraction, seeds}}   means over the seeds; fraction: default over best, of losses best over
                                                 default; seeds: {default: [...], best: [...]}
@@ -229,17 +229,24 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     # every point has the defaults' passes over the rows and their rehearsal
     shared = {"budget": settings["budget"]["value"], "rehearsal": settings["data.rehearsal"]["value"]}
     points = options.few_points if training_set.is_large else options.points
+    chosen = (settings["optimizer.learning_rate"]["value"], settings["optimizer.batch_tokens"]["value"])
     grid = {}
     for rate, batch in points:
         point = f"{rate:g}-{batch}"
-        grid[point] = runs.value(point, {**shared, "learning_rate": rate, "batch_tokens": batch}, 0)
+        if (rate, batch) == chosen:  # the very run of the defaults
+            grid[point] = default
+        else:
+            grid[point] = runs.value(point, {**shared, "learning_rate": rate, "batch_tokens": batch}, 0)
     is_loss = not training_set.reply_tokens
     best = min(grid, key=grid.__getitem__) if is_loss else max(grid, key=grid.__getitem__)
     rate, batch = next(point for point in points if f"{point[0]:g}-{point[1]}" == best)
     seeds: dict[str, list[float]] = {"default": [], "best": []}
     for seed in options.seeds:
         seeds["default"].append(runs.value("default", {}, seed))
-        seeds["best"].append(runs.value(best, {**shared, "learning_rate": rate, "batch_tokens": batch}, seed))
+        if (rate, batch) == chosen:
+            seeds["best"].append(seeds["default"][-1])
+        else:
+            seeds["best"].append(runs.value(best, {**shared, "learning_rate": rate, "batch_tokens": batch}, seed))
     means = {side: fmean(values) for side, values in seeds.items()}
     over, under = (means["best"], means["default"]) if is_loss else (means["default"], means["best"])
     return {

@@ -1,5 +1,4 @@
-"""Whether the forecast of `plan` holds: 20 runs, each planned, then tuned in a fresh process, on unlike data and
-bases.
+"""Whether the forecast of `plan` holds: 20 runs, each planned, then tuned in a fresh process, on unlike data.
 
     python benchmarks/forecast.py --json --work DIR      # goes on where a run with the same DIR ended
     python benchmarks/forecast.py --json --work DIR --only banking77 --only documents
@@ -11,13 +10,11 @@ of tokens, so many as take about --seconds; what they take is read off the run b
 for the first.
 
 `runs` is how many were tuned; `memory_inside` and `time_inside` how many of them stayed in the 90 % interval of
-`plan`;
-`widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both
+`plan`; `widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both
 fractions. A time is only compared where other processes took at most --others CPUs on average while the run was
-planned and tuned.
-`time_runs` counts those. A run that was not tuned is named under `absent`, and so is a time that was not compared.
-`unfinished` names the runs that the same command will tune later: those that were not begun within --minutes, and
-those whose machine was busy, which --work does not keep. The exit code is then 75.
+planned and tuned. `time_runs` counts those. A run that was not tuned is named under `absent`, and so is a time that
+was not compared. `unfinished` names the runs that the same command will tune later: those that were not begun within
+--minutes, and those whose machine was busy, which --work does not keep. The exit code is then 75.
 """
 
 from __future__ import annotations

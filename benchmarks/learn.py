@@ -1,14 +1,14 @@
 """What agents learn from use: what 60 corrections are worth, what poison comes to, and how soon drift is sent back.
 
-    python benchmarks/learn.py --json [--work DIR] [--parts corrections poisoned broken_slice rollback personal
-    deleted] python benchmarks/learn.py --json --small    # a tiny base and little feedback: shows that it runs
+    python benchmarks/learn.py --json [--work DIR] [--parts NAME ...]
+    python benchmarks/learn.py --json --small    # a tiny base and little feedback: shows that it runs
 
 corrections     a specialist that was never shown three of ten intents is corrected 60 times by five people; `sartor
                 retrain`. The gain is of rows by template that its Dataset holds out: nobody chose, corrected or
                 trained on them.
 poisoned        one of five keys turns the ratings that it gives around, a fifth of all; `sartor retrain`. And the same
-                drawn
-                many times without a tuning: how often the key is named, and how often anybody is where nobody does so.
+                drawn many times without a tuning: how often the key is named, and how often anybody is where nobody
+                does so.
 broken_slice    the corrections of one intent that it never saw are right, those of one that it knows are wrong: on
                 average it is about as good as before, and an intent is broken.
 rollback        `learn_rollback.py`: requests until a version that drifts after its promotion is sent back.

@@ -45,6 +45,7 @@ SLOW = {
     "collaboration.md",
     "admission.md",
     "audit.md",
+    "judge.md",
     "engines.md",
     "edge-publish.md",
     "edge-personal.md",

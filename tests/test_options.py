@@ -14,6 +14,7 @@ import pytest
 import curate_option_probes
 import edge_option_probes
 import federate_option_probes
+import judge_option_probes
 import learning_option_probes
 import method_option_probes
 import round_option_probes
@@ -266,6 +267,7 @@ PROBES: tuple[Probe, ...] = (
     *validate_option_probes.PROBES,
     *learning_option_probes.PROBES,
     *method_option_probes.PROBES,
+    *judge_option_probes.PROBES,
 )
 
 

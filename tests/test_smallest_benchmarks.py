@@ -50,6 +50,8 @@ KEYS = {
     "federate_robust": "over_clean.mean.none over_clean.krum.scale",
     "fidelity": "sets bf16_gap speed_ratio served_kl",
     "forecast": "runs time_inside memory_inside widest time_runs intervals.time.high intervals.memory.low table",
+    "grpo": "valid.before valid.after valid.estimate valid.low fields.before fields.low equal_groups.fraction auc.low useless.pattern.refused "
+    "useless.schema.problem useless_refused machine.processor",
     "intervals": "false_verdicts.sartor.log_normal.8 power.sartor trials",
     "labels": "least_recall_at_12% runs machine",
     "learn": "corrections.gain.estimate corrections.forgetting poisoned_promoted poisoned.named broken_slice.decision "

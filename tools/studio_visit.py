@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, s
 CHROMIUM = "/usr/bin/chromium"
 NAME, PASSWORD = "Ada", "four words are enough"
 # milliseconds that a page of a busy machine has
-PATIENCE_MS = 90_000
+PATIENCE_MS = 300_000
 _STUDIO = (sys.executable, "-P", "-m", "sartor")
 
 

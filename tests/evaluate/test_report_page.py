@@ -124,3 +124,38 @@ def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
     text = Tags(page_of("name", tmp_path, ablation={}, audit={}, forgetting=skipped, warnings=[])).text
     assert "not measured nats per token forgotten" in text
     assert not any(title in text for title in ("look and listen", "learnt by heart", "Warning"))
+
+
+def judge_and_tasks(text: str) -> dict[str, Any]:
+    """Facts of a judge and of tasks in which each free text is `text`."""
+    judge = {"outcome": "accepted", "sentence": text, "rubric": text, "comparison": BETTER}
+    bleu = {**BETTER, "low": None, "high": None, "verdict": "cannot tell"}
+    metrics = {text: {**BETTER, "verdict": "better"}, "bleu": bleu}
+    tasks = {"version": text, "clipped": 3, "tasks": {text: {"rows": 9, "of": 12, "metrics": metrics}}}
+    return {"judge": judge, "tasks": tasks}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_of_judge_and_tasks_stays_text(text: str, tmp_path: Path) -> None:
+    html = page_of(text, tmp_path, **judge_and_tasks(text))
+    page = Tags(html)
+    assert {tag for tag, _ in page.tags} <= set(OURS.split())
+    assert page.acting({"href"}) == set() and "\x00" not in html and "\u202e" not in html
+
+
+def test_judge_and_tasks_are_shown_where_asked(tmp_path: Path) -> None:
+    text = Tags(page_of("name", tmp_path, **judge_and_tasks("name"))).text
+    for line in (
+        "Which reply a judge prefers name Each pair was asked in both orders",
+        "preferred (a tie is half) 0.250 0.750 0.500 0.250 1.500",
+        "lm-eval name, without the chat template; each document is a group. 3 contexts were cut at their beginning.",
+        "name: name 9 of 12 0.250 0.750 0.500 0.250 1.500 better",
+        "name: bleu 9 of 12 0.250 0.750 0.500 none none cannot tell",
+    ):
+        assert line in text
+    failure = {"failure": {"kind": "ConfigError", "problem": "no task today", "remedy": ""}}
+    refused = {"outcome": "refused", "sentence": "The judge was refused", "rubric": "name"}
+    text = Tags(page_of("name", tmp_path, judge=refused, tasks=failure)).text
+    assert "The judge was refused" in text and "The tasks failed: no task today" in text
+    assert "preferred (a tie is half)" not in text
+    assert "judge" not in Tags(page_of("name", tmp_path)).text

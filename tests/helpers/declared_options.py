@@ -12,6 +12,7 @@ from sartor.edge.tuning.energy_policy import EnergyPolicy
 from sartor.edge.update.fleet_monitor import FleetPolicy
 from sartor.edge.update.tuf_roles import Expiry
 from sartor.evaluate.audit.audit import AuditOptions
+from sartor.evaluate.judge_options import JudgeOptions
 from sartor.federate.flower.driver_options import RoundDriverOptions
 from sartor.federate.flower.flower_client import ClientOptions
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions
@@ -44,6 +45,7 @@ ROOTS = (
     PersonalOptions,
     RoundDriverOptions,
     AuditOptions,
+    JudgeOptions,
 )
 
 

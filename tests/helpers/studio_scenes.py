@@ -27,13 +27,14 @@ _ENDED = {"exit_code": 0, "signal": 0}
 _GATE = {"gain": "cannot tell", "forgetting": "pass", "licence": "pass"}
 
 
-def write_findings(dataset: Path, count: int) -> list[str]:
+def write_findings(dataset: Path, count: int, detail: str = "finding", *, with_suggestion: bool = False) -> list[str]:
     """Findings about the first rows of a Dataset, as a step writes them; return the ids of the rows."""
     rows = [example.id for example in sartor.read_examples(sartor.open(dataset))][:count]
     lines = []
     for number, row in enumerate(rows):
-        item = {"kind": "label", "examples": [row], "reason": "suspicious_label", "detail": f"finding {number}"}
-        lines.append(json.dumps({**item, "suggestion": {"reply": f"better answer {number}"}}))
+        item = {"kind": "label", "examples": [row], "reason": "suspicious_label", "detail": f"{detail} {number}"}
+        suggestion = {"suggestion": {"reply": f"better answer {number}"}} if with_suggestion else {}
+        lines.append(json.dumps({**item, **suggestion}))
     (dataset / "review.jsonl").write_text("\n".join(lines) + "\n")
     return rows
 
@@ -47,7 +48,7 @@ class Scenes:
     def __init__(self, folder: Path, address: str = "") -> None:
         self.folder = folder
         write_specialist(folder)
-        write_findings(folder / "faq" / "data", 12)
+        write_findings(folder / "faq" / "data", 12, with_suggestion=True)
         (folder / "uploads").mkdir()
         (folder / "uploads" / "questions.csv").write_text(
             "prompt,completion\nWhat does it cost?,Nothing.\nWhen?,Today.\n"

@@ -54,7 +54,7 @@ class Site:
         assert match, path
         return match[1]
 
-    def post(self, path: str, *, from_page: str, **fields: str) -> Any:
+    def post(self, path: str, *, from_page: str, **fields: str | list[str]) -> Any:
         """Send a form of a page with the token that the page gave."""
         return self.client.post(path, data={"csrf": self.csrf(from_page), **fields}, headers={"origin": ADDRESS})
 

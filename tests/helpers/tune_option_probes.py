@@ -21,13 +21,15 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.filesystem import file_digest
 from sartor.core.licences import compliance
 from sartor.core.sketch_matrix import SketchMatrix
+from sartor.inference.verifiers.regular_expression import RegexVerifier
+from sartor.inference.verifiers.submission import Submission
 from sartor.models.base import open_base
 from sartor.tune import model_setup
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.cost_model import BatchLoad, TimedBatch, TimingProbe, shape_of
 from sartor.tune.methods.targets import Targets
 from sartor.tune.plan import TuningPlan
-from sartor.tune.recipe import load
+from sartor.tune.recipe import Grpo, load
 
 PAIRS = [
     {"prompt": f"switch {room} {word}", "chosen": f"{word}:{room}", "rejected": f"{room}, {word}"}
@@ -339,7 +341,54 @@ def _taught(values: Any, workspace: Workspace) -> Any:
     return asked, keys, most[0] > 1, outcome
 
 
+def _rewarded(changes: dict[str, Any], workspace: Workspace) -> Any:
+    """The weights of a run of grpo with rewards that a tiny base can learn from: references, and letters `o`."""
+
+    def rewards(self: RegexVerifier, items: list[Submission]) -> list[float]:
+        return [1.0 if item.reply == item.reference else item.reply.count("o") / 20 for item in items]
+
+    workspace.patch.setattr(RegexVerifier, "rewards", rewards)
+    return _tuned(changes, workspace)
+
+
+CODE = "import socket, time\ntime.sleep(0.4)\nreached = True\n"
+CODE += "with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:\n    try:\n        opened.connect(('127.0.0.1', 9))\n"
+CODE += "    except OSError:\n        reached = False\n"
+SUBMISSIONS = (
+    Submission("json", '{"a": 1, "b": 3}', '{"a": 1, "b": 2}'),
+    Submission("number", "110", "100"),
+    Submission(
+        "call",
+        '{"name": "f", "arguments": {"x": 2}}',
+        '{"name": "f", "arguments": {"x": 1}}',
+        tools=({"type": "function", "function": {"name": "f", "parameters": {}}},),
+    ),
+    Submission("code", CODE, "assert True\nassert reached"),
+)
+
+
+def _verified(kind: str, **base: Any) -> Observer:
+    """Observe the rewards of a few replies by a verifier; its module lies in the folder of the test."""
+
+    def observed(values: Any, workspace: Workspace) -> Any:
+        code = "".join(f"    {line}\n" for line in CODE.splitlines())
+        (workspace.path / "probed.py").write_text(
+            f"def code(reply, reference, prompt):\n{code}    return reached\n\ndef half(*arguments):\n    return 0.5\n"
+        )
+        workspace.patch.chdir(workspace.path)
+        options = {"kind": kind, **base, **values}
+        return config.load(Grpo, {"verifier": options}).verifier.rewards(SUBMISSIONS)
+
+    return observed
+
+
 TOO_LONG = {"max_length_tokens": 42}
+GRPO: dict[str, Any] = {
+    "kind": "grpo",
+    "verifier": {"kind": "regex", "pattern": "."},
+    "group_size": 4,
+    "max_reply_tokens": 6,
+}
 DISTIL: dict[str, Any] = {"kind": "distil", "teacher": "ADAPTER"}
 SAMPLED: dict[str, Any] = {**DISTIL, "on_policy": 1.0, "max_reply_tokens": 6}
 SWITCHES_AND_TALK = {"path": "dataset:switches", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
@@ -442,6 +491,36 @@ TUNE_PROBES = (
         "Distil", _part("objective", _tuned, objective=DISTIL, data=SWITCHES_AND_TALK), {"plain_weight": (1.0, 3.0)}
     ),
     *probes_of(
+        "Grpo",
+        _part("objective", _rewarded, objective=GRPO),
+        {"group_size": (4, 2), "max_reply_tokens": (6, 3), "temperature": (1.0, 0.5), "beta": (0.0, 5.0)},
+    ),
+    *probes_of(
+        "Grpo",
+        _part("objective", _rewarded, objective=GRPO),
+        {"verifier": (GRPO["verifier"], {"kind": "numeric"})},
+        may_refuse=True,
+    ),
+    *probes_of(
+        "Grpo", _part("objective", _rewarded, objective=GRPO, data=SWITCHES_AND_TALK), {"plain_weight": (1.0, 3.0)}
+    ),
+    *probes_of("JsonSchemaVerifier", _verified("json_schema"), {"schema": ({"type": "object"}, {"type": "array"})}),
+    *probes_of("JsonFieldsVerifier", _verified("json_fields"), {"fields": ([], ["a"])}),
+    *probes_of("NumericVerifier", _verified("numeric"), {"tolerance": (0.0, 10.0), "relative": (0.0, 0.1)}),
+    *probes_of("RegexVerifier", _verified("regex"), {"pattern": ("a", "b")}),
+    *probes_of("ToolCallVerifier", _verified("tool_call"), {"arguments": ("equal", "valid")}),
+    *probes_of("UnitTestsVerifier", _verified("unit_tests"), {"time_s": (5.0, 0.2), "network": ("none", "allowed")}),
+    *probes_of(
+        "EntryPointVerifier",
+        _verified("python", function="probed:code"),
+        {
+            "function": ("probed:code", "probed:half"),
+            "time_s": (5.0, 0.2),
+            "network": ("none", "allowed"),
+        },
+        may_refuse=True,
+    ),
+    *probes_of(
         "TeacherEndpoint",
         _taught,
         {
@@ -507,6 +586,9 @@ DEAR = (
     "Orpo.",
     "Simpo.",
     "Distil.",
+    "Grpo.",
+    "UnitTestsVerifier.",
+    "EntryPointVerifier.",
     "TeacherEndpoint.",
 )
 PROBES: tuple[Probe, ...] = tuple(

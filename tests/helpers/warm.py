@@ -61,8 +61,9 @@ ADDRESS = "s"  # the server's socket, in the folder of the programs
 FLOWER_CLIENT = "flwr-clientapp"
 MOST_FILES = 32  # that a command is handed: its own three, and what its parent left open for it
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# Flower's apps and alembic's scripts are run by those, and `__main__` is a command: to import one is to run it
-NEVER = ("flower", "migrations", "__main__")
+# Flower's apps and alembic's scripts are run by those, and `__main__` is a command: to import one is to run it.
+# `harness_tasks` needs lm_eval, which it imports where tasks are asked for
+NEVER = ("flower", "migrations", "__main__", "harness_tasks")
 CLIENT = '''#!{python} -ISE
 """Ask the server of tests/helpers/warm.py for a fork, and be its stand-in: its signals, its end."""
 import array, json, os, signal, socket, sys

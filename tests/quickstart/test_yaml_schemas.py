@@ -140,7 +140,19 @@ def test_schema_accepts_what_config_accepts(name: str, monkeypatch: pytest.Monke
     assert accepted > 0 and compared - accepted > 0
 
 
-PROBES = ("curate", "edge", "federate", "learning", "round", "serving", "synthesize", "team", "tune", "validate")
+PROBES = (
+    "curate",
+    "edge",
+    "federate",
+    "judge",
+    "learning",
+    "round",
+    "serving",
+    "synthesize",
+    "team",
+    "tune",
+    "validate",
+)
 
 
 def values_of(option: str, data: Any) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import sqlite3
@@ -63,7 +64,7 @@ def test_each_command_is_a_change_with_its_rows(team: Path, capsys: pytest.Captu
     assert run("rollback", "faq", "--expected-version", "3")[1]["rows"][0]["live"] == "2"
     assert run("shadow", "faq", "3", "0.5")[1]["rows"][0]["shadow_fraction"] == 0.5
     assert run("canary", "faq", "3", "0.1")[1]["rows"][0] | {} == run("list")[1]["rows"][0]
-    assert run("drain", "faq")[1]["rows"][0]["state"] == "draining"
+    assert run("drain", "faq", "--by", "Ada")[1]["rows"][0]["state"] == "draining"
     assert run("remove", "home")[0] == 0 and [row["name"] for row in run("list")[1]["rows"]] == ["faq"]
     code, said = run("events", "faq", "--most", "7")
     assert [row["what"] for row in said["rows"]] == [
@@ -76,7 +77,7 @@ def test_each_command_is_a_change_with_its_rows(team: Path, capsys: pytest.Captu
         "drained",
     ]
     assert (said["rows"][0]["from"], said["rows"][0]["to"], said["rows"][0]["why"]) == ("1", "2", "better")
-    assert said["rows"][0]["who"]
+    assert said["rows"][0]["who"] == getpass.getuser() and said["rows"][-1]["who"] == "Ada"
     for arguments, kind, exit_code in (
         (("promote", "faz", "1"), "UnknownAgentError", 6),
         (("promote", "faq", "9"), "UnknownAgentError", 6),

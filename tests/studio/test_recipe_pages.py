@@ -41,7 +41,8 @@ def fields_of(page: str) -> dict[str, str]:
     fields: dict[str, str] = {}
     for tag, attributes, content in INPUT.findall(form):
         name = re.search(r'\bname="?([^\s">]+)', attributes)
-        if not name or name[1] == "do":
+        is_unticked = "type=checkbox" in attributes and not attributes.endswith(" checked")
+        if not name or name[1] == "do" or is_unticked:
             continue
         if tag == "select":
             chosen = re.search(r'<option(?: value="([^"]*)")? selected>([^<]*)', content)
@@ -55,7 +56,7 @@ def fields_of(page: str) -> dict[str, str]:
     return {name: html.unescape(value) for name, value in fields.items()}
 
 
-def send(site: Site, page: str, do: str, **changes: str) -> Any:
+def send(site: Site, page: str, do: str, **changes: str | list[str]) -> Any:
     fields = {**fields_of(page), **changes, "do": do}
     fields.pop("csrf", None)
     return site.post("/recipe", from_page="/recipe", **fields)
@@ -65,6 +66,14 @@ def test_file_s_rows_are_shown_as_they_would_be_learnt_from(site: Site) -> None:
     page = site.page("/recipe?file=faq.csv")
     assert "aria-invalid" not in page and 'said learnt" dir=auto>Today.' in page
     assert "not applied here, since they need all rows: exact_duplicates" in page
+
+
+def test_several_boxes_of_an_option_are_a_list(site: Site) -> None:
+    uses = ["commercial", "internal"]
+    page = send(site, site.page("/recipe?file=faq.csv"), "check", **{"sources[0].use": uses}).text
+    boxes = re.findall(r'name="sources\[0\].use" value="([^"]*)"( checked)?', page)
+    assert [value for value, is_ticked in boxes if is_ticked] == uses and len(boxes) > len(uses)
+    assert "use:\n  - commercial\n  - internal\n" in html.unescape(page)
 
 
 def test_steps_are_added_moved_and_removed(site: Site) -> None:
@@ -198,5 +207,5 @@ def test_every_control_of_the_form_has_a_name(site: Site) -> None:
     form = page[page.index("id=recipe") :]
     for tag, attributes, _ in INPUT.findall(form):
         control = re.search(r'\bid="([^"]+)"', attributes)
-        is_wrapped = "name=new_step" in attributes or "name=name" in attributes or "name=yaml" in attributes
+        is_wrapped = any(part in attributes for part in ("name=new_step", "name=name", "name=yaml", "type=checkbox"))
         assert "type=hidden" in attributes or is_wrapped or (control and control[1] in labelled), (tag, attributes)

@@ -15,6 +15,7 @@ from page_markup import HOSTILE, Tags
 from sartor.studio.accounts import Role
 from studio_artefacts import write_specialist
 from studio_media import media_dataset, media_row
+from studio_scenes import write_findings
 from studio_site import ADDRESS, Site, TestClient
 
 QUEUE = "/review/faq/data"
@@ -28,15 +29,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
     write_specialist(made.folder)
     yield made
     made.close()
-
-
-def write_findings(dataset: Path, count: int, detail: str = "finding") -> None:
-    rows = [example.id for example in sartor.read_examples(sartor.open(dataset))][:count]
-    lines = [
-        {"kind": "label", "examples": [row], "reason": "suspicious_label", "detail": f"{detail} {number}"}
-        for number, row in enumerate(rows)
-    ]
-    (dataset / "review.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def reviewer(site: Site, name: str) -> TestClient:

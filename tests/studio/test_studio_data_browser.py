@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import sartor
 from sartor.studio.accounts import Role
 from studio_artefacts import adapter_of, report_of, report_row, write_specialist
 from studio_media import media_dataset, media_row
+from studio_scenes import write_findings
 
 pytest.importorskip("playwright", reason="no playwright here: pip install playwright")
 
@@ -76,12 +76,6 @@ def open_page(
     page.on("request", lambda request: None if request.url.startswith(f"{address}/") else faults.append(request.url))
     log_in(page, app, address, name, role)
     return page, faults
-
-
-def write_findings(dataset: Path, count: int) -> None:
-    rows = [example.id for example in sartor.read_examples(sartor.open(dataset))][:count]
-    lines = [{"kind": "label", "examples": [row], "reason": "suspicious_label"} for row in rows]
-    (dataset / "review.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def test_pictures_are_seen_and_recordings_play(browser: Browser, site: tuple[Any, str]) -> None:

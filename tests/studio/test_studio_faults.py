@@ -79,17 +79,17 @@ def test_job_killed_by_the_system_says_so(browser: Browser, work: Path) -> None:
     write_specialist(work)
     with site_of(browser, work, (sys.executable, "-c", WAITING)) as (app, visit):
         page = start_job(visit)
-        expect(page.locator(".state")).to_have_text("running", timeout=15_000)
+        expect(page.locator(".state")).to_have_text("running", timeout=120_000)
         job_id = page.url.rpartition("/")[2]
         os.kill(int(read_json(app.studio.jobs.files.path(job_id) / PROCESS)["pid"]), signal.SIGKILL)
-        expect(page.locator(".state")).to_have_text("failed", timeout=15_000)
+        expect(page.locator(".state")).to_have_text("failed", timeout=120_000)
         expect(page.locator("#live .warn")).to_contain_text("signal 9")
         visit.open("/")
         expect(page.locator(".needs")).to_contain_text("failed: look at its log")
         (work / "go").touch()
         visit.open(f"/jobs/{job_id}")
         page.click("text=Start again")
-        expect(page.locator(".state")).to_have_text("done", timeout=15_000)
+        expect(page.locator(".state")).to_have_text("done", timeout=120_000)
         visit.open("/")
         expect(page.locator(".needs")).to_have_count(0)
         assert visit.faults == []
@@ -101,7 +101,7 @@ def test_job_out_of_memory_says_so(browser: Browser, work: Path) -> None:
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_AS, 2 * ({MEMORY_BYTES},)); {GREEDY}"
     with site_of(browser, work, (sys.executable, "-c", limited)) as (_, visit):
         page = start_job(visit)
-        expect(page.locator(".state")).to_have_text("failed", timeout=15_000)
+        expect(page.locator(".state")).to_have_text("failed", timeout=120_000)
         expect(page.locator("#live .warn")).to_contain_text("ended with code 1")
         expect(page.locator(".log")).to_contain_text("MemoryError")
         assert visit.faults == []
@@ -136,7 +136,7 @@ def fill(folder: Path) -> Path:
 def test_full_disk_is_said_and_loses_nothing(browser: Browser, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         write_specialist(disk)
-        write_findings(disk / "faq" / "data", 3)
+        write_findings(disk / "faq" / "data", 3, with_suggestion=True)
         with site_of(browser, disk, (sys.executable, "-c", "print('{}')")) as (app, visit):
             page = visit.open("/new")
             rows = tmp_path / "rows.csv"
@@ -152,13 +152,13 @@ def test_full_disk_is_said_and_loses_nothing(browser: Browser, tmp_path: Path) -
             filler = fill(disk)
             for act in (_upload, _review, _evaluate):
                 act(visit, rows)
-                expect(page.locator("[role=alert]").first).to_contain_text("disk", timeout=15_000)
+                expect(page.locator("[role=alert]").first).to_contain_text("disk", timeout=120_000)
             other = Visit(browser, visit.address)
             other.open("/login")
             other.page.fill("input[name=name]", NAME)
             other.page.fill("input[name=password]", "four words are enough")
             other.page.click("main button")
-            expect(other.page.locator("[role=alert]")).to_contain_text("disk", timeout=15_000)
+            expect(other.page.locator("[role=alert]")).to_contain_text("disk", timeout=120_000)
             other.close()
             for path in ("/", "/data/faq/data", "/evaluate/faq/report", "/jobs"):
                 visit.open(path)
@@ -176,7 +176,7 @@ def test_full_disk_is_said_and_loses_nothing(browser: Browser, tmp_path: Path) -
             page.wait_for_url("**decided=*")
             assert sartor.review_counts(disk / "faq" / "data")["accepted"] == 2
             page = start_job(visit)
-            expect(page.locator(".state")).to_have_text("done", timeout=15_000)
+            expect(page.locator(".state")).to_have_text("done", timeout=120_000)
 
 
 def _upload(visit: Visit, rows: Path) -> None:
@@ -207,7 +207,7 @@ def test_upload_too_large_is_said_before_and_after_it_is_sent(browser: Browser, 
         visit.page.evaluate("delete document.querySelector('input[type=file]').dataset.maxBytes")
         visit.page.evaluate("document.querySelector('input[type=file]').setCustomValidity('')")
         visit.page.click("form.drop button")
-        expect(visit.page.locator("[role=alert]")).to_contain_text("limit", timeout=15_000)
+        expect(visit.page.locator("[role=alert]")).to_contain_text("limit", timeout=120_000)
         assert not (work / "uploads").exists()
 
 
@@ -246,7 +246,7 @@ def test_running_job_outlives_a_killed_studio(
         studio.start()
         # the page's stream finds the new studio by itself
         (work / "go").touch()
-        expect(page.locator(".state")).to_have_text("done", timeout=30_000)
+        expect(page.locator(".state")).to_have_text("done", timeout=120_000)
         visit.open("/jobs")
         expect(page.locator(".state.done")).to_have_count(1)
         visit.close()

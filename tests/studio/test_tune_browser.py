@@ -82,7 +82,7 @@ def test_form_is_filled_by_keyboard_alone(site: tuple[Page, str, list[str]]) -> 
     assert page.locator("[name='method.rank@lora']").get_attribute("aria-invalid") == "true"
     page.locator("[name='method.rank@lora']").fill("8")
     page.keyboard.press("Enter")
-    expect(page.locator("#forecast")).to_contain_text("80 s … 2 min", timeout=15_000)
+    expect(page.locator("#forecast")).to_contain_text("80 s … 2 min", timeout=120_000)
     expect(page.locator("pre.command").first).to_contain_text("rank: 8")
     assert [fault for fault in faults if "400" not in fault] == []
 
@@ -91,7 +91,7 @@ def test_running_tuning_moves_on_its_page_and_on_home(site: tuple[Page, str, lis
     page, address, faults = site
     page.goto(f"{address}/tune/new")
     page.click("button:text-is('Start')")
-    expect(page.locator("progress")).to_be_visible(timeout=15_000)
+    expect(page.locator("progress")).to_be_visible(timeout=120_000)
     first = page.locator("#live").inner_text()
     page.wait_for_function("text => document.querySelector('#live').innerText !== text", arg=first)
     page.goto(f"{address}/")
@@ -100,7 +100,7 @@ def test_running_tuning_moves_on_its_page_and_on_home(site: tuple[Page, str, lis
     page.goto(f"{address}/tune")
     page.click("a:text-is('faq-tuned/adapter')")
     page.click("button:text-is('Stop')")
-    expect(page.locator("button:text-is('Resume')")).to_be_visible(timeout=15_000)
+    expect(page.locator("button:text-is('Resume')")).to_be_visible(timeout=120_000)
     assert faults == []
 
 

@@ -80,6 +80,26 @@ def test_options_of_another_kind_do_not_count() -> None:
     assert form.errors == {} and form.recipe["objective"] == {"kind": "dpo", "beta": 0.2}
 
 
+def test_options_of_a_kind_within_a_kind_load() -> None:
+    """A verifier is an option of grpo and has kinds of its own."""
+    values = {
+        **default_values(),
+        "objective": "grpo",
+        "objective.group_size@grpo": "4",
+        "objective.verifier@grpo": "regex",
+        "objective.verifier.pattern@regex": "^on",
+    }
+    form = check_form(values, "data")
+    assert form.errors == {}
+    verifier = {"kind": "regex", "pattern": "^on"}
+    assert form.recipe["objective"] == {"kind": "grpo", "group_size": 4, "verifier": verifier}
+    unfinished = check_form({**values, "objective.verifier.pattern@regex": ""}, "data")
+    running = check_form({**values, "objective.verifier@grpo": "unit_tests"}, "data")
+    assert list(running.errors) == ["objective.verifier@grpo"]
+    assert list(unfinished.errors) == [""] and "objective.verifier.pattern" in unfinished.errors[""].problem
+    assert check_form({**values, "objective": "dpo"}, "data").recipe["objective"] == "dpo"
+
+
 @pytest.mark.parametrize(
     ("key", "text", "problem"),
     [

@@ -39,6 +39,9 @@ CHECKED: dict[str, Callable[..., torch.Tensor]] = {
     "distil, reverse": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d)),
     "distil, forward": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), divergence="forward"),
     "distil, jensen": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), divergence="jensen", mixture=0.3),
+    "grpo": lambda a, b, c, d: objectives.grpo(a, b, c, d, beta=0.3),
+    "grpo, without a reference": lambda a, b, c, d: objectives.grpo(a, b, None, d, beta=0.0),
+    "group advantages": lambda a, b, c, d: objectives.group_advantages(torch.stack([a, b])),
     "kto": lambda a, b, c, d: objectives.kto(a, b, GOOD, 0.4, beta=0.3),
     "kto, weighed": lambda a, b, c, d: objectives.kto(
         a, b, GOOD, 0.4, beta=2, desirable_weight=1.5, undesirable_weight=0.5
@@ -222,3 +225,39 @@ def test_distil_of_certain_tokens_is_finite() -> None:
         (slope,) = torch.autograd.grad(loss.sum(), student)
         assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
         assert loss.tolist()[0] > 0.3 > abs(loss.tolist()[1])
+
+
+def test_grpo_is_the_papers_formula() -> None:
+    """arXiv:2402.03300, eq. 3 inside its clip and eq. 4: -(ratio A - beta (q - log q - 1)), q = reference / policy."""
+    policy, old, reference, advantages = (doubles(N, seed=seed).detach() for seed in range(4))
+    found = objectives.grpo(policy, old, reference, advantages, beta=0.04)
+    for index in range(N):
+        ratio = math.exp(float(policy[index]) - float(old[index]))
+        of_reference = math.exp(float(reference[index]) - float(policy[index]))
+        expected = -(ratio * float(advantages[index]) - 0.04 * (of_reference - math.log(of_reference) - 1))
+        assert float(found[index]) == pytest.approx(expected)
+
+
+def test_grpo_of_the_sampling_policy_has_the_policy_gradient() -> None:
+    """Where old is the policy itself, the gradient is -A, and that of k3 is beta (1 - reference / policy)."""
+    policy, reference = doubles(N), doubles(N, seed=1).detach()
+    advantages = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.25], dtype=torch.float64)
+    objectives.grpo(policy, policy.detach(), reference, advantages, beta=0.1).sum().backward()
+    expected = -advantages + 0.1 * (1 - (reference - policy.detach()).exp())
+    assert policy.grad is not None and torch.allclose(policy.grad, expected)
+
+
+def test_kl_estimate_is_zero_for_equals_and_unbiased() -> None:
+    scores = torch.tensor([[0.3, -1.0, 0.5], [1.0, 0.2, -0.4]], dtype=torch.float64).log_softmax(1)
+    policy, reference = scores
+    assert torch.equal(objectives.kl_estimate(policy, policy), torch.zeros(3, dtype=torch.float64))
+    estimates = objectives.kl_estimate(policy, reference)
+    assert (estimates >= 0).all()
+    exact = (policy.exp() * (policy - reference)).sum()
+    assert float((policy.exp() * estimates).sum()) == pytest.approx(float(exact))
+
+
+def test_equal_rewards_have_no_advantage() -> None:
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [1.0, 0.0, 0.5]], dtype=torch.float64)
+    found = objectives.group_advantages(rewards)
+    assert found[0].tolist() == [0.0, 0.0, 0.0] and found[1].tolist() == pytest.approx([0.5, -0.5, 0.0])

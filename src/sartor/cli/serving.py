@@ -165,16 +165,17 @@ def agents_list(*, team: Path = TEAM) -> Any:
 
 
 @agents_app.command(name="add")
-def agents_add(release: Path, *, name: str = "", reason: str = "", team: Path = TEAM) -> Any:
+def agents_add(release: Path, *, name: str = "", reason: str = "", by: str = "", team: Path = TEAM) -> Any:
     """Register a Release after every check that needs no engine; an agent's first version is live at once.
 
     Args:
         release: the Release
         name: name that clients request; by default the Release's own name
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.add_agent(team, release, name=name, why=reason)
+    return sartor.add_agent(team, release, name=name, why=reason, by=by)
 
 
 @agents_app.command(name="promote")
@@ -186,6 +187,7 @@ def agents_promote(
     canary: float | None = None,
     shadow: float | None = None,
     reason: str = "",
+    by: str = "",
     team: Path = TEAM,
 ) -> Any:
     """Make a registered version live, or put it on trial.
@@ -199,15 +201,18 @@ def agents_promote(
         canary: fraction of the requests that it answers at first; by default that of the team's file
         shadow: fraction of the requests that it also answers, unseen; by default that of the team's file
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
     return sartor.promote_agent(
-        team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=reason
+        team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=reason, by=by
     )
 
 
 @agents_app.command(name="canary")
-def agents_canary(name: str, version: str, fraction: float, *, reason: str = "", team: Path = TEAM) -> Any:
+def agents_canary(
+    name: str, version: str, fraction: float, *, reason: str = "", by: str = "", team: Path = TEAM
+) -> Any:
     """Let a registered version answer a fraction of the requests.
 
     Args:
@@ -215,13 +220,16 @@ def agents_canary(name: str, version: str, fraction: float, *, reason: str = "",
         version: the version
         fraction: of the requests
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, canary=fraction, why=reason)
+    return sartor.promote_agent(team, name, version, canary=fraction, why=reason, by=by)
 
 
 @agents_app.command(name="shadow")
-def agents_shadow(name: str, version: str, fraction: float, *, reason: str = "", team: Path = TEAM) -> Any:
+def agents_shadow(
+    name: str, version: str, fraction: float, *, reason: str = "", by: str = "", team: Path = TEAM
+) -> Any:
     """Let a registered version also answer a fraction of the requests, unseen by clients.
 
     Args:
@@ -229,58 +237,65 @@ def agents_shadow(name: str, version: str, fraction: float, *, reason: str = "",
         version: the version
         fraction: of the requests
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, shadow=fraction, why=reason)
+    return sartor.promote_agent(team, name, version, shadow=fraction, why=reason, by=by)
 
 
 @agents_app.command(name="rollback")
-def agents_rollback(name: str, *, expected_version: str | None = None, reason: str = "", team: Path = TEAM) -> Any:
+def agents_rollback(
+    name: str, *, expected_version: str | None = None, reason: str = "", by: str = "", team: Path = TEAM
+) -> Any:
     """End a running trial; without one, make the previous version live.
 
     Args:
         name: the agent
         expected_version: change nothing unless this one is live
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.rollback_agent(team, name, expected=expected_version, why=reason)
+    return sartor.rollback_agent(team, name, expected=expected_version, why=reason, by=by)
 
 
 @agents_app.command(name="drain")
-def agents_drain(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
+def agents_drain(name: str, *, reason: str = "", by: str = "", team: Path = TEAM) -> Any:
     """Let an agent finish its running replies and accept no new ones, until a version of it is promoted.
 
     Args:
         name: the agent
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.drain_agent(team, name, why=reason)
+    return sartor.drain_agent(team, name, why=reason, by=by)
 
 
 @agents_app.command(name="remove")
-def agents_remove(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
+def agents_remove(name: str, *, reason: str = "", by: str = "", team: Path = TEAM) -> Any:
     """Remove an agent. Its version names are never reused.
 
     Args:
         name: the agent
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.remove_agent(team, name, why=reason)
+    return sartor.remove_agent(team, name, why=reason, by=by)
 
 
 @agents_app.command(name="repair")
-def agents_repair(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
+def agents_repair(name: str, *, reason: str = "", by: str = "", team: Path = TEAM) -> Any:
     """Restore an agent's row from the log, after it was changed from outside.
 
     Args:
         name: the agent
         reason: for the log
+        by: who does it, for the log; by default the user of this system
         team: the team's YAML file
     """
-    return sartor.repair_agent(team, name, why=reason)
+    return sartor.repair_agent(team, name, why=reason, by=by)
 
 
 @agents_app.command(name="reseal")

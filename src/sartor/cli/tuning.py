@@ -316,6 +316,9 @@ def evaluate(
     audit: REPLACE = False,
     favourable: tuple[str, ...] = (),
     metrics: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    tasks: str = "",
+    judge: Path | None = None,
+    judge_labels: Path | None = None,
     out: Path | None = None,
     rows: int = 200,
     replace: REPLACE = False,
@@ -333,6 +336,9 @@ def evaluate(
         audit: test for bias, memorised rows and changed refusals; the gate then checks them too
         favourable: with --audit: a desirable outcome (approved), of those that replies name; also several
         metrics: measure only these: those of scorer, ece, loss; a reply ends as soon as none of them can change
+        tasks: also tasks of lm-evaluation-harness whose data is on this machine: lm-eval:NAME,NAME or lm-eval:OWN.yaml
+        judge: YAML file of a model that compares the replies of base and tuned by a rubric, in both orders
+        judge_labels: with --judge: JSONL file of pairs that people labelled, for the judge's agreement with them
         out: directory of the new Report; by default PATH-report, with --split test PATH-test-report
         rows: largest number of rows to evaluate on
         replace: replace an existing Report
@@ -346,6 +352,9 @@ def evaluate(
         audit=audit,
         favourable=favourable,
         metrics=metrics,
+        tasks=tasks,
+        judge=judge,
+        judge_labels=judge_labels,
         out=out,
         most_rows=rows,
         replace=replace,

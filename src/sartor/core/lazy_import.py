@@ -34,6 +34,7 @@ _EXTRAS = {
     "tuf": "edge",
     "hassil": "demo",
     "datasets": "hub",
+    "lm_eval": "eval",
     "pandas": "notebook",
     "fastapi": "serve",
     "h11": "serve",

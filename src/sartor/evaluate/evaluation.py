@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -19,7 +20,9 @@ import pyarrow as pa
 
 from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, ArtifactPath, Report, check_output_free, open_artifact, write_artifact
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.config import load_any
+from sartor.core.errors import ArtifactError, ConfigError, SartorError, missing_package
+from sartor.core.lazy_import import import_module
 from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress, whole_progress
 from sartor.core.records import Example
@@ -33,6 +36,8 @@ from sartor.evaluate.audit.audit import AuditOptions
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import ModelPair
 from sartor.evaluate.bootstrap import paired_bootstrap
+from sartor.evaluate.judge import JudgedRow, JudgePlan
+from sartor.evaluate.judge_options import JudgeOptions
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
 from sartor.evaluate.metrics import ALL_METRICS, LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
@@ -76,8 +81,9 @@ class Evaluated(ShownResult):
             "split",
             "wall_s",
         )
-        cut = {"cut_replies": manifest["cut_replies"]} if "cut_replies" in manifest else {}
-        return {"report": str(self.report.path), **{key: manifest[key] for key in keys}, **cut}
+        optional: Sequence[str] = ("cut_replies", "tasks", "judge")
+        asked = {key: manifest[key] for key in optional if key in manifest}
+        return {"report": str(self.report.path), **{key: manifest[key] for key in keys}, **asked}
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,13 @@ class EvaluationResult:
     facts: for the manifest.
     table: one mapping per row.
     pictures: data URL of the first picture of each row that the page shows, by row.
+    task_table: one mapping per document and metric of the tasks.
     """
 
     facts: dict[str, Any]
     table: list[dict[str, Any]]
     pictures: dict[int, str]
+    task_table: list[dict[str, Any]]
 
 
 def evaluate(
@@ -105,6 +113,9 @@ def evaluate(
     audit: bool = False,
     favourable: Sequence[str] = (),
     metrics: Sequence[str] = (),
+    tasks: str = "",
+    judge: JudgeOptions | Mapping[str, Any] | Path | str | None = None,
+    judge_labels: Path | str | None = None,
     most_rows: int = 200,
     replace: bool = False,
     notice: Notice = lambda line: None,
@@ -120,11 +131,17 @@ def evaluate(
     measure, by default all that the rows have. With `metrics`, a reply ends as soon as none of them can change
     (`scorers.py`), and its row says so. `out` defaults to `PATH-report`.
 
+    `tasks` is `lm-eval:NAME,NAME`: tasks of lm-evaluation-harness, or paths of their YAML files, at most `most_rows`
+    documents of each (`harness_tasks.py`). `judge` compares the replies of both sides (`judge.py`), and `judge_labels`
+    is a JSONL file of pairs that people labelled. Where tasks or the judge fail once the rows are measured, the Report
+    says so and has the rest.
+
     The evaluation is written to the ledger of evaluations, and the Report says how many of its rows are known
     (`core/evaluation_ledger.py`).
 
     Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no row to evaluate on. A damaged
-    ledger is an ArtifactError before anything is measured.
+    ledger is an ArtifactError before anything is measured. Raises ExtraError for tasks without the extra `eval`, and
+    AssetError for one whose data is not on this machine.
     """
     start_time = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
@@ -140,6 +157,14 @@ def evaluate(
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
     evaluation_ledger.check_ledger()
     _check_metrics(metrics, scorer)
+    judge_plan = _judge_plan(judge, judge_labels, metrics)
+    task_names = _task_names(tasks) if tasks else []
+    harness_tasks = None
+    if task_names:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise missing_package("lm_eval", "eval")
+        harness = import_module("sartor.evaluate.harness_tasks")
+        harness_tasks = harness.open_tasks(task_names, most_rows, notice)
     with tempfile.TemporaryDirectory() as media:
         eval_set = held_out(adapter, Path(data) if data else None, most_rows=most_rows, media=Path(media), split=split)
         measured = _measure(
@@ -150,6 +175,8 @@ def evaluate(
             notice=notice,
             audit_options=AuditOptions(label, tuple(favourable)) if audit else None,
             metrics=metrics,
+            tasks=harness_tasks,
+            judge=judge_plan,
         )
     rows_split = "file" if data else split
     row_ids = [row["id"] for row in measured.table]
@@ -174,6 +201,9 @@ def evaluate(
     def fill(part: Path) -> Mapping[str, Any]:
         """Write the table and the page of the Report into `part` and return its facts."""
         parquet_io.write_rows(part / "rows.parquet", pa.Table.from_pylist(measured.table).schema, measured.table)
+        if measured.task_table:
+            task_schema = pa.Table.from_pylist(measured.task_table).schema
+            parquet_io.write_rows(part / "tasks.parquet", task_schema, measured.task_table)
         (part / "report.html").write_text(
             report_page.render(facts, adapter, measured.table, measured.pictures), encoding="utf-8"
         )
@@ -192,6 +222,31 @@ def _check_metrics(metrics: Sequence[str], scorer: str) -> None:
         raise ConfigError(f"the gate cannot look at {scorer}, which --metrics leaves out", f"--metrics {scorer}")
 
 
+def _judge_plan(
+    judge: JudgeOptions | Mapping[str, Any] | Path | str | None, labels: Path | str | None, metrics: Sequence[str]
+) -> JudgePlan | None:
+    """Return the judge that is asked for; None without one. Raises ConfigError for options that exclude each other."""
+    if judge is None:
+        if labels is not None:
+            raise ConfigError("--judge-labels has no judge to compare with", "--judge JUDGE.yaml --judge-labels FILE")
+        return None
+    if metrics:
+        raise ConfigError(
+            "--judge reads whole replies, and --metrics ends a reply as soon as its scores are decided",
+            "--judge JUDGE.yaml without --metrics",
+        )
+    return JudgePlan.of(load_any(JudgeOptions, judge), Path(labels) if labels is not None else None)
+
+
+def _task_names(tasks: str) -> list[str]:
+    """Return the names and paths of `lm-eval:NAME,NAME`. Raises ConfigError for another form."""
+    prefix, _, text = tasks.partition(":")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if prefix != "lm-eval" or not names:
+        raise ConfigError(f"--tasks is {tasks!r}", "--tasks lm-eval:NAME,NAME or --tasks lm-eval:OWN.yaml")
+    return names
+
+
 def _measure(
     adapter: Artifact,
     eval_set: HeldOut,
@@ -200,6 +255,8 @@ def _measure(
     notice: Notice,
     audit_options: AuditOptions | None = None,
     metrics: Sequence[str] = (),
+    tasks: Any = None,
+    judge: JudgePlan | None = None,
 ) -> EvaluationResult:
     """Measure both sides on all rows.
 
@@ -264,7 +321,44 @@ def _measure(
     if metrics:
         facts["cut_replies"] = {"base": sum(before.is_cut), "tuned": sum(after.is_cut)}
     table = _table(eval_set.examples, measures, before=before, after=after, metrics=metrics)
-    return EvaluationResult(facts, table, thumbnails(eval_set, report_page.rows_to_show(table, primary)))
+    if judge:
+        judged = judge.run(_judged_rows(eval_set.examples, measures, before, after), notice)
+        facts["judge"] = judged.facts
+        for row, winner in zip(table, judged.winners, strict=True):
+            row["judge"] = winner
+    task_table: list[dict[str, Any]] = []
+    if tasks:
+        try:
+            results = tasks.measure(base, model, notice)
+            facts["tasks"], task_table = results.facts, results.table
+        except SartorError as error:
+            notice(f"the tasks failed, and the rest of the Report is kept: {error.problem}")
+            facts["tasks"] = {"failure": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
+    pictures = thumbnails(eval_set, report_page.rows_to_show(table, primary))
+    return EvaluationResult(facts, table, pictures, task_table)
+
+
+def _judged_rows(
+    examples: Sequence[Example], measures: MetricSet, before: ModelOutputs, after: ModelOutputs
+) -> list[JudgedRow | None]:
+    """Return what a judge sees of each row: texts alone, answers without reasoning; None for a row with media."""
+    rows: list[JudgedRow | None] = []
+    for index, example in enumerate(examples):
+        if example.is_document or media_of(example):
+            rows.append(None)
+            continue
+        turns = [f"{message.role}: {message.text}" for message in example.prompt]
+        prompt = example.prompt[0].text if len(example.prompt) == 1 else "\n\n".join(turns)
+        rows.append(
+            JudgedRow(
+                prompt,
+                measures.references[index],
+                base=before.answers[index],
+                tuned=after.answers[index],
+                group=measures.groups[index],
+            )
+        )
+    return rows
 
 
 def _measures(eval_set: HeldOut, label: str) -> MetricSet:

@@ -144,6 +144,7 @@ def generate(
     sampling: Sampling | None = None,
     batch_rows: int = 64,
     progress: Callable[[int], object] = lambda rows: None,
+    is_decided: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[Generation]:
     """Generate one reply per prompt, in order.
 
@@ -151,6 +152,8 @@ def generate(
     stop: ids that end a reply.
     pad: id for the left padding, always masked.
     progress: called with the number of newly finished rows.
+    is_decided: called with the tokens of a reply so far; a true result ends it as DECIDED. A native multi-modal base's
+        own reply to media is not asked.
     Raises ModelError if a prompt and its reply exceed the model's context, or if logits are not finite.
     """
     sampling = sampling or Sampling()
@@ -165,7 +168,7 @@ def generate(
     for start in range(0, len(by_length), batch_rows):
         rows = by_length[start : start + batch_rows]
         batch = {row: prompts[row] for row in rows}
-        replies.update(_generate_batch(model, batch, stop=set(stop), pad=pad, choose=choose))
+        replies.update(_generate_batch(model, batch, stop=set(stop), pad=pad, choose=choose, is_decided=is_decided))
         progress(len(rows))
     return [replies[index] for index in range(len(prompts))]
 
@@ -209,7 +212,12 @@ def broken_logits() -> ModelError:
 
 @torch.inference_mode()
 def _generate_batch(
-    model: Any, prompts: dict[int, Sequence[int]], stop: set[int], pad: int, choose: Chooser
+    model: Any,
+    prompts: dict[int, Sequence[int]],
+    stop: set[int],
+    pad: int,
+    choose: Chooser,
+    is_decided: Callable[[Sequence[int]], bool] | None = None,
 ) -> dict[int, Generation]:
     """Prefill, then decode until every row has stopped or has `max_tokens`."""
     device = model.device
@@ -238,6 +246,8 @@ def _generate_batch(
                 reply_ids[row].append(token)
             if token in stop or len(reply_ids[row]) >= choose.sampling.max_tokens:
                 generations[row] = choose.ended(row, reply_ids[row], "stop" if token in stop else "length")
+            elif is_decided is not None and is_decided(reply_ids[row]):
+                generations[row] = choose.ended(row, reply_ids[row], DECIDED)
             else:
                 keep.append(batch_index)
         if len(keep) < len(alive) and keep:

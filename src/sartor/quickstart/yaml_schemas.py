@@ -44,6 +44,7 @@ FILES = {
         "sartor.federate.tuning.client_shards:Shards", "Split of a Dataset among clients: sartor.federate_simulate"
     ),
     "gate": YamlFile("sartor.release.gate:GateFile", "Rules of the gate: sartor release --rules"),
+    "judge": YamlFile("sartor.evaluate.judge_options:JudgeOptions", "Judge of replies: sartor evaluate --judge"),
     "synthesize": YamlFile("sartor.synthesize.recipe:SynthesizeRecipe", "Synthesis recipe: sartor synthesize"),
     "team": YamlFile("sartor.serving.team_config:Team", "Team: sartor serve, sartor retrain"),
     "tune": YamlFile("sartor.tune.recipe:Recipe", "Tuning recipe: sartor plan, sartor tune"),

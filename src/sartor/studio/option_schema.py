@@ -1,4 +1,4 @@
-"""What the options of a recipe take, read off its JSON Schema: the control that a form shows, and values as its texts.
+"""What the options of a recipe take, by its JSON Schema: controls of a form, and values as texts.
 
 An option is a scalar, a list, a mapping of options, or one of several such mappings that their `kind` tells apart; it
 may have short forms beside these, such as `auto` beside a number.

@@ -31,6 +31,8 @@ COMMON = (
 DATASET = "data.path"
 # options that name a folder which a run writes to: below the studio's folder alone
 WRITTEN_FOLDERS = ("track.folder",)
+# verifiers that run code, of the rows or of this machine's modules; a page starts none
+VERIFIER, RUNNING_CODE = "objective.verifier", ("unit_tests", "python")
 STARTER = "starter"
 _UNITS = {
     "minutes": "min",
@@ -148,8 +150,10 @@ def default_values() -> dict[str, str]:
 def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
     """Read a form. values: text of each field by its key. dataset: path of the Dataset.
 
-    Each field is first checked alone, with the defaults of the others, so that an error stands beside its field.
+    Each field is first checked alone, with the defaults of the others, so that an error stands beside its field. What
+    is wrong with another field, such as a required one of the same kind, is left to that one.
     """
+    names = {field.name for field in recipe_fields()}
     kinds = {field.name: values.get(field.key, "") for field in recipe_fields() if field.control is Control.CHOICE}
     changed = [field for field in recipe_fields() if _is_changed(field, values, kinds)]
     errors: dict[str, SartorError] = {}
@@ -158,20 +162,24 @@ def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
         value = value_of(values.get(field.key, ""), field.control, field.choices)
         parent = field.name.rpartition(".")[0]
         alone: dict[str, Any] = {"base": {"name": STARTER}, "data": {"path": dataset}}
-        if field.kind:
-            _put(alone, f"{field.union}.kind", field.kind)
-            _put(recipe, f"{field.union}.kind", field.kind)
+        for union, kind in _kinds_of(field):
+            _put(alone, f"{union}.kind", kind)
+            _put(recipe, f"{union}.kind", kind)
         try:
             if field.name in WRITTEN_FOLDERS:
                 _check_written(field.name, str(value))
+            if field.name == VERIFIER and value in RUNNING_CODE:
+                problem = f"{VERIFIER}.kind is {value}, which runs code; the studio starts none"
+                raise ConfigError(problem, f"sartor tune at a shell, or {VERIFIER}.kind: json_schema")
             if parent != field.union and kinds.get(parent) not in (None, "", "auto"):
                 raise ConfigError(f"{parent} is {kinds[parent]}, and {field.name} is given", f"{parent}: auto")
             _put(alone, field.name, value)
             sartor.load_recipe(alone)
         except ConfigError as error:
-            errors[field.key] = error
-        else:
-            _put(recipe, field.name, value)
+            if error.option not in names - {field.name}:
+                errors[field.key] = error
+                continue
+        _put(recipe, field.name, value)
     if not errors:
         try:
             sartor.load_recipe({**recipe, "data": {"path": dataset, **recipe.get("data", {})}})
@@ -180,11 +188,19 @@ def check_form(values: Mapping[str, str], dataset: str) -> CheckedForm:
     return CheckedForm(recipe, errors)
 
 
+def _kinds_of(field: RecipeField) -> list[tuple[str, str]]:
+    """Return the options that name a kind for this field and the kinds, outermost first; empty for most fields."""
+    if not field.kind:
+        return []
+    outer = next((each for each in recipe_fields() if each.name == field.union), None)
+    return [*(_kinds_of(outer) if outer else []), (field.union, field.kind)]
+
+
 def _is_changed(field: RecipeField, values: Mapping[str, str], kinds: Mapping[str, str]) -> bool:
     """Return whether a field is part of the recipe: its value is no default, and its kind is the chosen one."""
     if field.name == "base.name":
         return True
-    if field.kind and kinds.get(field.union) != field.kind:
+    if any(kinds.get(union) != kind for union, kind in _kinds_of(field)):
         return False
     value = values.get(field.key, field.default).strip()
     return value != field.default and (bool(value) or field.control is Control.CHOICES)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models import adapters
 from sartor.models.base import Base
@@ -26,7 +27,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune import resume
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
-from sartor.tune.recipe import ResolvedRecipe, Sft
+from sartor.tune.recipe import SAMPLED, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
 Notice = Callable[[str], object]
@@ -249,8 +250,9 @@ def check_replayable(traced: TracedAdapter) -> None:
         reasons.append("it was tuned on top of a frozen version, as a personal one")
     if manifest.get("recipe", {}).get("method", {}).get("kind") == "pissa":
         reasons.append("its method is pissa, whose file has the start beside what was trained")
-    if traced.manifest.get("recipe", {}).get("objective", {}).get("kind") == "distil":
-        reasons.append("its objective is distil, whose teacher and sampled replies are not repeated")
+    kind = traced.manifest.get("recipe", {}).get("objective", {}).get("kind")
+    if kind in [config.kind_of(objective) for objective in SAMPLED]:
+        reasons.append(f"its objective is {kind}, whose scores and sampled replies are not repeated")
     missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
     missing += [key for key in ("recipe", "fingerprint", "base") if key not in manifest]
     if missing and not reasons:

@@ -26,7 +26,7 @@ from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
 from sartor.tune.reasoning_rules import with_reasoning_rule
-from sartor.tune.recipe import Distil, Objective, Sft
+from sartor.tune.recipe import SAMPLED, Objective, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample
 
 Notice = Callable[[str], object]
@@ -71,13 +71,13 @@ class TracedModel:
     def open(cls, traced: TracedAdapter, notice: Notice = lambda line: None) -> TracedModel:
         """Open base and adapter.
 
-        Raises ConfigError for an adapter that was distilled, and what `open_recipe_base`, `open_tuned` and
-        `adapters.open_adapter` raise.
+        Raises ConfigError for an adapter that learnt from a teacher or a verifier, and what `open_recipe_base`,
+        `open_tuned` and `adapters.open_adapter` raise.
         """
-        if traced.known_recipe is not None and isinstance(traced.known_recipe.objective, Distil):
+        if traced.known_recipe is not None and isinstance(traced.known_recipe.objective, SAMPLED):
             raise ConfigError(
-                f"{traced.artifact.path} was tuned by distil: its rows were learnt from a teacher's distributions, of "
-                "which gradients are not traced",
+                f"{traced.artifact.path} was tuned by {traced.known_recipe.objective.kind}: it learnt from scores of "
+                "replies, of which gradients are not traced",
                 "sartor trace with --method retrieval",
             )
         if traced.known_recipe is None:  # tuned elsewhere, or by federated rounds

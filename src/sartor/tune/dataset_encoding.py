@@ -17,7 +17,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
 from sartor.tune.reasoning_rules import with_reasoning_rule
-from sartor.tune.recipe import PAIRED, Distil, Kto, Objective, Recipe, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -36,7 +36,7 @@ def encode_preference(
     have no part in it. Distillation learns a turn or does not, so its weights are 0 and 1.
     Raises SourceError as `ChatTokenizer.encode` does, and for weights that the objective cannot take.
     """
-    if example.rejected and not isinstance(objective, (Sft, Distil)):
+    if example.rejected and not isinstance(objective, (Sft, *SAMPLED)):
         example = _with_last_weight(example)
         rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
         good, bad = (keep_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
@@ -51,11 +51,11 @@ def encode_preference(
     if example.rating < 0:
         return []
     row = chat.encode(example, folder)
-    if not isinstance(objective, Distil):
+    if not isinstance(objective, SAMPLED):
         return [(row, example)]
     if row.factors is not None or not example.messages[-1].weight:
         raise SourceError(
-            "distil learns turns of weight 0 or 1, the last of weight 1",
+            f"{objective.kind} learns turns of weight 0 or 1, the last of weight 1",
             "other weights of turns are for objective: sft; or set `weight` of the row",
         )
     return [(to_distil(row, example), example)]
@@ -72,7 +72,7 @@ def _with_last_weight(example: Example) -> Example:
 
 
 def to_distil(row: TokenizedExample, example: Example) -> DistilExample:
-    """Return a row whose replies a teacher scores."""
+    """Return a row whose replies a teacher scores or a verifier rewards."""
     return DistilExample(row.ids, row.learnt, example_id=row.example_id, weight=row.weight, example=example)
 
 

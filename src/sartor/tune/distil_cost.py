@@ -1,4 +1,4 @@
-"""Cost of a teacher and of sampled replies, for `plan`: measured on a few rows."""
+"""Cost of a teacher, of sampled replies and of their groups, for `plan`: measured on a few rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.base import Base
 from sartor.tune.checkpoint_selection import last_reply
-from sartor.tune.cost_model import take
+from sartor.tune.cost_model import FORWARD_FRACTION, TimeModel, take
 from sartor.tune.distil_teachers import DistilTeacher
 from sartor.tune.distillation import distil_rows
-from sartor.tune.recipe import Distil, ResolvedRecipe
+from sartor.tune.recipe import Distil, Grpo, ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 # Tokens that the teacher scores as a sample, and tokens and rows of the sampled replies
@@ -68,6 +68,11 @@ def measure(
     prompts = [prompt for prompt, _ in map(last_reply, rows) if prompt][:_REPLY_ROWS]
     if not objective.on_policy or not prompts:
         return DistilCost(token_s, 0.0, warnings)
+    return DistilCost(token_s, _reply_token_s(objective, prompts, base=base, model=model), warnings)
+
+
+def _reply_token_s(objective: Distil | Grpo, prompts: Sequence[Sequence[int]], *, base: Base, model: Any) -> float:
+    """Return the seconds of a token of sampled replies, measured on a few of them."""
     limit = min(_REPLY_TOKENS, objective.max_reply_tokens)
     sampling = Sampling(limit, temperature=objective.temperature)
     chat, reply_s = base.chat, 0.0
@@ -75,4 +80,21 @@ def measure(
         started = time.perf_counter()
         replies = generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)
         reply_s = (time.perf_counter() - started) / sum(len(reply.ids) + 1 for reply in replies)
-    return DistilCost(token_s, reply_s, warnings)
+    return reply_s
+
+
+def grpo_seconds(
+    objective: Grpo, tokens: int, times: TimeModel, *, base: Base, model: Any, data: TokenizedDataset
+) -> float:
+    """Return the seconds of a run of GRPO that reads `tokens`, beside one update of each row.
+
+    Replies are taken to be as long as those of the Dataset. The verifier's own time is not part of it.
+    """
+    prompts = [prompt for prompt, _ in map(last_reply, distil_rows(take(data.train, _SCORED_TOKENS))) if prompt]
+    if not prompts:
+        return 0.0
+    replied = objective.group_size * tokens * data.supervised_tokens / max(data.tokens, 1)
+    # every reply of a group but one, and of all of them the reference's pass
+    passes = objective.group_size - 1 + (objective.group_size * FORWARD_FRACTION if objective.beta else 0.0)
+    reply_s = _reply_token_s(objective, prompts[:_REPLY_ROWS], base=base, model=model)
+    return replied * reply_s + passes * tokens * times.token_s

@@ -333,7 +333,7 @@ def _open_local(recipe: ResolvedRecipe, name: str, base: Base, notice: Notice) -
             f"{base.ref.name}, untouched",
             f"base:{base.ref.digest}",
             base.ref.licence,
-            model=_shared_copy(base.model),
+            model=shared_copy(base.model),
             base=base,
             translation=Translation(base.chat, base.chat),
             top_k=top_k,
@@ -351,7 +351,7 @@ def _open_local(recipe: ResolvedRecipe, name: str, base: Base, notice: Notice) -
         )
     artifact = open_artifact(name, ("adapter", "release"))
     if artifact.manifest["base"]["digest"] == base.ref.digest:
-        teacher, model = base, adapters.open_adapter(_shared_copy(base.model), artifact.path)
+        teacher, model = base, adapters.open_adapter(shared_copy(base.model), artifact.path)
     else:
         teacher, model = open_tuned(artifact, notice, device=base.device)
     return LocalTeacher(
@@ -373,7 +373,7 @@ def _open_base(name: str, base: Base, notice: Notice) -> Base:
     return teacher
 
 
-def _shared_copy(model: Any) -> Any:
+def shared_copy(model: Any) -> Any:
     """Return a copy of the modules of a model around the same tensors: an adapter in one does not touch the other."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()

@@ -12,25 +12,22 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sartor.core.errors import BusyError, ConfigError, SartorError, StoppedError, UnavailableError
+from sartor.core.errors import BusyError, SartorError, StoppedError, UnavailableError
 from sartor.core.processes import DeferredSignals
-from sartor.core.records import Message
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import context_tokens, generate
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.token_scores import token_log_probabilities
-from sartor.models.losses.transformers_backend import unpacked
 from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
 from sartor.tune.checkpoint_selection import last_reply
 from sartor.tune.distil_teachers import DistilTeacher, Notice, check_aligned
 from sartor.tune.objectives import Divergence
 from sartor.tune.recipe import Distil
+from sartor.tune.reply_sampling import sample_replies, update_seed
 from sartor.tune.teacher_scores import ScoreBatch, ScoreFiles, TeacherScore
 from sartor.tune.tokenized_dataset import DistilExample
 from sartor.tune.training_loop import TrainingRun
@@ -39,8 +36,6 @@ from sartor.tune.training_loop import TrainingRun
 _SCORED_ROWS = 32
 # Half-width of a normal 95 % interval, in standard errors
 _STANDARD_ERRORS = 1.96
-# Factor between the seeds of two updates, above any number of updates
-_SEEDS = 1_000_003
 
 
 class DistilRun(TrainingRun):
@@ -180,36 +175,13 @@ class DistilRun(TrainingRun):
         return draw < self._objective.on_policy
 
     def sample(self, rows: Sequence[DistilExample]) -> list[DistilExample]:
-        """Return rows with the student's own replies in place of their last ones.
-
-        A reply that ends by itself has its end token; one that reaches the limit has none.
-        """
-        prompts = [last_reply(row)[0] for row in rows]
-        context = context_tokens(self.model) or math.inf
-        room = int(min(self._objective.max_reply_tokens, context - max(map(len, prompts))))
-        if room < 1:
-            raise ConfigError(
-                f"a prompt of {max(map(len, prompts)):,} tokens leaves no room for a reply in {context:,}",
-                f"data.max_length_tokens={int(context) // 2}",
-            )
-        is_training = self.model.training
-        self.model.eval()
-        seed = self.recipe.seed * _SEEDS + self.counters.updates
-        sampling = Sampling(room, temperature=self._objective.temperature, seed=seed)
-        with unpacked(self.model):
-            replies = generate(self.model, prompts, stop=self._chat.stops, pad=self._chat.pad, sampling=sampling)
-        self.model.train(is_training)
-        result = []
-        for row, prompt, reply in zip(rows, prompts, replies, strict=True):
-            # the row's own reply ends with the token that ends one
-            end = [row.ids[row.last_reply[1] - 1]] if reply.finish == "stop" else []
-            ids, example = [*reply.ids, *end], row.example
-            if example is not None:
-                messages = (*example.prompt, Message.of("assistant", self._chat.decode(reply.ids)))
-                example = replace(example, messages=messages, rejected=(), rating=0.0)
-            learnt = [False] * len(prompt) + [True] * len(ids)
-            result.append(replace(row, ids=[*prompt, *ids], learnt=learnt, example=example))
-        return result
+        """Return rows with the student's own replies in place of their last ones."""
+        sampling = Sampling(
+            self._objective.max_reply_tokens,
+            temperature=self._objective.temperature,
+            seed=update_seed(self.recipe.seed, self.counters.updates),
+        )
+        return sample_replies(self.model, self._chat, rows, sampling)
 
     def _divergences(
         self, rows: Sequence[TokenizedExample], scores: dict[int, TeacherScore], divergence: Divergence

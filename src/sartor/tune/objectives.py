@@ -1,4 +1,4 @@
-"""SFT, DPO, KTO, ORPO, SimPO and distillation losses as pure functions of tensors.
+"""SFT, DPO, KTO, ORPO, SimPO, distillation and GRPO losses as pure functions of tensors.
 
 The loss of a batch is one number to minimise, or one number per row.
 
@@ -187,3 +187,60 @@ def distil(
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return (N,) KL(first || second) of (N, B) log-probabilities, in nats."""
     return (first.exp() * (first - second)).sum(-1)
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Return (P, G) advantages of G replies to each of P prompts.
+
+        A_i = r_i - mean(r)
+
+    DeepSeekMath (Shao et al. 2024, arXiv:2402.03300, section 4.1.2) also divides by the group's standard deviation.
+    That weighs a prompt the more, the nearer its replies are to all right or all wrong; without it the estimate has no
+    such bias: Liu et al. 2025, arXiv:2503.20783 ("Dr. GRPO"), section 3.
+
+    rewards: (P, G). A group whose rewards are all equal has advantages of 0.
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    # the mean of equal numbers may be off by a rounding
+    return advantages.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
+
+
+def kl_estimate(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return (S,) unbiased estimates of KL(policy || reference) at sampled tokens, at least 0.
+
+        k3 = exp(reference - policy) - (reference - policy) - 1
+
+    Shao et al. 2024, arXiv:2402.03300, equation 4; Schulman 2020, "Approximating KL divergence".
+
+    policy, reference: (S,) log-probabilities of the tokens, which the policy sampled.
+    """
+    difference = reference - policy
+    return difference.exp() - difference - 1
+
+
+def grpo(
+    policy: torch.Tensor,
+    old: torch.Tensor,
+    reference: torch.Tensor | None,
+    advantages: torch.Tensor,
+    *,
+    beta: float,
+) -> torch.Tensor:
+    """Return (S,) GRPO losses of the tokens of sampled replies: Shao et al. 2024, arXiv:2402.03300, equation 3.
+
+        loss_t = -(exp(policy_t - old_t) A_t - beta k3_t)
+
+    The equation clips the ratio. With one update for each sampled group, `old` is the policy itself: the ratio is 1,
+    has the gradient of `policy`, and is never clipped. The equation averages over the tokens of each reply first, by
+    which a wrong reply weighs the less the longer it is; the caller averages over all tokens of an update, which has
+    no such bias (Liu et al. 2025, arXiv:2503.20783, section 3, whose divisor is a constant of the run; a constant of
+    the update: Yu et al. 2025, arXiv:2503.14476, equation 8).
+
+    policy, old: (S,) log-probabilities of the tokens, and those under the model that sampled them.
+    reference: (S,) log-probabilities under the reference; None if beta is 0.
+    advantages: (S,) of the tokens' replies.
+    """
+    gain = (policy - old).exp() * advantages
+    if reference is None:
+        return -gain
+    return beta * kl_estimate(policy, reference) - gain

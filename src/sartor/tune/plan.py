@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ConfigError, SartorError, SourceError
 from sartor.core.row_warnings import DataWarning
 from sartor.models import hardware, kernels
 from sartor.models.base import Base, machine_facts
@@ -48,9 +48,10 @@ from sartor.tune.cost_model import (
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.distil_teachers import DistilTeacher, open_teacher
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
+from sartor.tune.grpo_training import open_grpo
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
 from sartor.tune.preference_training import reached_pairs
-from sartor.tune.recipe import REFERENCED, Distil, Recipe, ResolvedRecipe
+from sartor.tune.recipe import REFERENCED, Distil, Grpo, Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
@@ -206,6 +207,11 @@ def plan(
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)
+    verifier_refusals = []
+    try:
+        open_grpo(resolved, base, data, notice)
+    except SartorError as error:
+        verifier_refusals.append(preflight.Refusal(preflight.VERIFIER, error.problem, error.remedy))
     model = inject_recipe_adapter(resolved, base)
     forecast = _forecast(
         resolved,
@@ -217,6 +223,7 @@ def plan(
         teacher=teacher,
         is_peak_restarted=is_peak_restarted,
     )
+    forecast = replace(forecast, refusals=[*forecast.refusals, *verifier_refusals])
     forecast = replace(forecast, advice=replace(forecast.advice, settings=settings))
     if forecast.time_s is None:
         return forecast
@@ -285,6 +292,10 @@ def _forecast(
             cost = distil_cost.measure(recipe.objective, teacher, base=base, model=model, data=data)
             start_s += cost.seconds(recipe, data, counters.tokens)
             warnings = [*warnings, *cost.warnings]
+        if isinstance(recipe.objective, Grpo):
+            start_s += distil_cost.grpo_seconds(
+                recipe.objective, counters.tokens, times, base=base, model=model, data=data
+            )
         # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         calibration_batches = run_forecast.calibration_batches(sequences, max_tokens)
@@ -386,7 +397,7 @@ def run_seconds(
     if updates is None:
         assert limit_s is not None
         return Interval(limit_s, limit_s, limit_s + evaluations_s)
-    total_s = update_seconds(times, updates, micro_batch_tokens) + evaluations_s
+    total_s = cost_model.RUN_PACE * (update_seconds(times, updates, micro_batch_tokens) + evaluations_s)
     loop_s = Interval(total_s, low=total_s * (1 - times.half_width), high=total_s * (1 + times.half_width))
     duration = loop_s.at_least(0) + start_s
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration

@@ -22,10 +22,10 @@ from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
 from sartor.tune.methods.full import Full
-from sartor.tune.recipe import PAIRED, Distil, Recipe, ResolvedRecipe, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
-NO_PREFERENCE = "nothing_preferred"
+NO_PREFERENCE, VERIFIER = "nothing_preferred", "verifier_refused"
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = (
     "memory",
     "cut_answers",
@@ -143,7 +143,7 @@ def of_rows(recipe: Recipe, chat: Tokenised, data: TokenizedDataset) -> Iterator
 def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
     """Yield a refusal if no row has the preference that the objective learns from."""
     objective = recipe.objective
-    if isinstance(objective, (Sft, Distil)) or lessons(data.train):
+    if isinstance(objective, (Sft, *SAMPLED)) or lessons(data.train):
         return
     requirement = "has a rejected reply" if isinstance(objective, PAIRED) else "is rated, or has a rejected reply"
     forms = "{prompt, chosen, rejected}" if isinstance(objective, PAIRED) else "{prompt, completion, rating}"

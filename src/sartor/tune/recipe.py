@@ -12,6 +12,7 @@ from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences.compliance import Use
+from sartor.inference.verifiers.registry import AnyVerifier
 from sartor.tune.methods.dora import Dora
 from sartor.tune.methods.full import Full
 from sartor.tune.methods.ia3 import Ia3
@@ -277,6 +278,32 @@ class Distil:
             raise ConfigError(f"mixture is {self.mixture}; it must be above 0 and below 1", "mixture: 0.5")
 
 
+@dataclass(frozen=True)
+class Grpo:
+    """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300): rewards of a verifier for own replies.
+
+    The model replies several times to each prompt. Replies above the mean reward of their prompt become likelier.
+    """
+
+    verifier: AnyVerifier = option(REQUIRED, "what gives a reply its reward, 0..1")
+    group_size: int = option(8, "replies to each prompt, whose rewards are compared with one another; at least 2")
+    max_reply_tokens: int = option(128, "longest reply")
+    temperature: float = option(1.0, "of the replies, above 0; higher: they differ more")
+    beta: float = option(
+        0.04, "weight of the divergence from the untouched base; 0 saves a pass of the base over each reply"
+    )
+    plain_weight: float = option(1.0, "weight of the cross-entropy of rehearsal")
+    kind: Literal["grpo"] = "grpo"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "beta", "plain_weight")
+        _at_least(self, 1, "max_reply_tokens")
+        _at_least(self, 2, "group_size")
+        if not 0 < self.temperature < math.inf:
+            problem = f"temperature is {self.temperature}; it must be above 0: equal replies teach nothing"
+            raise ConfigError(problem, "temperature: 1.0")
+
+
 def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
     _at_least(objective, 0, *weights)
     if not 0 < objective.beta < math.inf:
@@ -284,9 +311,11 @@ def _preferring(objective: Dpo | Kto | Simpo, *weights: str) -> None:
         raise ConfigError(f"beta is {objective.beta}; it must be above 0", f"beta: {default}")
 
 
-Objective = Sft | Dpo | Kto | Orpo | Simpo | Distil
+Objective = Sft | Dpo | Kto | Orpo | Simpo | Distil | Grpo
 # Objectives of pairs of a preferred and a rejected reply, and those whose loss needs the model before its first update
 PAIRED, REFERENCED = (Dpo, Orpo, Simpo), (Dpo, Kto)
+# Objectives under which the model replies itself, or a teacher scores replies: of text, and not of rows alone
+SAMPLED = (Distil, Grpo)
 
 
 @dataclass(frozen=True)
@@ -453,8 +482,8 @@ class Recipe:
             problem = f"the best weights are chosen by replies, and the objective is {self.objective.kind}"
             raise ConfigError(problem, "weights: last")
         self._check_method()
-        if isinstance(self.objective, Distil):
-            self._check_distil()
+        if isinstance(self.objective, SAMPLED):
+            self._check_sampled()
 
     def _check_method(self) -> None:
         """Raise ConfigError for a method beside an option that it does not support."""
@@ -472,12 +501,13 @@ class Recipe:
             problem += f" with b_rate_ratio {ratio:g}" if ratio != 1 else ""
             raise ConfigError(problem, "trace: {features: false}, or method: {kind: lora} and b_rate_ratio: 1.0")
 
-    def _check_distil(self) -> None:
+    def _check_sampled(self) -> None:
+        kind = self.objective.kind
         if self.trace.features:
-            problem = "trace.features records gradients of the rows' own replies, and the objective is distil"
+            problem = f"trace.features records gradients of the rows' own replies, and the objective is {kind}"
             raise ConfigError(problem, "trace: {features: false}")
         if self.base.towers:
-            raise ConfigError("the objective is distil, which reads text alone", "base: without image and audio")
+            raise ConfigError(f"the objective is {kind}, which reads text alone", "base: without image and audio")
 
 
 @dataclass(frozen=True)

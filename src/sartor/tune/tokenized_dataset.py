@@ -37,9 +37,10 @@ class PreferenceExample(TokenizedExample):
 
 @dataclass(frozen=True)
 class DistilExample(TokenizedExample):
-    """Row whose replies a teacher scores; a plain TokenizedExample is learnt by sft.
+    """Row whose replies a teacher scores or a verifier rewards; a plain TokenizedExample is learnt by sft.
 
-    example: the conversation, which a teacher with another tokenizer or template encodes for itself.
+    example: the conversation, which a teacher with another tokenizer or template encodes for itself, and whose last
+        reply a verifier gets as its reference.
     """
 
     example: Example | None = None

@@ -36,6 +36,7 @@ from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.distil_teachers import DistilTeacher, open_teacher
 from sartor.tune.distillation import DistilRun
 from sartor.tune.gradient_features import FeatureRecorder
+from sartor.tune.grpo_training import GrpoRun, GrpoSetup, open_grpo
 from sartor.tune.model_setup import (
     calibrate,
     inject_recipe_adapter,
@@ -112,6 +113,7 @@ def tune(
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal=rehearsal_setting, earlier=earlier)
     calibrate(base, data)
     teacher = open_teacher(resolved, base, notice)
+    grpo = open_grpo(resolved, base, data, notice)
     parent_of_teacher = teacher.parent if teacher else None
     context = TuningContext(
         recipe=resolved,
@@ -125,6 +127,7 @@ def tune(
         ),
         prove=prove,
         teacher=teacher,
+        grpo=grpo,
     )
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
@@ -159,6 +162,7 @@ class TuningContext:
     fingerprint: dict[str, Any]
     prove: bool
     teacher: DistilTeacher | None = None
+    grpo: GrpoSetup | None = None
 
     @property
     def dataset_ids(self) -> list[str]:
@@ -261,10 +265,14 @@ def _new_run(context: TuningContext, model: Any, *, journal: TrainingLog, saver:
     kind: type[TrainingRun] = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
     if context.teacher is not None:
         kind = DistilRun
+    if context.grpo is not None:
+        kind = GrpoRun
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
     run = kind(recipe, context.base, model, data=context.data, journal=journal, saver=saver, resolved=resolved)
     if isinstance(run, DistilRun) and context.teacher is not None:
         run.set_teacher(context.teacher, notice)
+    if isinstance(run, GrpoRun) and context.grpo is not None:
+        run.setup = context.grpo
     if recipe.weights == "best" and context.data.held_out:
         run.selection = CheckpointSelection(context.base.chat, context.data.held_out, context.data.held_out_groups)
     return run
@@ -389,6 +397,7 @@ def _facts(
             "warnings": warnings,
             **({"selection": selection} if selection else {}),
             **({"teacher": run.teacher_facts()} if isinstance(run, DistilRun) else {}),
+            **({"verifier": run.verifier_facts()} if isinstance(run, GrpoRun) else {}),
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

@@ -26,7 +26,7 @@ from sartor.tune import objectives, optimizers, run_forecast, sampler
 from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
 from sartor.tune.checkpoint_selection import CheckpointScore, CheckpointSelection
 from sartor.tune.gradient_features import FeatureRecorder
-from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
+from sartor.tune.recipe import Grpo, ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.remaining_time import RemainingTime
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog, TrainingStep
@@ -498,14 +498,14 @@ def loss_options(recipe: ResolvedRecipe, data: TokenizedDataset, base: TrainingB
     """Return a recipe's options of the loss backend."""
     compute, budget = recipe.compute, recipe.budget
     is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= data.tokens
+    is_read_once = isinstance(recipe.objective, Grpo) or (is_one_epoch and not lessons(data.train))
     return LossOptions(
         fast=compute.path == "auto",
         recompute=compute.recompute,
         share=compute.share_prefixes,
-        # rows that are read once are not worth storing; preference examples are read once more, for the reference
-        reuse_bytes=int(compute.cache_gb * 1e9)
-        if compute.reuse_frozen and not (is_one_epoch and not lessons(data.train))
-        else 0,
+        # rows that are read once are not worth storing; preference examples are read once more, for the reference, and
+        # sampled replies are new ones at each update
+        reuse_bytes=int(compute.cache_gb * 1e9) if compute.reuse_frozen and not is_read_once else 0,
         identity=base.ref.digest,
     )
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from sartor.core.errors import ConfigError
 from sartor.core.statistics import interval
-from sartor.curate.review.review_items import VERDICTS, Decision, first_opinions
+from sartor.curate.review.review_items import Decision, first_opinions
 
 Estimate = Mapping[str, float]
 
@@ -52,7 +52,7 @@ class ReviewerAgreement:
         for (first, second), count in self.table.items():
             first_counts[first] += count
             second_counts[second] += count
-        return sum(first_counts[verdict] * second_counts[verdict] for verdict in VERDICTS) / self.items**2
+        return sum(first_counts[verdict] * second_counts[verdict] for verdict in first_counts) / self.items**2
 
     @property
     def kappa(self) -> Estimate | None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import beta, binomtest, norm, rankdata
+from scipy.stats import beta, binomtest, norm
 
 from sartor.core.errors import ConfigError
+from sartor.core.statistics import area_under_roc
 
 FALSE_FRACTION, CONFIDENCE = 0.01, 0.95
 
@@ -87,7 +88,8 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
             f"{count} members and {other_count} others; finite losses of two rows a side are the least",
             "split: {eval_fraction: 0.2} in the curation recipe, so that two rows or more are held out",
         )
-    auc, half_width = _auc(members, others)
+    auc, deviation = area_under_roc(members, others)
+    half_width = float(norm.ppf((1 + CONFIDENCE) / 2)) * deviation
     # k of M others exceed thresholds[k]; the true fraction above it follows Beta(k + 1, M - k)
     thresholds = np.sort(others)[::-1]
     allowed, (strict_index, loose_index) = int(FALSE_FRACTION * other_count), _allowed(other_count)
@@ -105,23 +107,6 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
         auc_low=max(0.0, auc - half_width),
         auc_high=min(1.0, auc + half_width),
     )
-
-
-def _auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Return the area under the ROC curve and the half width of its interval (DeLong et al. 1988).
-
-    members: (N,) scores.
-    others: (M,) scores.
-    """
-    count, other_count = len(members), len(others)
-    ranks = rankdata(np.concatenate([members, others]))
-    # placements (DeLong et al. 1988), ties count 1/2:
-    #   v_i = (1/M) #{j: other_j < member_i}, (N,);  w_j = (1/N) #{i: member_i > other_j}, (M,)
-    #   AUC = mean(v);  Var(AUC) = var(v) / N + var(w) / M
-    member_placements = (ranks[:count] - rankdata(members)) / other_count
-    other_placements = 1 - (ranks[count:] - rankdata(others)) / count
-    deviation = float(np.sqrt(member_placements.var(ddof=1) / count + other_placements.var(ddof=1) / other_count))
-    return float(member_placements.mean()), float(norm.ppf((1 + CONFIDENCE) / 2)) * deviation
 
 
 def _allowed(other_count: int) -> tuple[int, int]:

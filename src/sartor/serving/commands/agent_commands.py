@@ -1,6 +1,7 @@
 """Commands of the agent registry and the feedback inbox.
 
 A running server sees each change within a second. It loads what a change needs before the change takes effect there.
+The log names who made a change (`by`; the system's user where it is empty) and why.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def list_agents(team: Team | Path | str) -> CommandRows:
     )
 
 
-def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "") -> CommandRows:
+def add_agent(
+    team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "", by: str = ""
+) -> CommandRows:
     """Register a Release under its own name or another, after every check that needs no engine.
 
     The first version of an agent is live at once; a later one waits for a promotion. Raises what `check_release_files`
@@ -70,7 +73,9 @@ def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", w
     fallback = next(
         (member.fallback for member in loaded_team.agents if member.name == version.agent), ("previous", "base")
     )
-    return _changed(loaded_team, lambda registry, cause: registry.add(version, fallback=fallback, cause=cause), why)
+    return _changed(
+        loaded_team, lambda registry, cause: registry.add(version, fallback=fallback, cause=cause), why, by
+    )
 
 
 def promote_agent(
@@ -82,6 +87,7 @@ def promote_agent(
     canary: float | None = None,
     shadow: float | None = None,
     why: str = "",
+    by: str = "",
 ) -> CommandRows:
     """Make a registered version live, or start its trial: with the given fractions, else those of TEAM.yaml.
 
@@ -100,27 +106,29 @@ def promote_agent(
             name, version, canary=canary, shadow=shadow, ends_trial=not has_fractions, expected=expected, cause=cause
         )
 
-    return _changed(loaded_team, change, why)
+    return _changed(loaded_team, change, why, by)
 
 
-def rollback_agent(team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "") -> CommandRows:
+def rollback_agent(
+    team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "", by: str = ""
+) -> CommandRows:
     """End a running trial, or else make the previous version live. Raises ConflictError."""
-    return _changed(team, lambda registry, cause: registry.rollback(name, expected=expected, cause=cause), why)
+    return _changed(team, lambda registry, cause: registry.rollback(name, expected=expected, cause=cause), why, by)
 
 
-def remove_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
+def remove_agent(team: Team | Path | str, name: str, *, why: str = "", by: str = "") -> CommandRows:
     """Remove an agent from service; `add_agent` brings it back."""
-    return _changed(team, lambda registry, cause: registry.remove(name, cause=cause), why)
+    return _changed(team, lambda registry, cause: registry.remove(name, cause=cause), why, by)
 
 
-def drain_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
+def drain_agent(team: Team | Path | str, name: str, *, why: str = "", by: str = "") -> CommandRows:
     """Let an agent finish its running requests and accept no new ones, until a version of it is promoted."""
-    return _changed(team, lambda registry, cause: registry.drain(name, cause=cause), why)
+    return _changed(team, lambda registry, cause: registry.drain(name, cause=cause), why, by)
 
 
-def repair_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
+def repair_agent(team: Team | Path | str, name: str, *, why: str = "", by: str = "") -> CommandRows:
     """Restore an agent's row from the log, after it was changed from outside."""
-    return _changed(team, lambda registry, cause: registry.repair(name, cause=cause), why)
+    return _changed(team, lambda registry, cause: registry.repair(name, cause=cause), why, by)
 
 
 def reseal_registry(team: Team | Path | str) -> dict[str, Any]:
@@ -143,9 +151,11 @@ def agent_events(team: Team | Path | str, name: str = "", *, most: int = 100) ->
         return CommandRows([event.as_json() for event in registry.events(name, limit=most)])
 
 
-def _changed(team: Team | Path | str, change: Callable[[Registry, ChangeCause], Agent], reason: str) -> CommandRows:
+def _changed(
+    team: Team | Path | str, change: Callable[[Registry, ChangeCause], Agent], reason: str, by: str
+) -> CommandRows:
     with _opened(team) as registry:
-        agent = change(registry, ChangeCause(getpass.getuser(), reason))
+        agent = change(registry, ChangeCause(by or getpass.getuser(), reason))
         return CommandRows([_row(agent, registry.read())])
 
 

@@ -227,9 +227,8 @@ def act(request: Request, visitor: Owner, name: str, form: PostedForm) -> Respon
     arguments = [VERB, verb, agent, *_version_arguments(AgentAction(action), agent, overview.versions, form)]
     if verb in (AgentAction.PROMOTE, AgentAction.ROLLBACK) and (expected := text_field(form, "expected")):
         arguments.append(f"--expected-version={expected}")
-    # `sartor agents` names the system's user: the studio's stands in the reason
-    author = f"{visitor.user.name}: {reason}" if reason else visitor.user.name
-    arguments += [f"--reason={author}", f"--team={file}"]
+    arguments += [f"--reason={reason}"] if reason else []
+    arguments += [f"--by={visitor.user.name}", f"--team={file}"]
     studio.jobs.start(
         arguments,
         title=f"{action} {agent}",

@@ -1,0 +1,233 @@
+"""Child process that runs code from outside over replies.
+
+    python -m sartor.inference.verifiers.limited_child
+
+It is started by `limited_scoring.py` under limits of memory and time, leaves the network, and forks workers. A worker
+runs the code: all replies for a function, one reply for unit tests. Each worker may write below a scratch folder
+alone, and is killed if it takes longer than its time for a reply or writes more than MOST_OUTPUT_BYTES. What a worker
+reports comes as lines of JSON through a pipe.
+
+A reply's code runs in the interpreter that then runs the asserts. One that sets out to deceive them can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import numbers
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sartor.core.confinement import confine_writes, leave_network
+from sartor.core.resource_limits import limit_data
+
+# Largest file that a worker may write, its output among them, and longest line of the pipe
+MOST_OUTPUT_BYTES = 1 << 20
+# Private memory of a worker
+MOST_WORKER_BYTES = 2 << 30
+# Seconds in which a module is imported
+IMPORT_S = 60.0
+_DETAIL = 300
+
+
+class Fault(StrEnum):
+    """End of a worker or of the child other than by a reward."""
+
+    NONE = "none"
+    NETWORK = "network"  # the system does not let it leave the network
+    IMPORT = "import"
+    RAISED = "raised"
+    NO_REWARD = "no reward"  # what the function returned is no number from 0 to 1
+    HUNG = "hung"
+    OUTPUT = "output"
+    DIED = "died"
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """Rewards of the first replies, and the fault at the next one.
+
+    detail: of the fault, for people.
+    """
+
+    rewards: list[float]
+    fault: Fault = Fault.NONE
+    detail: str = ""
+
+
+@dataclass
+class _Worker:
+    """Forked process and the reading end of its pipe."""
+
+    pid: int
+    pipe: int
+    _buffer: bytes = b""
+
+    def line(self, seconds: float) -> tuple[Mapping[str, Any], Fault]:
+        """Return the next line of the worker, or the fault for which there is none; then the worker has ended."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([self.pipe], [], [], left_s)[0]:
+                self.end()
+                return {}, Fault.HUNG
+            received = os.read(self.pipe, 1 << 16)
+            self._buffer += received
+            if len(self._buffer) > MOST_OUTPUT_BYTES:
+                self.end()
+                return {}, Fault.OUTPUT
+            if not received:
+                return {}, Fault.OUTPUT if self.end() == signal.SIGXFSZ else Fault.DIED
+        text, _, self._buffer = self._buffer.partition(b"\n")
+        fields = None
+        with contextlib.suppress(ValueError):
+            fields = json.loads(text)
+        if isinstance(fields, dict):
+            return fields, Fault.NONE
+        self.end()
+        return {}, Fault.DIED
+
+    def end(self) -> int:
+        """Kill what is left of the worker's process group; return the signal that had ended the worker, or 0."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid and select.select([self.pipe], [], [], 0)[0]:  # the pipe closes a moment before the process ends
+            for _ in range(20):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    break
+                time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if not pid:
+            os.waitpid(self.pid, 0)
+        os.close(self.pipe)
+        return os.WTERMSIG(status) if pid and os.WIFSIGNALED(status) else 0
+
+
+def _fork(work: Callable[[Callable[[Mapping[str, Any]], None]], None], scratch: Path, cpu_s: float) -> _Worker:
+    """Run `work` in a confined process, which passes what it reports to the function that it is given."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writing)
+        return _Worker(pid, reading)
+    try:
+        os.close(reading)
+        os.setsid()
+        os.chdir(scratch)
+        output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, nothing), (1, output), (2, output)):
+            os.dup2(source, target)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; the worker is to end
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_OUTPUT_BYTES, MOST_OUTPUT_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        seconds = math.ceil(cpu_s) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        limit_data(MOST_WORKER_BYTES)
+        confine_writes(scratch)
+        work(lambda fields: _write(writing, fields))
+    except BaseException:  # of a reply's code, SystemExit among them
+        os._exit(1)
+    os._exit(0)
+
+
+def _write(pipe: int, fields: Mapping[str, Any]) -> None:
+    rest = json.dumps(fields).encode() + b"\n"
+    while rest:
+        rest = rest[os.write(pipe, rest) :]
+
+
+def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
+    """Return the rewards of a function `module:name` called as (reply, reference, prompt)."""
+    module, _, name = job["function"].partition(":")
+    items: Sequence[Mapping[str, Any]] = job["items"]
+
+    def work(report: Callable[[Mapping[str, Any]], None]) -> None:
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except BaseException as error:
+            report({"fault": Fault.IMPORT, "detail": _text(error)})
+            return
+        report({})
+        for item in items:
+            try:
+                value = function(item["reply"], item["reference"], item["prompt"])
+            except BaseException as error:
+                report({"fault": Fault.RAISED, "detail": _text(error)})
+                return
+            if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+                report({"fault": Fault.NO_REWARD, "detail": f"{value!r:.80}"})
+                return
+            report({"reward": float(value)})
+
+    worker = _fork(work, scratch, IMPORT_S + job["time_s"] * len(items))
+    rewards: list[float] = []
+    for seconds in (IMPORT_S, *[job["time_s"]] * len(items)):
+        fields, fault = worker.line(seconds)
+        if fault is not Fault.NONE:
+            return ChildResult(rewards, fault)
+        if "fault" in fields:
+            worker.end()
+            return ChildResult(rewards, Fault(fields["fault"]), fields["detail"])
+        rewards += [fields["reward"]] if "reward" in fields else []
+    worker.end()
+    return ChildResult(rewards)
+
+
+def run_unit_tests(job: Mapping[str, Any], scratch: Path) -> ChildResult:
+    """Return for each reply the fraction of its asserts that hold; 0 for code that fails, hangs or is killed."""
+    rewards = []
+    for item in job["items"]:
+
+        def work(report: Callable[[Mapping[str, Any]], None], item: Mapping[str, Any] = item) -> None:
+            namespace: dict[str, Any] = {"__name__": "reply"}
+            exec(compile(item["code"], "<reply>", "exec"), namespace)
+            passed = 0
+            for test in item["tests"]:
+                with contextlib.suppress(Exception):
+                    exec(compile(test, "<test>", "exec"), namespace)
+                    passed += 1
+            report({"reward": passed / len(item["tests"])})
+
+        worker = _fork(work, scratch, job["time_s"])
+        fields, fault = worker.line(job["time_s"])
+        if fault is Fault.NONE:
+            worker.end()
+        rewards.append(float(fields.get("reward", 0.0)))
+    return ChildResult(rewards)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:_DETAIL]
+
+
+def main() -> None:
+    """Run the job in the first file and write the result to the second."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    result_file = Path(sys.argv[2])
+    if os.getcwd() not in sys.path:  # `-m` puts it there, unless the environment forbids it
+        sys.path.insert(0, os.getcwd())
+    problem = "" if job["allows_network"] else leave_network()
+    if problem:
+        result = ChildResult([], Fault.NETWORK, problem)
+    else:
+        scratch = result_file.absolute().parent / "scratch"  # removed with the job's folder
+        scratch.mkdir()
+        result = run_function(job, scratch) if "function" in job else run_unit_tests(job, scratch)
+    result_file.write_text(json.dumps(asdict(result)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
