@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sartor.core import parquet_io
 from sartor.core.records import Drop, Example, MalformedRow, Message, Origin, Part
+from sartor.curate.review.row_edits import apply_edit, everywhere_masked
 from sartor.curate.sources.row_formats import detect_row_format, parse_row
 from sartor.curate.steps.regex_rules import RegexRule, RegexRules
 from sartor.curate.steps.text_cleaning import RepairText
@@ -105,11 +107,22 @@ def test_weight_of_a_turn_is_read_stored_and_part_of_the_id() -> None:
     assert parsed(called({"n": 1}, weight=1)).id == plain.id != weighted.id
     assert [message.weight for message in weighted.messages] == [1, 0.5, 1, 1]
     table = parquet_io.examples_table([weighted, plain])
-    assert table.schema.field("messages") == parquet_io.EXAMPLES.field("messages")
+    assert table.schema == parquet_io.EXAMPLES
+    weights = [[message["weight"] for message in row["messages"]] for row in table.to_pylist()]
+    assert weights == [[None, 0.5, None, None], [None] * 4]
     assert [parquet_io.example_of(row) for row in table.to_pylist()] == [weighted, plain]
     stored = json.loads(json.dumps(table.to_pylist()[0]))
     row = {**stored, "tools": TOOLS, "rating": None, "rejected": None}
     assert parsed(row).messages == weighted.messages
+
+
+def test_steps_that_change_a_turn_keep_its_weight() -> None:
+    reply = {"role": "assistant", "content": "write to ann@example.org", "weight": 0}
+    row = parsed({"messages": [{"role": "user", "content": "a"}, reply]})
+    changed = rewritten(row, str.upper, "reply", "shout")
+    edited = apply_edit(row, {"reply": "c"})
+    for result in (changed, edited, everywhere_masked(row)):
+        assert isinstance(result, Example) and result.id != row.id and result.messages[-1].weight == 0
 
 
 def test_weight_of_a_sharegpt_turn_is_read() -> None:
@@ -163,7 +176,7 @@ def test_reasoning_is_a_text_of_the_reply() -> None:
     assert rewritten(row, lambda text: text, "reply", "nothing") is row
 
 
-def test_steps_clean_and_scan_reasoning(tmp_path: Any) -> None:
+def test_steps_clean_and_scan_reasoning(tmp_path: Path) -> None:
     mended = RepairText().open(tmp_path)(thoughtful("cafÃ© \u200b"))
     assert isinstance(mended, Example) and mended.messages[1].reasoning_content.startswith("café")
     rules = RegexRules((RegexRule("token"),))

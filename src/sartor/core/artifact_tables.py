@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from sartor.core.artifacts import Dataset, Report, RowSplit, check_file
 from sartor.core.errors import ConfigError, missing_package
 from sartor.core.parquet_io import DROPS, EXAMPLES
-from sartor.core.records import split_role
 
 _METRIC_COLUMNS = ("base", "tuned", "difference", "low", "high")
 
@@ -102,12 +101,12 @@ _PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.st
 def _openai_turns(column: Any) -> Any:
     """Return conversations in the OpenAI form: an Arrow array of lists of turns, without fields that no turn uses.
 
-    A turn has a `weight` if any turn has one that is not 1. The content of a turn is text, or a list of parts if any
-    turn has media: a column cannot hold both.
+    Turns have a `weight`, null for 1, if any has one that is not 1. The content of a turn is text, or a list of parts
+    if any turn has media: a column cannot hold both.
     """
     stored = [row or [] for row in column.to_pylist()]
     turns = [turn for row in stored for turn in row]
-    has_weight = any(split_role(turn["role"])[1] != 1 for turn in turns)
+    has_weight = any(turn.get("weight") is not None for turn in turns)
     has_media = any(part["type"] != "text" for turn in turns for part in turn["content"])
     used = ["role", *(name for name in _FIELDS if any(turn.get(name) for turn in turns))]
     conversations = []
@@ -115,11 +114,10 @@ def _openai_turns(column: Any) -> Any:
         conversation = []
         for turn in row:
             content = turn["content"] if has_media else "".join(part["text"] for part in turn["content"])
-            role, weight = split_role(turn["role"])
-            fields_of_turn = {**{name: turn[name] or None for name in used}, "role": role}
+            fields_of_turn = {"content": content, **{name: turn[name] or None for name in used}}
             if has_weight:
-                fields_of_turn["weight"] = weight if role == "assistant" else None
-            conversation.append({"content": content, **fields_of_turn})
+                fields_of_turn["weight"] = turn["weight"]
+            conversation.append(fields_of_turn)
         conversations.append(conversation)
     fields = [(name, pa.string()) for name in used]
     fields.insert(1, ("content", pa.list_(_PART) if has_media else pa.string()))

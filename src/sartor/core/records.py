@@ -70,10 +70,6 @@ class Part:
         return {"type": self.kind, self.kind: self.text if self.kind == "text" else self.media}
 
 
-# between role and weight in a stored role
-_WEIGHT_MARK = " weight="
-
-
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
@@ -107,38 +103,29 @@ class Message:
         """The reasoning, if there is any, and the text behind it."""
         return f"{self.reasoning_content}\n{self.text}" if self.reasoning_content else self.text
 
-    @property
-    def stored_role(self) -> str:
-        """Role as a Dataset stores it, with the turn's weight unless that is 1: `assistant weight=0.5`."""
-        return self.role if self.weight == 1 else f"{self.role}{_WEIGHT_MARK}{self.weight!r}"
+    def plain(self, *, with_weight: bool = False) -> dict[str, Any]:
+        """Return the OpenAI message with content parts; empty fields are left out.
 
-    def plain(self) -> dict[str, Any]:
-        """Return the OpenAI message with content parts; empty fields and the weight are left out."""
-        fields = {
+        with_weight: whether a weight that is not 1 is a field. Prompts have none.
+        """
+        fields: dict[str, Any] = {
             "name": self.name,
             "tool_calls": self.tool_calls,
             "tool_call_id": self.tool_call_id,
             "reasoning_content": self.reasoning_content,
         }
+        fields = {name: value for name, value in fields.items() if value}
+        if with_weight and self.weight != 1:
+            fields["weight"] = float(self.weight)
         parts = [part.plain() for part in self.content]
-        return {"role": self.role, "content": parts, **{key: value for key, value in fields.items() if value}}
+        return {"role": self.role, "content": parts, **fields}
 
     def identity(self) -> dict[str, Any]:
         """Return what the id of an Example covers: `plain`, with sorted keys of calls and a weight that is not 1."""
-        fields = self.plain()
+        fields = self.plain(with_weight=True)
         if self.tool_calls:
             fields["tool_calls"] = _sorted_json(self.tool_calls)
-        return fields if self.weight == 1 else {**fields, "weight": float(self.weight)}
-
-
-def split_role(stored_role: str) -> tuple[str, float]:
-    """Return role and weight of a turn from `Message.stored_role`. Raises ValueError for a weight that is no number.
-
-    >>> split_role("assistant weight=0.5"), split_role("user")
-    (('assistant', 0.5), ('user', 1.0))
-    """
-    role, mark, weight = stored_role.partition(_WEIGHT_MARK)
-    return role, float(weight) if mark else 1.0
+        return fields
 
 
 @dataclass(frozen=True)

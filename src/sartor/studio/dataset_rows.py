@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.parquet_io import numbers, to_string_array
-from sartor.core.records import split_role
 
 PAGE_ROWS = 25
 # time after which a scan stops and the page says how far it came
@@ -238,7 +237,7 @@ def _unreadable(file: Path, error: Exception) -> ArtifactError:
 
 
 def plain_messages(row: Mapping[str, Any], name: str = "messages") -> list[dict[str, Any]]:
-    """Return the messages of a row as {role, text, reasoning, media, files, tool_calls, is_learnt}.
+    """Return the messages of a row as {role, text, reasoning, media, files, tool_calls, weight, is_learnt}.
 
     The assistant's turns are learnt, but for those of weight 0. name: "messages" or "rejected".
     media: a line for each picture and recording. files: the same as {kind, path, number}; the number counts those of
@@ -254,7 +253,7 @@ def plain_messages(row: Mapping[str, Any], name: str = "messages") -> list[dict[
             if part.get("type") != "text":
                 files.append({"kind": part["type"], "path": part.get(part["type"]) or "", "number": number})
                 number += 1
-        role, weight = split_role(message.get("role") or "")
+        weight = 1.0 if message.get("weight") is None else message["weight"]
         result.append(
             {
                 "role": message.get("role") or "",
@@ -263,7 +262,8 @@ def plain_messages(row: Mapping[str, Any], name: str = "messages") -> list[dict[
                 "media": [f"{file['kind']}: {file['path']}" for file in files],
                 "files": files,
                 "tool_calls": message.get("tool_calls") or "",
-                "is_learnt": role == "assistant" and weight > 0,
+                "weight": weight,
+                "is_learnt": message.get("role") == "assistant" and weight > 0,
             }
         )
     return result

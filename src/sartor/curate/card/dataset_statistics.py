@@ -127,9 +127,7 @@ def _count(rows: DatasetStatistics, batch: Any) -> None:
     spoken = texts.str.count_matches(r"\S+").fill_null(0).to_numpy()
     of_message = np.repeat(np.arange(len(messages)), parts)
     words = np.bincount(of_message, weights=spoken, minlength=len(messages))
-    # a turn with a weight has it behind its role
-    is_reply = pc.starts_with(pc.struct_field(messages, "role"), "assistant")
-    replies = is_reply.to_numpy(zero_copy_only=False).astype(bool)
+    replies = pc.equal(pc.struct_field(messages, "role"), "assistant").to_numpy(zero_copy_only=False).astype(bool)
     reply = np.bincount(of_row[replies], weights=words[replies], minlength=size).astype(np.int64)
     prompt = np.bincount(of_row[~replies], weights=words[~replies], minlength=size).astype(np.int64)
     documents = (turns == 1) & (np.bincount(of_row[replies], minlength=size) == 1)

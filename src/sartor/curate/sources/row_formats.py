@@ -21,7 +21,7 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
-from sartor.core.records import ROLES, Example, MalformedRow, Message, Origin, Part, PartKind, split_role
+from sartor.core.records import ROLES, Example, MalformedRow, Message, Origin, Part, PartKind
 from sartor.core.reply_markup import with_fields
 from sartor.core.splits import stated_group
 from sartor.curate.sources.file_formats import kind_of
@@ -648,14 +648,11 @@ def _turn(turn: Any, index: int, media: Media) -> Message:
     if role is None or role == "":
         raise MalformedRow("missing_role", f"turn {index} has no role")
     role = "system" if role == "developer" else role
-    stored_weight = 1.0
-    with contextlib.suppress(ValueError):  # the role of a turn with a weight, in a Dataset's own Parquet files
-        role, stored_weight = split_role(role) if isinstance(role, str) else (role, 1.0)
     if role not in ROLES:
         raise MalformedRow(
             "unknown_role", f"turn {index} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}"
         )
-    weight = _weight(turn, f"`weight` of turn {index}") * stored_weight
+    weight = _weight(turn, f"`weight` of turn {index}")
     if role != "assistant" and turn.get("weight") is not None and weight != 0:
         detail = f"`weight` of turn {index} ({role}) is {weight:g}; replies alone are learnt, so only they have one"
         raise MalformedRow("bad_field", detail)
