@@ -1,4 +1,4 @@
-"""Rules for reasoning in training rows: which turns keep it, and what a row does to a template that knows none.
+"""Rules for the reasoning of training rows: which turns keep it, and what a template writes of it.
 
     keep   every reply's reasoning; a row of which the template leaves some out is refused
     last   that of the replies after the last user turn, with the tool calls between them; earlier reasoning is dropped
