@@ -200,9 +200,11 @@ def _message_of(row: dict[str, Any]) -> Message:
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
     # older Datasets have neither reasoning_content nor weight
-    texts = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
-    weight = row.get("weight")
-    return Message(row["role"], tuple(parts), *texts, weight=1.0 if weight is None else weight)
+    texts = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+    fields: dict[str, Any] = {key: row.get(key) or "" for key in texts}
+    if row.get("weight") is not None:
+        fields["weight"] = row["weight"]
+    return Message(row["role"], tuple(parts), **fields)
 
 
 def numbers(array: Any) -> Any:
