@@ -81,8 +81,9 @@ assets: $(VENV)/.dev  ## what the slow tiers read
 	-$(BIN)/sartor assets install stamps  # Debian only
 	-$(BIN)/sartor assets install prompts-en
 
+# AGAIN: more options, as of .ci/run for the tests that failed
 test-default: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(AGAIN)
 
 durations: $(VENV)/.dev  ## tests/durations.json anew: on an idle machine
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --record-durations
@@ -91,10 +92,11 @@ durations: $(VENV)/.dev  ## tests/durations.json anew: on an idle machine
 FILES_WITH = $$(grep -rlE 'mark\.($(1))' tests --include='test_*.py')
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone" $(call FILES_WITH,circle|services|browser)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone" $(call FILES_WITH,circle|services|browser) $(AGAIN)
 
+# a cache of its own, since test-slow may run beside it
 test-alone: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone" $(call FILES_WITH,alone)
+	$(BIN)/python -m pytest -q --durations 10 -o cache_dir=.pytest_cache/alone -m "(circle or services or browser) and alone" $(call FILES_WITH,alone) $(AGAIN)
 
 # in CI, 1,000 each are part of test-slow
 fuzz: $(VENV)/.dev  ## 10,000 inputs for each parser of what comes from outside

@@ -20,7 +20,7 @@ STAGES = {
     "slow": "test-slow",
     "alone": "test-alone",
 }
-MINUTES = re.compile(r"^(\w+) +(\d+\.\d) min(.*)$")
+MINUTES = re.compile(r"^(\w+(?: again)?) +(\d+\.\d) min(.*)$")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here: apt-get install bash")
 
@@ -65,7 +65,8 @@ def test_ci_prints_the_minutes_of_each_stage_behind_its_output(tmp_path: Path) -
 def test_failed_ci_prints_minutes_and_runs_remaining_tiers(stage: str, begun: int, tmp_path: Path) -> None:
     """A failure before the tiers ends the run; the exit code is 2."""
     done = ci_run(tmp_path, STAGES[stage])
-    failed = {"venv": ["venv", "plain"], "alone": ["alone", "again"]}.get(stage, [stage])
+    again = "plain" if stage == "venv" else f"{stage} again"
+    failed = [stage] if stage in ("assets", "check") else [stage, again]
     assert done.returncode == 2
     expected = dict.fromkeys([*list(STAGES)[:begun], "total"], "") | dict.fromkeys(failed, "  FAILED (2)")
     assert minutes(done) == expected
@@ -79,12 +80,15 @@ def test_ci_goes_on_where_the_lock_cannot_be_installed(tmp_path: Path) -> None:
     assert "going on with LOCKED=no" in done.stderr
 
 
-def test_clocks_that_run_out_beside_others_have_the_machine_alone(tmp_path: Path) -> None:
-    """The tier `alone` runs beside `slow`, which yields to it; where it fails it is run again, and that decides."""
+@pytest.mark.parametrize("tier", ["default", "slow", "alone"])
+def test_what_fails_beside_others_is_run_again_by_itself(tier: str, tmp_path: Path) -> None:
+    """Clocks run out while other tests compute. Only the tests that failed are run, one at a time, and that decides."""
     first = f'mkdir "{tmp_path}/began" 2>/dev/null'
-    done = ci_run(tmp_path, "test-alone", condition=first)
+    asks = 'case "$AGAIN" in "") true;; *) echo "again with $AGAIN"; false;; esac'
+    done = ci_run(tmp_path, f"test-{tier}", condition=f"{{ {first} || {asks}; }}")
     assert done.returncode == 0
-    assert minutes(done) == {**dict.fromkeys([*STAGES, "again", "total"], ""), "alone": "  FAILED (2)"}
+    assert minutes(done) == {**dict.fromkeys([*STAGES, f"{tier} again", "total"], ""), tier: "  FAILED (2)"}
+    assert "again with --last-failed --last-failed-no-failures none -n 0" in done.stdout
 
 
 def test_stages_beside_others_hear_ctrl_c_and_yield(tmp_path: Path) -> None:
@@ -113,11 +117,11 @@ def test_make_test_is_every_tier_in_order() -> None:
     lines = subprocess.run(
         ["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    tiers = [line.partition("pytest -q ")[2].partition(" $(grep")[0] for line in lines if "pytest -q" in line]
+    tiers = [line.partition("pytest -q ")[2].partition(" $(grep")[0].strip() for line in lines if "pytest -q" in line]
     assert tiers == [
         "-n 2 --dist worksteal",
         '-n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone"',
-        '--durations 10 -m "(circle or services or browser) and alone"',
+        '--durations 10 -o cache_dir=.pytest_cache/alone -m "(circle or services or browser) and alone"',
     ]
 
 

@@ -82,8 +82,10 @@ KEYS = {
     "spoken_rows": "train eval words clips voices",
     "start": "start.help.median_s start.import.least_s start.python.median_s modules",
     "studio": "first_page.seconds first_page.bytes review.rows_per_minute review.stored million.seconds.browse million.seconds.filter_text "
-    "million.seconds.drops million.worst_s time_left.error.25 time_left.error.50 time_left.error.75 time_left.worst circle.kills "
-    "circle.kills_in_all circle.untrue circle.lost circle.seconds.talk",
+    "million.seconds.drops million.worst_s time_left.error.25 time_left.error.50 time_left.error.75 time_left.worst "
+    "circle.kills.job circle.kills.studio circle.kills.browser circle.kills_in_all circle.untrue circle.lost circle.seconds.upload "
+    "circle.seconds.tailor circle.seconds.evaluate circle.seconds.release circle.seconds.talk circle.seconds.feedback "
+    "circle.seconds.trace circle.seconds.fix",
     "synth": "false_alarm power.group_shift power.mode_collapse power.copied_seeds power.topic_drift lift.estimate lift.low "
     "lift.high audit.planted_caught audit.planted audit.clean_passed audit.clean mitigation.gap_before mitigation.gap_after "
     "mitigation.metric_cost",

@@ -10,10 +10,12 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ CONF = Path(__file__).parents[2] / "examples" / "tls" / "sartor.conf"
 NAME = "sartor.example.org"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 BODY = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
+PART_S = 120.0  # until a part is sent although the one before it has not arrived
 
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx here: apt-get install nginx-light")
 
@@ -111,6 +114,19 @@ class Proxied:
         return client.post("/v1/chat/completions", json={**BODY, **fields}, extensions=sni)
 
 
+def example_conf(upstream: int, port: int, certificates: Path) -> str:
+    """examples/tls/sartor.conf with the ports of a server and of TLS on loopback, and the folder of the certificate."""
+    text = CONF.read_text()
+    for old, new in (
+        ("127.0.0.1:8440;", f"127.0.0.1:{upstream};"),
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("/etc/ssl/sartor/", f"{certificates}/"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
 @pytest.fixture(scope="module")
 def proxied(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, commands: Mapping[str, str]
@@ -124,15 +140,7 @@ def proxied(
     subprocess.run(["openssl", "req", *certificate, *names, *files], check=True, capture_output=True)
     with serving(team.parent, str(tiny_base), commands) as plain:
         port = free_port()
-        text = CONF.read_text()
-        for old, new in (
-            ("127.0.0.1:8440;", f"127.0.0.1:{plain};"),
-            ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
-            ("/etc/ssl/sartor/", f"{folder}/"),
-        ):
-            assert old in text
-            text = text.replace(old, new)
-        with nginx(folder / "nginx", text, port):
+        with nginx(folder / "nginx", example_conf(plain, port, folder), port):
             context = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
             yield Proxied(port, plain, key, folder, context)
 
@@ -149,29 +157,62 @@ def test_a_reply_comes_through_tls(proxied: Proxied) -> None:
 
 @needs_nginx
 @pytest.mark.services
-def test_a_stream_comes_through_tls_in_parts(proxied: Proxied) -> None:
-    """nginx hands parts on as they come: the first is there before the last was made.
-
-    On a busy machine the client may be woken when all of a reply has come, so it has some attempts.
-    """
-    assert any(_comes_in_parts(proxied) for _ in range(10))
-
-
-def _comes_in_parts(proxied: Proxied) -> bool:
-    """Whether the parts of one streamed reply came at different moments. Asserts that the reply is whole."""
+def test_a_stream_comes_through_tls(proxied: Proxied) -> None:
+    """Whole, and its last line is the one that ends a stream."""
     with (
         proxied.client() as client,
         client.stream(
             "POST",
             "/v1/chat/completions",
-            json={**BODY, "max_tokens": 300, "stream": True},
+            json={**BODY, "stream": True},
             extensions={"sni_hostname": NAME},
         ) as answer,
     ):
-        arrivals = [(time.monotonic(), line) for line in answer.iter_lines() if line]
-    assert arrivals[-1][1] == "data: [DONE]" and len(arrivals) > 100
-    moments = {moment for moment, _ in arrivals}
-    return len(moments) > 20 and arrivals[-1][0] - arrivals[0][0] > 0.02
+        lines = [line for line in answer.iter_lines() if line]
+    whole = proxied_text(proxied)
+    parts = [json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-1]]
+    assert "".join(choices[0]["delta"].get("content") or "" for choices in parts if choices) == whole
+    assert lines[-1] == "data: [DONE]"
+
+
+def proxied_text(proxied: Proxied) -> str:
+    with proxied.client() as client:
+        return proxied.post(client).json()["choices"][0]["message"]["content"]
+
+
+class _TwoParts(BaseHTTPRequestHandler):
+    """Sends the second part of its reply once the server's event says that the first one has arrived."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b"data: first\n\n")
+        self.server.arrived.wait(PART_S)  # type: ignore[attr-defined]
+        self.wfile.write(b"data: second\n\n")
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@needs_nginx
+@pytest.mark.services
+def test_a_stream_comes_through_tls_in_parts(proxied: Proxied, tmp_path: Path) -> None:
+    """The first part has arrived before the second one is sent: by the example's settings nginx holds none back."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _TwoParts) as upstream:
+        upstream.arrived = threading.Event()  # type: ignore[attr-defined]
+        threading.Thread(target=upstream.serve_forever, daemon=True).start()
+        port = free_port()
+        with (
+            nginx(tmp_path / "nginx", example_conf(upstream.server_port, port, proxied.folder), port),
+            replace(proxied, port=port).client() as client,
+            client.stream("POST", "/v1/chat/completions", json=BODY, extensions={"sni_hostname": NAME}) as answer,
+        ):
+            parts = answer.iter_raw()
+            assert next(parts) == b"data: first\n\n"
+            upstream.arrived.set()  # type: ignore[attr-defined]
+            assert b"".join(parts) == b"data: second\n\n"
+        upstream.shutdown()
 
 
 @needs_nginx
