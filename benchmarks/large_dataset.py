@@ -80,9 +80,9 @@ def _examples(numbers: range) -> Any:
         ],
         fields=list(_PART_TYPE),
     )
-    empty = pa.array([""] * len(texts))
+    empty, weights = pa.array([""] * len(texts)), pa.nulls(len(texts), pa.float64())
     messages = pa.StructArray.from_arrays(
-        [pa.array(["user", "assistant"] * count), _lists(parts, 1), empty, empty, empty, empty],
+        [pa.array(["user", "assistant"] * count), _lists(parts, 1), empty, empty, empty, empty, weights],
         fields=list(_MESSAGE_TYPE),
     )
     origins = pa.array(

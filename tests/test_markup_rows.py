@@ -92,13 +92,14 @@ def test_a_row_with_reasoning_is_read_again_from_parquet(made: Any, tmp_path: Pa
     assert ids[0] == ids[1]
 
 
-def test_a_dataset_from_before_has_no_reasoning() -> None:
+def test_a_dataset_from_before_has_neither_reasoning_nor_weights() -> None:
     example = Example((Message.of("user", "a"), Message.of("assistant", "b")), (Origin("s", "1"),))
     older = parquet_io.example_row(example)
     for message in older["messages"]:
-        del message["reasoning_content"]
+        del message["reasoning_content"], message["weight"]
     assert parquet_io.example_of(older) == example and "reasoning_content" not in example.messages[0].plain()
-    message = pa.struct([field for field in parquet_io._MESSAGE if field.name != "reasoning_content"])
+    newer = ("reasoning_content", "weight")
+    message = pa.struct([field for field in parquet_io._MESSAGE if field.name not in newer])
     schema = pa.schema(
         [
             pa.field("messages", pa.list_(message)) if field.name == "messages" else field

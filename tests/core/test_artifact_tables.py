@@ -71,6 +71,19 @@ def test_to_hf_has_messages_that_chat_templates_take(mixed: sartor.Dataset) -> N
     }
 
 
+def test_to_hf_has_weights_only_if_a_turn_has_one(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    weighted = [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 0}]
+    made = sartor.curate(
+        rows=[{"messages": turns}, {"messages": weighted}], out=tmp_path / "data", licence="own"
+    ).dataset
+    rows = made.to_hf()
+    weights = sorted([turn["weight"] for turn in row["messages"]] for row in rows)
+    assert weights == [[None, None], [None, None, None, 0.0]]
+    again = sartor.curate(rows=rows.select_columns(["messages"]), out=tmp_path / "again").dataset
+    assert {row.id for row in sartor.read_examples(again)} == {row.id for row in sartor.read_examples(made)}
+
+
 def test_dropped_rows_are_a_split(mixed: sartor.Dataset) -> None:
     dropped = mixed.to_pandas("dropped")
     assert list(dropped["locator"]) == ["rows:9"] and dropped["reason"][0]

@@ -172,6 +172,15 @@ def test_the_index_is_small_and_its_words_are_coded_once(tmp_path: Path) -> None
     assert origin_index.read(made, ["row"])["row"].to_pylist() == list(range(5000))
 
 
+def test_inspect_row_shows_weights_of_turns(tmp_path: Path) -> None:
+    row = example("first", origin(A, 1))
+    weighted = replace(row, messages=(*row.messages[:-1], replace(row.messages[-1], weight=0.0)))
+    made = write(tmp_path / "d", [row, weighted])
+    shown = [sartor.inspect(made.path, example=one.id)["messages"] for one in (row, weighted)]
+    assert "weight" not in shown[0][-1] and shown[1][-1]["weight"] == 0
+    assert set(shown[1][-1]) == {"role", "content", "weight"}
+
+
 def test_inspect_row_shows_origins_ancestors_and_duplicates(tmp_path: Path) -> None:
     """No text of a duplicate is shown; the id of a dropped row is refused with its reason and locator."""
     first = example("first", origin(A, 1), origin(B, 9))

@@ -181,7 +181,9 @@ def test_reasoning_and_tool_calls_are_kept(tmp_path: Path) -> None:
     )
     (row,) = read(file, fields=Columns(messages="dialogue"))
     assert isinstance(row, Example)
+    as_object = {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
     assert (
-        json.loads(row.messages[1].tool_calls) == [call] and row.messages[1].reasoning_content == "I must look it up."
+        json.loads(row.messages[1].tool_calls) == [as_object]
+        and row.messages[1].reasoning_content == "I must look it up."
     )
     assert row.messages[3].reasoning_content == "The tool says rain." and row.messages[2].tool_call_id == "c1"

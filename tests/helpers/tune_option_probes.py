@@ -63,6 +63,16 @@ def _media_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+THOUGHTS = [
+    {
+        "messages": [
+            *({"role": "system", "content": "be short"}, {"role": "user", "content": f"switch {index}"}),
+            {"role": "assistant", "content": f"on {index}", "reasoning_content": f"the light {index} was off"},
+        ]
+    }
+    for index in range(12)
+]
+
 DATASETS: dict[str, Any] = {
     "switches": (lambda folder: ROWS, 0.25),
     "whole": (lambda folder: ROWS, 0.0),
@@ -70,6 +80,7 @@ DATASETS: dict[str, Any] = {
     "pairs": (lambda folder: [*PAIRS, *PLAIN[:4]], 0.25),
     "rated": (lambda folder: [*RATED, *PLAIN[:4]], 0.25),
     "media": (_media_rows, 0.25),
+    "thoughts": (lambda folder: THOUGHTS, 0.25),
 }
 
 
@@ -100,7 +111,7 @@ def _placed(value: Any, workspace: Workspace) -> Any:
         return value
     if value.startswith("dataset:"):
         return str(dataset(value.removeprefix("dataset:"), workspace))
-    names = ("BASE", "OTHER BASE", "OTHER TOKENIZER", "ADAPTER", "CLIP", "WHISPER")
+    names = ("BASE", "OTHER BASE", "OTHER TOKENIZER", "THINKING BASE", "ADAPTER", "CLIP", "WHISPER")
     return str(_made(value, workspace)) if value in names else value
 
 
@@ -111,6 +122,7 @@ def _made(name: str, workspace: Workspace) -> Path:
     if folder.is_dir():
         return folder
     import tiny
+    import tool_prompts
     from tiny_towers import tiny_clip, tiny_whisper
 
     if name == "ADAPTER":
@@ -119,6 +131,7 @@ def _made(name: str, workspace: Workspace) -> Path:
     makers: dict[str, Any] = {
         "OTHER BASE": lambda: tiny.write_base(folder, intermediate_size=96),
         "OTHER TOKENIZER": lambda: tiny.write_base(folder, texts=["switch on and off, up and down"] * 8),
+        "THINKING BASE": lambda: tiny.write_base(folder, template=tool_prompts.THINKING),
         "CLIP": lambda: tiny_clip(folder),
         "WHISPER": lambda: tiny_whisper(folder),
     }
@@ -418,6 +431,8 @@ TUNE_PROBES = (
     ),
     *probes_of("Data", _part("data", _tuned, data={"path": "dataset:whole"}), {"eval_fraction": (0.1, 0.5)}),
     *probes_of("Data", _part("data", _planned, data=TOO_LONG), {"too_long_fraction": (0.1, 1.0)}),
+    *probes_of("Data", _part("data", _planned, data={"path": "dataset:thoughts"}), {"reasoning": ("last", "drop")}),
+    *probes_of("Data", _part("data", _planned, base="THINKING BASE"), {"empty_think": ("keep", "drop")}),
     Probe("Rehearsal.path", ({}, {"data": {"rehearsal": {"path": "dataset:talk"}}}), _tuned),
     Probe(
         "Rehearsal.fraction",

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from sartor.core.errors import RequestError
 from sartor.inference.engine import GenerateCall
-from sartor.inference.prompts import FIRST_CHARACTERS, prompt_ids, prompt_text, writes_tools
+from sartor.inference.prompts import FIRST_CHARACTERS, prompt_ids, prompt_text
 from sartor.models.chat import ChatTokenizer
 
 # as Qwen's and Hermes's do: tools in the system turn, calls with their arguments as JSON
@@ -52,11 +52,8 @@ def test_messages_go_through_the_template() -> None:
 
 def test_a_template_that_writes_tools_is_given_them() -> None:
     chat = ChatTokenizer(tiny.tokenizer(TOOL_TEMPLATE))
-    assert (
-        writes_tools(chat)
-        and not writes_tools(ChatTokenizer(tiny.tokenizer()))
-        and not writes_tools(ChatTokenizer(tiny.tokenizer(None)))
-    )
+    others = ChatTokenizer(tiny.tokenizer()), ChatTokenizer(tiny.tokenizer(None))
+    assert chat.probed.writes_tools and not any(other.probed.writes_tools for other in others)
     text = rendered(TOOL_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,))
     assert (
         '"name": "find"' in text.partition("<|im_start|>user")[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import sartor
 from sartor.cli import main
@@ -97,6 +98,20 @@ def test_show_a_dataset(dataset: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as ended:
         main(["show", str(dataset), "-n", "1", "--json"])
     assert ended.value.code == 0 and len(json.loads(capsys.readouterr().out)["rows"]) == 1
+
+
+def test_show_names_the_weight_of_a_turn(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "a"}
+    replies = [{"role": "assistant", "content": text, "weight": weight} for text, weight in (("b", 0.5), ("c", 0))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": [user, reply]}) for reply in replies))
+    recipe = {"sources": [{"path": str(tmp_path / "rows.jsonl")}], "split": {"eval_fraction": 0.0}}
+    shown = sartor.show(sartor.curate(recipe, tmp_path / "d").dataset.path)
+    assert [turn["learnt"] for row in shown.rows for turn in row["turns"]] == [False, True, False, False]
+    console = Console(file=io.StringIO(), width=100)
+    with console.capture() as capture:
+        shown.draw(console)
+    text = capture.get()
+    assert "user: a" in text and "assistant (weight 0.5): b" in text and "assistant (weight 0): c" in text
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_picture_and_recording_are_shown_with_a_name(site: Site) -> None:
     assert [player["src"] for player in sounds] == ["/media/data?at=1&number=0"]
     assert "media/picture.png" in str(images[0]["alt"]) and "media/sound.wav" in str(sounds[0]["aria-label"])
     assert "<img" in site.page("/row/data?at=0")
+
+
+def test_weight_and_reasoning_of_a_turn_are_shown(site: Site) -> None:
+    row = example(1)
+    reply = replace(row.messages[-1], weight=0.5, reasoning_content="since it is late")
+    media_dataset(site.folder / "data", [row, replace(row, messages=(*row.prompt, reply))])
+    plain, weighted = (Tags(site.page(f"/row/data?at={index}")).text for index in range(2))
+    assert "weight 0.5" in weighted and "since it is late" in weighted and "since it is late" not in plain
+    assert (plain.count("weight"), weighted.count("weight")) == (1, 2)  # the row's own weight is among its facts
 
 
 @pytest.mark.parametrize(

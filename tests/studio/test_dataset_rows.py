@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -91,6 +92,18 @@ def test_kept_row_is_found_by_its_id(dataset: Artifact) -> None:
 def test_turns_of_the_assistant_are_learnt() -> None:
     messages = plain_messages(example_row(example(1)))
     assert [(message["role"], message["is_learnt"]) for message in messages] == [("user", False), ("assistant", True)]
+
+
+def test_turn_of_weight_0_is_not_learnt() -> None:
+    row = example(1)
+    context = replace(row.messages[1], weight=0.0)
+    messages = plain_messages(example_row(replace(row, messages=(row.messages[0], context, *row.messages))))
+    assert [(message["weight"], message["is_learnt"]) for message in messages] == [
+        (1, False),
+        (0, False),
+        (1, False),
+        (1, True),
+    ]
 
 
 @pytest.mark.parametrize("position", [-1, COUNT + 1])

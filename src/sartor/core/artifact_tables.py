@@ -101,10 +101,12 @@ _PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.st
 def _openai_turns(column: Any) -> Any:
     """Return conversations in the OpenAI form: an Arrow array of lists of turns, without fields that no turn uses.
 
-    The content of a turn is text, or a list of parts if any turn has media: a column cannot hold both.
+    Turns have a `weight`, null for 1, if any has one that is not 1. The content of a turn is text, or a list of parts
+    if any turn has media: a column cannot hold both.
     """
     stored = [row or [] for row in column.to_pylist()]
     turns = [turn for row in stored for turn in row]
+    has_weight = any(turn.get("weight") is not None for turn in turns)
     has_media = any(part["type"] != "text" for turn in turns for part in turn["content"])
     used = ["role", *(name for name in _FIELDS if any(turn.get(name) for turn in turns))]
     conversations = []
@@ -112,10 +114,15 @@ def _openai_turns(column: Any) -> Any:
         conversation = []
         for turn in row:
             content = turn["content"] if has_media else "".join(part["text"] for part in turn["content"])
-            conversation.append({"content": content, **{name: turn[name] or None for name in used}})
+            fields_of_turn = {"content": content, **{name: turn[name] or None for name in used}}
+            if has_weight:
+                fields_of_turn["weight"] = turn["weight"]
+            conversation.append(fields_of_turn)
         conversations.append(conversation)
     fields = [(name, pa.string()) for name in used]
     fields.insert(1, ("content", pa.list_(_PART) if has_media else pa.string()))
+    if has_weight:
+        fields.append(("weight", pa.float64()))
     return pa.array(conversations, pa.list_(pa.struct(fields)))
 
 

@@ -1,7 +1,8 @@
 """Examples and Drops as Parquet, and conversion between Arrow and numpy.
 
 `examples/*.parquet` has one row per Example. `messages` has the OpenAI form, with content always a list of parts,
-since a Parquet column cannot hold text in one row and a list in the next. `drops/*.parquet` has one row per Drop.
+since a Parquet column cannot hold text in one row and a list in the next, and a turn's weight is null where it is 1.
+`drops/*.parquet` has one row per Drop.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _MESSAGE = pa.struct(
         ("tool_calls", pa.string()),
         ("tool_call_id", pa.string()),
         ("reasoning_content", pa.string()),
+        ("weight", pa.float64()),
     ]
 )
 _ORIGIN = pa.struct(
@@ -166,7 +168,8 @@ def example_row(example: Example) -> dict[str, Any]:
 
 
 def _message_row(message: Message) -> dict[str, Any]:
-    return {**vars(message), "content": [part.plain() for part in message.content]}
+    weight = None if message.weight == 1 else message.weight
+    return {**vars(message), "content": [part.plain() for part in message.content], "weight": weight}
 
 
 def example_of(row: dict[str, Any]) -> Example:
@@ -196,9 +199,12 @@ def _message_of(row: dict[str, Any]) -> Message:
         kind = cast(PartKind, part["type"])
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
-    # older Datasets have no reasoning_content
-    texts = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
-    return Message(row["role"], tuple(parts), *texts)
+    # older Datasets have neither reasoning_content nor weight
+    texts = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+    fields: dict[str, Any] = {key: row.get(key) or "" for key in texts}
+    if row.get("weight") is not None:
+        fields["weight"] = row["weight"]
+    return Message(row["role"], tuple(parts), **fields)
 
 
 def numbers(array: Any) -> Any:

@@ -45,6 +45,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def _sorted_json(text: str) -> str:
+    """Return JSON text with sorted keys, so that equal values have one digest; other text unchanged."""
+    try:
+        return json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False) if text else text
+    except (ValueError, RecursionError):
+        return text
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a message's content.
@@ -66,8 +74,10 @@ class Part:
 class Message:
     """One turn of a conversation.
 
-    tool_calls: JSON text of OpenAI's list; text, since its arguments have no fixed form.
+    tool_calls: JSON text of OpenAI's list; text, since its arguments have no fixed form. Rows read from files have
+        them as JSON objects, in the order in which they were written.
     reasoning_content: the assistant's reasoning before its reply, for templates that support it.
+    weight: factor of the loss of an assistant's turn, 0 or more; a turn of weight 0 is context alone.
     """
 
     role: str
@@ -76,6 +86,7 @@ class Message:
     tool_calls: str = ""
     tool_call_id: str = ""
     reasoning_content: str = ""
+    weight: float = 1.0
 
     @classmethod
     def of(cls, role: str, text: str) -> Message:
@@ -87,16 +98,34 @@ class Message:
         """The text parts, joined."""
         return "".join(part.text for part in self.content if part.kind == "text")
 
-    def plain(self) -> dict[str, Any]:
-        """Return the OpenAI message with content parts; empty fields are left out."""
-        fields = {
+    @property
+    def text_with_reasoning(self) -> str:
+        """The reasoning, if there is any, and the text behind it."""
+        return f"{self.reasoning_content}\n{self.text}" if self.reasoning_content else self.text
+
+    def plain(self, *, with_weight: bool = False) -> dict[str, Any]:
+        """Return the OpenAI message with content parts; empty fields are left out.
+
+        with_weight: whether a weight that is not 1 is a field. Prompts have none.
+        """
+        fields: dict[str, Any] = {
             "name": self.name,
             "tool_calls": self.tool_calls,
             "tool_call_id": self.tool_call_id,
             "reasoning_content": self.reasoning_content,
         }
+        fields = {name: value for name, value in fields.items() if value}
+        if with_weight and self.weight != 1:
+            fields["weight"] = float(self.weight)
         parts = [part.plain() for part in self.content]
-        return {"role": self.role, "content": parts, **{key: value for key, value in fields.items() if value}}
+        return {"role": self.role, "content": parts, **fields}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the id of an Example covers: `plain`, with sorted keys of calls and a weight that is not 1."""
+        fields = self.plain(with_weight=True)
+        if self.tool_calls:
+            fields["tool_calls"] = _sorted_json(self.tool_calls)
+        return fields
 
 
 @dataclass(frozen=True)
@@ -144,12 +173,15 @@ class Example:
 
     @cached_property
     def id(self) -> str:
-        """First 32 hex digits of the sha256 of messages, rejected, tools and rating, without origins."""
-        content: dict[str, Any] = {"messages": [message.plain() for message in self.messages]}
+        """First 32 hex digits of the sha256 of messages, rejected, tools and rating, without origins.
+
+        The order of keys in tools and calls, which decides how they are rendered, does not count.
+        """
+        content: dict[str, Any] = {"messages": [message.identity() for message in self.messages]}
         if self.rejected:
-            content["rejected"] = [message.plain() for message in self.rejected]
+            content["rejected"] = [message.identity() for message in self.rejected]
         if self.tools:
-            content["tools"] = self.tools
+            content["tools"] = _sorted_json(self.tools)
         if self.rating:
             content["rating"] = float(self.rating)
         return digest(content)[:32]

@@ -115,7 +115,7 @@ def _read_reply(message: Message, find_markup: MarkupFinder) -> Message:
     return replace(
         message,
         content=(Part("text", content),),
-        tool_calls=json.dumps(calls, sort_keys=True, ensure_ascii=False) if calls else message.tool_calls,
+        tool_calls=json.dumps(calls, ensure_ascii=False) if calls else message.tool_calls,
         reasoning_content=reasoning or message.reasoning_content,
     )
 

@@ -32,7 +32,7 @@ from sartor.curate.steps.text_duplicates import ExactDuplicates
 
 Run = Callable[[str, Sequence[ShardTask]], list[Shard]]
 # Increased when workers make different shards from the same input; shards of older versions are then made again.
-FORMAT = 3
+FORMAT = 4
 GUARDS = ("allow", "max_fraction", "max_source_fraction")
 
 

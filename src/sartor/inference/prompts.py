@@ -1,8 +1,8 @@
 """Conversion of requests to prompt text and token ids.
 
 Messages go through the base's own chat template, wherever the tokens are computed: adapters are bound to its digest.
-Tools are passed to the template as `tools` if it writes them. Otherwise the system turn declares them with TOOLS_TEXT,
-calls of earlier turns have the form that it asks for, and tool results stand in user turns.
+Tools are passed to the template as `tools` if it writes them. Otherwise they stand in plain turns
+(`models/plain_tools.py`). Training rows are rendered by the same function, `ChatTokenizer.conversation`.
 
 Every text of a request is content: where it spells the base's markup, the model reads it as plain text
 (`models/template_markup.py`).
@@ -28,19 +28,11 @@ from sartor.inference.tool_calls import reply_schema
 from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.models.base import convert, open_chat
 from sartor.models.chat import ChatTokenizer
-from sartor.models.content_shielding import calls_as_text, in_text
 from sartor.models.loading import quiet_transformers
 from sartor.models.template_markup import Opened
 
-TOOLS_TEXT = (
-    "You may call functions to answer. These are declared, with their parameters as JSON "
-    "Schema:\n<tools>\n{tools}\n</tools>\n"
-    "To call one, write its name and arguments as JSON, and nothing after the last call:\n"
-    '<tool_call>\n{{"name": "...", "arguments": {{...}}}}\n</tool_call>'
-)
 # characters per available token in each part of a prompt that is tokenised to check its length
 FIRST_CHARACTERS = 16
-_PROBE = "sartor_probe_tool"
 # two user messages whose first characters differ, so that the prompts differ from there on
 _PUBLIC_PROBES = ("a", "7")
 # system messages with their tools whose tokens are remembered
@@ -61,16 +53,12 @@ def _rendering(chat: ChatTokenizer, call: GenerateCall, messages: Sequence[Messa
     """Return the shielded rendering of the messages by `ChatTokenizer.write`, or the shielded raw text."""
     if not messages:
         return chat.markup.shield(call.text)
-    messages = in_text(chat.shielded(messages), calls=False, reasoning=not chat.probed.writes_reasoning)
-    tools = chat.shielded_json(json.dumps(list(call.tools))) if call.tools else ""
-    if not tools and not any(message.tool_calls or message.role == "tool" for message in messages):
-        return _rendered(chat, [messages])
-    if writes_tools(chat):
-        return _rendered(chat, [messages, [_with_text_arguments(message) for message in messages]], tools)
-    plain = _in_plain_turns(messages)
-    declared = [json.dumps(tool["function"]) for tool in json.loads(tools)] if tools else []
-    note = TOOLS_TEXT.format(tools="\n".join(declared)) if declared else ""
-    return _rendered(chat, [_noted(plain, note, "system"), _noted(plain, note, "user")] if note else [plain])
+    tools = json.dumps(list(call.tools)) if call.tools else ""
+    try:
+        return chat.conversation(messages, tools, reply_next=True).text
+    except SourceError as error:
+        remedy = "send the roles that the base's chat template knows, in the order that it expects"
+        raise RequestError(error.problem, remedy) from None
 
 
 def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list[int]:
@@ -116,32 +104,6 @@ def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
                 f"already; prompt and reply together may have {max_tokens}",
                 f"send a prompt of fewer than {max_tokens} tokens",
             )
-
-
-def writes_tools(chat: ChatTokenizer) -> bool:
-    """Return whether the chat template writes declared tools, tested by rendering one."""
-    probe = {
-        "type": "function",
-        "function": {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}},
-    }
-    try:
-        return _PROBE in chat.render([Message.of("user", "a")], tools=json.dumps([probe]), reply_next=True)
-    except SourceError:
-        return False
-
-
-def _rendered(chat: ChatTokenizer, candidates: Sequence[Sequence[Message]], tools: str = "") -> str:
-    """Return the rendering of the first candidate list of messages that the template accepts.
-
-    Raises RequestError if it accepts none.
-    """
-    problem = ""
-    for messages in candidates:
-        try:
-            return chat.write(messages, tools=tools, reply_next=True)
-        except SourceError as error:
-            problem = problem or error.problem
-    raise RequestError(problem, "send the roles that the base's chat template knows, in the order that it expects")
 
 
 def read_messages(chat: ChatTokenizer, plain: Sequence[Any]) -> list[Message]:
@@ -234,53 +196,6 @@ def _mapping(arguments: Any) -> Any:
     except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, Mapping) else arguments
-
-
-def _with_text_arguments(message: Message) -> Message:
-    """Return the message with its calls' arguments as JSON text, for templates that insert them verbatim."""
-    if not message.tool_calls:
-        return message
-    calls = json.loads(message.tool_calls)
-    for call in calls:
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    return replace(message, tool_calls=json.dumps(calls))
-
-
-def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with calls and tool results as text of assistant and user turns.
-
-    Adjacent tool results share one turn.
-    """
-    turns: list[Message] = []
-    is_tool_result = False
-    for message in messages:
-        text, role = message.text, message.role
-        if message.role == "tool":
-            text, role = f"<tool_response>\n{text}\n</tool_response>", "user"
-            if is_tool_result:
-                text = f"{turns.pop().text}\n{text}"
-        if message.tool_calls:
-            text = f"{text}\n{calls_as_text(message.tool_calls)}".lstrip("\n")
-        is_tool_result = message.role == "tool"
-        has_media = any(part.kind != "text" for part in message.content)
-        turns.append(message if has_media else Message.of(role, text))
-    return turns
-
-
-def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
-    """Return the messages with a note added to the role's turn.
-
-    A system note is appended to a leading system turn or becomes a turn of its own. A user note is placed before the
-    text of the first user turn.
-    """
-    first = next((index for index, message in enumerate(messages) if message.role == role), None)
-    if first is None or (role == "system" and first):
-        return [Message.of(role, note), *messages]
-    content = messages[first].content
-    noted = Message(
-        role, (*content, Part("text", f"\n\n{note}")) if role == "system" else (Part("text", f"{note}\n\n"), *content)
-    )
-    return [*messages[:first], noted, *messages[first + 1 :]]
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

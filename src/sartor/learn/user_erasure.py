@@ -231,7 +231,7 @@ def _rows_of(state: Path, person: str) -> Iterator[str]:
     for dataset in folder_of(state, person).glob("*/*/rows"):
         try:
             for example in stored.read_examples(open_artifact(dataset, "dataset")):
-                yield from (message.text for message in example.messages if message.role != "system")
+                yield from (message.text_with_reasoning for message in example.messages if message.role != "system")
         except ArtifactError:
             continue  # damaged: it is removed as it is
 

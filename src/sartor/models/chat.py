@@ -20,7 +20,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,18 @@ from typing import Any
 from sartor.core import model_refs
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.models.content_shielding import Piece, in_text, pieces_of, shield_json, shield_messages, with_content
+from sartor.models.content_shielding import (
+    Piece,
+    in_text,
+    pieces_of,
+    shield_json,
+    shield_messages,
+    with_content,
+    with_typed_calls,
+)
 from sartor.models.media_tokens import Media
 from sartor.models.packing import TokenizedExample
+from sartor.models.plain_tools import plain_conversations, uses_tools
 from sartor.models.template_markup import Opened, Probed, TemplateMarkup, has_marks, probe
 
 # For bases without a chat template. Plain words, so that any tokenizer can encode it; the turn ends with eos.
@@ -44,7 +53,21 @@ _SENTINEL = "SartorSentinel0{}0sentinelSartoR"
 # Private-use characters that mark the n-th media part of a conversation
 MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")
 _PRIVATE = re.compile("[\ue000\ue001]")
+# what a template writes before a reply without reasoning
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 Seen = Sequence[list[int]]
+
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """Rendering of a conversation by a chat template.
+
+    messages, tools: as they were given to the template, shielded. text: with the marks of `content_shielding.py`.
+    """
+
+    messages: list[Message]
+    tools: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -79,12 +102,19 @@ class ChatTokenizer:
         candidates = itertools.chain(special_ids, range(len(tokenizer)))
         self.pad: int = next(token for token in candidates if token is not None and token not in self.stops)
         self.media: Media | None = None
+        self.keeps_empty_think = True
         self.probed: Probed = probe(self)
 
     def with_media(self, media: Media) -> ChatTokenizer:
         """Return a copy for a base that also reads `media`."""
         copied = copy.copy(self)
         copied.media = media
+        return copied
+
+    def without_empty_think(self) -> ChatTokenizer:
+        """Return a copy that leaves the template's empty thinking block out of replies without reasoning."""
+        copied = copy.copy(self)
+        copied.keeps_empty_think = False
         return copied
 
     @functools.cached_property
@@ -120,13 +150,40 @@ class ChatTokenizer:
         """
         return shield_json(self.markup, text)
 
-    def in_text(self, messages: Sequence[Message]) -> list[Message]:
-        """Return shielded messages with fields that the template does not write put into the reply's text.
+    def typed(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages whose calls have their arguments as the template takes them: as objects, or as JSON text."""
+        as_text = self.probed.needs_text_arguments
+        return [with_typed_calls(message, as_text=as_text) for message in messages]
 
-        They are written in the form in which Sartor reads them back.
+    def conversation(
+        self, messages: Sequence[Message], tools: str = "", *, reply_next: bool = False
+    ) -> RenderedConversation:
+        """Return the rendering of a conversation: the one of training, of evaluation and of every engine.
+
+        Fields that the template does not write are put into texts: reasoning and calls in the form in which Sartor
+        reads them back, tools into the system turn (`plain_tools.py`). messages, tools: as they came, not shielded.
+        Raises SourceError if the template refuses the turns.
         """
         probed = self.probed
-        return in_text(messages, calls=not probed.writes_calls, reasoning=not probed.writes_reasoning)
+        turns = in_text(self.shielded(self.typed(messages)), calls=False, reasoning=not probed.writes_reasoning)
+        tools = self.shielded_json(tools)
+        candidates: Iterable[tuple[list[Message], str]] = [(turns, tools)]
+        if uses_tools(turns, tools):
+            as_text = [with_typed_calls(message, as_text=True) for message in turns]
+            candidates = [(turns, tools), (as_text, tools)]
+            # a template may write calls, but no declarations
+            if not (probed.writes_tools if tools else probed.writes_calls):
+                candidates = ((plain, "") for plain in plain_conversations(turns, tools))
+        first_error: SourceError | None = None
+        for candidate, written_tools in candidates:
+            try:
+                text = self.write(candidate, tools=written_tools, reply_next=reply_next)
+            except SourceError as error:
+                first_error = first_error or error
+                continue
+            return RenderedConversation(candidate, written_tools, text)
+        assert first_error is not None
+        raise first_error
 
     def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
         """Return the template's text of shielded messages and tools, with shielding marks in it.
@@ -152,11 +209,8 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
         """Return the token ids of a conversation, ready for the reply. folder: root of its media paths."""
-        template_messages = self.in_text(self.shielded(messages))
-        return self.tokens(
-            self.write(template_messages, tools=self.shielded_json(tools), reply_next=True),
-            self.media_ids(messages, folder),
-        )
+        rendered = self.conversation(messages, tools, reply_next=True)
+        return self.tokens(rendered.text, self.media_ids(messages, folder))
 
     def media_ids(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
         """Return the token ids of each media part of a conversation, in order. Raises SourceError for unreadable
@@ -184,8 +238,9 @@ class ChatTokenizer:
     def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
         """Return token ids and loss mask of one Example. folder: root of its media paths.
 
-        The supervised tokens are decoded as a check. Raises SourceError for unreadable media, and when the template
-        refuses the row or changes a reply so that it cannot be located.
+        A token's loss is weighted by the row's weight times that of its turn; a turn of weight 0 is not learnt, and
+        changes no token id. The supervised tokens are decoded as a check. Raises SourceError for unreadable media, and
+        when the template refuses the row or changes a reply so that it cannot be located.
         """
         if example.is_document:
             ids = self.content_tokens(example.messages[0].text)
@@ -193,15 +248,18 @@ class ChatTokenizer:
             bos = self.tokenizer.bos_token_id
             first = [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
-            return TokenizedExample(ids, [True] * len(ids), example.id, example.weight)
-        messages = tuple(self.in_text(self.shielded(example.messages)))
-        template_example = replace(example, messages=messages, tools=self.shielded_json(example.tools))
-        text = self.write(template_example.messages, tools=template_example.tools)
+            return TokenizedExample(ids, [True] * len(ids), example.id, example.weight * example.messages[0].weight)
+        rendered = self.conversation(example.messages, example.tools)
+        template_example = replace(example, messages=tuple(rendered.messages), tools=rendered.tools)
+        text = rendered.text
         spans = [
             self._span(template_example, index, text)
             for index, message in enumerate(template_example.messages)
             if message.role == "assistant"
         ]
+        replies = [message for message in template_example.messages if message.role == "assistant"]
+        if not self.keeps_empty_think:
+            text, spans = _without_empty_think(text, spans, [bool(reply.reasoning_content) for reply in replies])
         stop_tokens = tuple(self.tokenizer.convert_ids_to_tokens(stop) for stop in self.stops)
         if spans and not text[: spans[-1].end].endswith(stop_tokens):
             # the template writes no end-of-turn: without one the model would never learn to stop
@@ -211,10 +269,14 @@ class ChatTokenizer:
         opened = self.markup.opened(text)
         if opened.text is not text:
             spans = [Span(opened.position(span.start), opened.position(span.end)) for span in spans]
-        ids, learnt = self._align(opened, spans, media_ids)
+        ids, owners = self._align(opened, spans, media_ids)
         _check_media(ids, media_ids)
-        self._check(opened.text, spans, ids, learnt)
-        return TokenizedExample(ids, learnt, example.id, example.weight)
+        self._check(opened.text, spans, ids, [owner is not None for owner in owners])
+        weights = [1.0 if owner is None else replies[owner].weight for owner in owners]
+        learnt = [owner is not None and weight > 0 for owner, weight in zip(owners, weights, strict=True)]
+        factors = [weight or 1.0 for weight in weights]
+        has_factors = any(factor != 1 for factor in factors)
+        return TokenizedExample(ids, learnt, example.id, example.weight, factors=factors if has_factors else None)
 
     def _span(self, example: Example, index: int, text: str) -> Span:
         """Return the characters of `text` that the assistant turn at `index` has to learn."""
@@ -240,14 +302,23 @@ class ChatTokenizer:
         return Span(start, end + self._turn_tail(after))
 
     def _span_of_calls(self, example: Example, index: int, text: str) -> Span:
-        """Return the span of an assistant turn with tool calls. Raises SourceError if the template rewrites it."""
+        """Return the span of an assistant turn with tool calls. Raises SourceError if the template rewrites it.
+
+        A template may write past turns otherwise than the newest one, as Qwen 3's leaves out their thinking. There the
+        turn is what stands in the place of a text in it.
+        """
         prompt = self.write(example.messages[:index], tools=example.tools, reply_next=True)
         through_turn = self.write(example.messages[: index + 1], tools=example.tools)
-        if not (text.startswith(through_turn) and through_turn.startswith(prompt)):
+        if text.startswith(through_turn) and through_turn.startswith(prompt):
+            return Span(len(prompt), len(through_turn.rstrip("\n")))
+        messages = list(example.messages)
+        messages[index] = replace(messages[index], tool_calls="")
+        try:
+            return self._span(replace(example, messages=tuple(messages)), index, text)
+        except SourceError:
             raise SourceError(
                 "the chat template rewrites a turn of tool calls", "use a base whose template supports tools"
-            )
-        return Span(len(prompt), len(through_turn.rstrip("\n")))
+            ) from None
 
     def _turn_tail(self, after: str) -> int:
         """Return the number of characters of `after` through its first special token.
@@ -262,8 +333,8 @@ class ChatTokenizer:
                 ends.append(len(token) + after.find(token))
         return max(ends)
 
-    def _align(self, opened: Opened, spans: Sequence[Span], media_ids: Seen) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a text, cut at the start of every span, and whether each lies inside one.
+    def _align(self, opened: Opened, spans: Sequence[Span], media_ids: Seen) -> tuple[list[int], list[int | None]]:
+        """Return the tokens of a text, cut at the start of every span, and the number of the span of each, or None.
 
         Generation will begin at the cut. So the text before it is tokenised as the prompt alone would be: a token that
         ran across the cut in training, or that the end of the prompt spells otherwise, could never occur again.
@@ -283,8 +354,8 @@ class ChatTokenizer:
             after = [piece for piece in coded if piece[1] >= span.start]
             coded = [*before, *prefix, *cut, *after]
             previous_end = span.end
-        learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
-        return [token for token, _, _ in coded], learnt
+        owners = [_owner(spans, start, end) for _, start, end in coded]
+        return [token for token, _, _ in coded], owners
 
     def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
         """Return (token, start, end) of a text, without gaps.
@@ -397,6 +468,29 @@ class ChatTokenizer:
             if token and after.startswith(token):
                 return int(token_id)
         return None
+
+
+def _owner(spans: Sequence[Span], start: int, end: int) -> int | None:
+    """Return the number of the first span that the characters [start, end) touch; None for none."""
+    return next((index for index, span in enumerate(spans) if span.start < end and start < span.end), None)
+
+
+def _without_empty_think(text: str, spans: Sequence[Span], has_reasoning: Sequence[bool]) -> tuple[str, list[Span]]:
+    """Return a rendering, and its spans, without the empty thinking blocks at the start of replies.
+
+    has_reasoning: of each span's reply; its block is kept.
+    """
+    result: list[Span] = []
+    removed = 0
+    for span, is_reasoned in zip(spans, has_reasoning, strict=True):
+        start, end = span.start - removed, span.end - removed
+        match = None if is_reasoned else _EMPTY_THINK.match(text, start, end)
+        if match:
+            text = text[:start] + text[match.end() :]
+            removed += match.end() - start
+            end -= match.end() - start
+        result.append(Span(start, end))
+    return text, result
 
 
 def _check_media(ids: Sequence[int], media_ids: Seen) -> None:

@@ -74,6 +74,28 @@ def _in_text(message: Message, calls: bool, reasoning: bool) -> Message:
     return message
 
 
+def with_typed_calls(message: Message, *, as_text: bool = False) -> Message:
+    """Return the message with its calls' arguments as JSON objects, which chat templates expect; types are kept.
+
+    as_text: with arguments as JSON text instead, for templates that insert them verbatim.
+    Arguments that are no object, and calls of another form than OpenAI's, stay as they are.
+    """
+    calls = _loads(message.tool_calls) if message.tool_calls else None
+    if not isinstance(calls, list):
+        return message
+    result = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and "arguments" in function:
+            arguments = function["arguments"]
+            value = _loads(arguments) if isinstance(arguments, str) else arguments
+            if isinstance(value, dict):
+                arguments = json.dumps(value, ensure_ascii=False) if as_text else value
+                call = {**call, "function": {**function, "arguments": arguments}}
+        result.append(call)
+    return message if result == calls else replace(message, tool_calls=json.dumps(result, ensure_ascii=False))
+
+
 def _loads(text: str) -> Any:
     """Return the value of JSON text; None if it is invalid."""
     try:

@@ -17,7 +17,7 @@ and uses batched matrix products, on any device and under autograd.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
@@ -214,17 +214,33 @@ class TokenizedExample:
     """One example as tokens.
 
     ids: (T,) token ids. learnt: (T,) true where the token is supervised.
+    weight: factor of every token's loss. factors: (T,) further factors above 0, those of the token's turn; None if all
+        are 1. A turn of weight 0 is not learnt.
     """
 
     ids: list[int]
     learnt: list[bool]
     example_id: str = ""
     weight: float = 1.0
+    factors: list[float] | None = field(default=None, kw_only=True)
 
     @property
     def supervised_tokens(self) -> int:
         """Number of tokens with a loss. The first token of a row has no predecessor and never counts."""
         return sum(self.learnt[1:])
+
+    @property
+    def token_weights(self) -> list[float]:
+        """Loss weights (S,) of the supervised tokens, in order."""
+        if self.factors is None:
+            return [self.weight] * self.supervised_tokens
+        pairs = zip(self.factors[1:], self.learnt[1:], strict=True)
+        return [self.weight * factor for factor, is_learnt in pairs if is_learnt]
+
+    @property
+    def loss_weight(self) -> float:
+        """Sum of `token_weights`: the row's part of the divisor of an update's loss."""
+        return self.weight * self.supervised_tokens if self.factors is None else sum(self.token_weights)
 
     @property
     def last_reply(self) -> tuple[int, int]:
@@ -331,7 +347,8 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
     rows = [example.ids for example in examples]
     segments, row_indices = share_prefixes(rows) if share else _side_by_side(rows)
     ids, positions = [0] * _tokens(segments), [0] * _tokens(segments)
-    predict, targets, weights = [], [], []
+    predict, targets = [], []
+    weights: list[float] = []
     for example, indices in zip(examples, row_indices, strict=True):
         for offset, (index, token) in enumerate(zip(indices, example.ids, strict=True)):
             ids[index], positions[index] = token, offset
@@ -339,7 +356,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
             if example.learnt[offset + 1]:
                 predict.append(indices[offset])
                 targets.append(example.ids[offset + 1])
-                weights.append(example.weight)
+        weights += example.token_weights
     return Pack(
         ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),

@@ -306,12 +306,16 @@ class Probed:
 
     plain_text: pieces of the template that look like markup but are not single tokens.
     writes_calls, writes_reasoning: whether the template writes these fields of an assistant's turn.
+    writes_tools: whether it writes declared tools.
+    needs_text_arguments: whether it writes a call's arguments as JSON only if they are JSON text already.
     """
 
     markup: TemplateMarkup
     plain_text: tuple[str, ...]
     writes_calls: bool
     writes_reasoning: bool
+    writes_tools: bool = False
+    needs_text_arguments: bool = False
 
 
 def probe(chat: Any) -> Probed:
@@ -336,7 +340,25 @@ def probe(chat: Any) -> Probed:
         tuple(dict.fromkeys([*words, *headers])),
         writes_calls=any(_CALLED in text for text in renderings["tools"]),
         writes_reasoning=any(_REASON in text for text in renderings["reasoning"]),
+        writes_tools=_writes_tools(chat),
+        needs_text_arguments=_needs_text_arguments(chat),
     )
+
+
+def _writes_tools(chat: Any) -> bool:
+    """Return whether the template writes declared tools."""
+    tools = json.dumps([{"type": "function", "function": {**_PLAIN_TOOL, "name": _TOOL}}])
+    return any(_TOOL in text for text in _written(chat, [Message.of("user", _USER)], tools=tools, reply_next=True))
+
+
+def _needs_text_arguments(chat: Any) -> bool:
+    """Return whether the template refuses arguments as an object, or writes them as Python does, but not as text."""
+    arguments = {"probe": _ARGUMENT}
+    tools = json.dumps([{"type": "function", "function": _PLAIN_TOOL}])
+    objects = list(_called(chat, arguments, tools))
+    if objects and not any(str(arguments) in text for text in objects):
+        return False
+    return any(json.dumps(arguments) in text for text in _called(chat, json.dumps(arguments), tools))
 
 
 def markup_in(

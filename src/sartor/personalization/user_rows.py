@@ -40,7 +40,7 @@ class UserRow:
     @property
     def text(self) -> str:
         """All texts of the row, for a search."""
-        return "\n".join([*(message.text for message in self.example.messages), self.correction])
+        return "\n".join([*(message.text_with_reasoning for message in self.example.messages), self.correction])
 
     @property
     def learnt(self) -> Example | None:
@@ -61,7 +61,7 @@ class UserRow:
         """Return the fields for `from_json`."""
         fields: dict[str, Any] = {
             "date": self.date,
-            "messages": [message.plain() for message in self.example.messages],
+            "messages": [message.plain(with_weight=True) for message in self.example.messages],
         }
         optional = {"tools": self.example.tools, "correction": self.correction}
         fields |= {name: value for name, value in optional.items() if value}

@@ -103,11 +103,7 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
             "id": example.id,
             "locators": [origin.locator for origin in example.origins],
             "group": example.group,
-            # the assistant's turns are marked as supervised, as every template treats them
-            "turns": [
-                {"role": turn.role, "text": _text(turn), "learnt": turn.role == "assistant"}
-                for turn in example.messages
-            ],
+            "turns": [_turn(turn) for turn in example.messages],
         }
         if example.rejected:
             row["rejected"] = _text(example.rejected[-1])
@@ -115,9 +111,17 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
     return ArtifactPreview(dataset, facts, rows)
 
 
+def _turn(turn: Message) -> dict[str, Any]:
+    """Return role, text and weight of a turn, and whether it is supervised, as every template treats it."""
+    is_learnt = turn.role == "assistant" and turn.weight > 0
+    return {"role": turn.role, "text": _text(turn), "weight": turn.weight, "learnt": is_learnt}
+
+
 def _text(turn: Message) -> str:
-    """Return a turn's text, with media as their paths and tool calls as JSON, at most _LONGEST characters."""
+    """Return a turn's reasoning and text, with media as paths and tool calls as JSON, at most _LONGEST characters."""
     parts = [part.text if part.kind == "text" else f"<{part.kind} {part.media}>" for part in turn.content]
+    if turn.reasoning_content:
+        parts.insert(0, f"{turn.reasoning_content}\n")
     if turn.tool_calls:
         parts.append(f"\n{turn.tool_calls}")
     return "".join(parts)[:_LONGEST]
@@ -199,10 +203,10 @@ def _report(report: Artifact, count: int) -> ArtifactPreview:
 def _panel(row: Mapping[str, Any]) -> RenderableType:
     """Return a row as a panel."""
     if "turns" in row:
-        body = [
-            _shown(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ)
-            for turn in row["turns"]
-        ]
+        body = []
+        for turn in row["turns"]:
+            role = turn["role"] if turn["weight"] == 1 else f"{turn['role']} (weight {turn['weight']:g})"
+            body.append(_shown(f"{role}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ))
         return Panel(Group(*body), title=_shown(", ".join(row["locators"])), title_align="left")
     if "detail" in row:
         title = _shown(f"{row['locator']}: {row['reason']}")

@@ -237,9 +237,9 @@ def _unreadable(file: Path, error: Exception) -> ArtifactError:
 
 
 def plain_messages(row: Mapping[str, Any], name: str = "messages") -> list[dict[str, Any]]:
-    """Return the messages of a row as {role, text, media, files, tool_calls, is_learnt}.
+    """Return the messages of a row as {role, text, reasoning, media, files, tool_calls, weight, is_learnt}.
 
-    The assistant's turns are learnt. name: "messages" or "rejected".
+    The assistant's turns are learnt, but for those of weight 0. name: "messages" or "rejected".
     media: a line for each picture and recording. files: the same as {kind, path, number}; the number counts those of
     the whole row (`row_media`).
     """
@@ -253,14 +253,17 @@ def plain_messages(row: Mapping[str, Any], name: str = "messages") -> list[dict[
             if part.get("type") != "text":
                 files.append({"kind": part["type"], "path": part.get(part["type"]) or "", "number": number})
                 number += 1
+        weight = 1.0 if message.get("weight") is None else message["weight"]
         result.append(
             {
                 "role": message.get("role") or "",
+                "reasoning": message.get("reasoning_content") or "",
                 "text": "".join(texts),
                 "media": [f"{file['kind']}: {file['path']}" for file in files],
                 "files": files,
                 "tool_calls": message.get("tool_calls") or "",
-                "is_learnt": message.get("role") == "assistant",
+                "weight": weight,
+                "is_learnt": message.get("role") == "assistant" and weight > 0,
             }
         )
     return result

@@ -47,18 +47,18 @@ def is_chosen(field: str, index: int, example: Example) -> bool:
     return example.messages[index].role == _ROLES[field]
 
 
-def texts(example: Example, field: str) -> list[str]:
-    """Return the non-blank texts of a field, in order."""
+def texts(example: Example, field: str, *, with_reasoning: bool = True) -> list[str]:
+    """Return the non-blank texts of a field, in order; the reasoning of a reply is a text of its own before it."""
     result = []
     for index, message in enumerate(example.messages):
-        text = message.text if is_chosen(field, index, example) else ""
-        if text.strip():
-            result.append(text)
+        if is_chosen(field, index, example):
+            parts = (message.reasoning_content, message.text) if with_reasoning else (message.text,)
+            result += [text for text in parts if text.strip()]
     return result
 
 
 def rewritten(example: Example, change: Callable[[str], str], field: str, step: str) -> Example | Drop:
-    """Return the Example with every text part of a field changed, or itself if nothing changes.
+    """Return the Example with every text part of a field changed, and its reasoning; itself if nothing changes.
 
     A system message without remaining text is removed; any other turn without remaining text makes the row a Drop.
     """
@@ -89,6 +89,8 @@ def _changed(message: Message, change: Callable[[str], str]) -> Message:
     for part in message.content:
         text = change(part.text) if part.kind == "text" else part.text
         parts.append(part if text == part.text else replace(part, text=text))
+    if message.reasoning_content and (reasoning := change(message.reasoning_content)) != message.reasoning_content:
+        return replace(message, content=tuple(parts), reasoning_content=reasoning.strip() and reasoning)
     return message if _are_same(parts, message.content) else replace(message, content=tuple(parts))
 
 

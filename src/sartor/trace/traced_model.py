@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
+from sartor.tune.reasoning_rules import with_reasoning_rule
 from sartor.tune.recipe import SAMPLED, Objective, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample
 
@@ -113,8 +115,13 @@ class TracedModel:
         row = self.traced.rows[index]
         objective = Sft() if row.is_rehearsal else self.objective
         try:
-            example = reply_markup.read_example(row.example, self.base.chat.markup.spelt, keep_id=True)
-            encoded = encode_preference(example, objective, self.base.chat, row.dataset.path)
+            chat = self.base.chat
+            example = reply_markup.read_example(row.example, chat.markup.spelt, keep_id=True)
+            if self.traced.known_recipe is not None:
+                data = self.traced.known_recipe.data
+                example = with_reasoning_rule(example, data, chat, Counter())
+                chat = chat.without_empty_think() if data.empty_think == "drop" else chat
+            encoded = encode_preference(example, objective, chat, row.dataset.path)
         except SourceError:
             return []
         sequences = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from sartor.core.splits import TEST, group_of, hold_out
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
+from sartor.tune.reasoning_rules import with_reasoning_rule
 from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 
@@ -30,22 +32,43 @@ def encode_preference(
     One entry, or two for a pair under kto. Empty if the reply was rated bad and the objective learns nothing from
     that.
     folder: below which the row's media lie.
-    Raises SourceError as `ChatTokenizer.encode` does.
+    Weights of turns: a preference concerns the last reply alone, so the weight of that turn is the row's; the others
+    have no part in it. Distillation learns a turn or does not, so its weights are 0 and 1.
+    Raises SourceError as `ChatTokenizer.encode` does, and for weights that the objective cannot take.
     """
     if example.rejected and not isinstance(objective, (Sft, *SAMPLED)):
+        example = _with_last_weight(example)
         rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
         good, bad = (keep_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
         if isinstance(objective, PAIRED):
             return [(_lesson(good, "pair", bad), example)]
         return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), rejected)]
     if example.rating and isinstance(objective, Kto):
+        example = _with_last_weight(example)
         row = keep_last_reply(chat.encode(example, folder), example)
         row = replace(row, weight=row.weight * abs(example.rating))
         return [(_lesson(row, "good" if example.rating > 0 else "bad"), example)]
     if example.rating < 0:
         return []
     row = chat.encode(example, folder)
-    return [(to_distil(row, example) if isinstance(objective, SAMPLED) else row, example)]
+    if not isinstance(objective, SAMPLED):
+        return [(row, example)]
+    if row.factors is not None or not example.messages[-1].weight:
+        raise SourceError(
+            f"{objective.kind} learns turns of weight 0 or 1, the last of weight 1",
+            "other weights of turns are for objective: sft; or set `weight` of the row",
+        )
+    return [(to_distil(row, example), example)]
+
+
+def _with_last_weight(example: Example) -> Example:
+    """Return the row with the weight of its last turn as a factor of its own, and no weights of turns."""
+    if all(message.weight == 1 for message in example.messages):
+        return example
+    messages = tuple(replace(message, weight=1.0) for message in example.messages)
+    result = replace(example, messages=messages, weight=example.weight * example.messages[-1].weight)
+    vars(result)["id"] = example.id  # the row keeps the id that it has in its Dataset
+    return result
 
 
 def to_distil(row: TokenizedExample, example: Example) -> DistilExample:
@@ -93,9 +116,8 @@ def mismatched_pairs(
 
     def beside(index: int) -> TokenizedExample | None:
         for other in others(index):
-            example = replace(
-                examples[index], messages=(*examples[index].prompt, other.messages[-1]), rejected=(), rating=0.0
-            )
+            messages = (*examples[index].prompt, other.messages[-1])
+            example = _with_last_weight(replace(examples[index], messages=messages, rejected=(), rating=0.0))
             try:
                 row = keep_last_reply(chat.encode(example, folder), examples[index])
             except SourceError:  # a reply that this prompt's template refuses
@@ -178,6 +200,9 @@ def _encode_examples(
     `data` receives the reason for each row that is left out.
     """
     encoded: list[tuple[TokenizedExample, Example]] = []
+    counts = Counter(data.reasoning)
+    if recipe.data.empty_think == "drop":
+        chat = chat.without_empty_think()
     for example in examples:
         # a derived copy whose group is held out here: only original rows are evaluated
         if example.split == "eval" and example.is_derived:
@@ -185,6 +210,7 @@ def _encode_examples(
             continue
         try:
             example = reply_markup.read_example(example, chat.markup.spelt, keep_id=True)
+            example = with_reasoning_rule(example, recipe.data, chat, counts)
             learnt = encode_preference(example, recipe.objective, chat, dataset.path)
         except SourceError as error:
             data.leave_out(error.reason or f"template: {error.problem[:120]}", example.id)
@@ -199,6 +225,7 @@ def _encode_examples(
             data.leave_out("nothing_supervised", example.id)
         else:
             encoded += learnt
+    data.reasoning = dict(counts)
     return encoded
 
 

@@ -111,6 +111,7 @@ class TuningPlan:
     path: LossBackend | None = None
     device: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    reasoning: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[preflight.Refusal] = ()
     advice: PlanAdvice = field(default_factory=PlanAdvice)
     measurement: PlanMeasurement | None = field(default=None, repr=False)
@@ -134,6 +135,7 @@ class TuningPlan:
             "path": self.path and self.path.name,
             "path_reason": self.path and self.path.reason,
             "left_out": dict(self.left_out),
+            **({"reasoning": dict(self.reasoning)} if self.reasoning else {}),
             "machine": {**machine_facts(), "device": self.device},
             "settings": {name: setting.as_json() for name, setting in self.advice.settings.items()},
             "warnings": [vars(warning) for warning in self.advice.warnings],
@@ -164,6 +166,7 @@ class TuningPlan:
                 for name, setting in self.advice.settings.items()
             ),
             *(("left out", f"{count:,} rows, {reason}") for reason, count in self.left_out.items()),
+            *(("reasoning", f"{count:,} rows, {name}") for name, count in self.reasoning.items()),
             *(("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.advice.warnings),
             *(("refused", f"{refusal.problem}\n  try: {refusal.remedy}") for refusal in self.refusals),
         ]
@@ -327,6 +330,7 @@ def _forecast(
         path=path,
         device=str(base.device),
         left_out={reason: len(ids) for reason, ids in data.left_out.items()},
+        reasoning=data.reasoning,
         refusals=refusals,
         advice=PlanAdvice(warnings=warnings),
         measurement=measurement,

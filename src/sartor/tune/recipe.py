@@ -98,6 +98,16 @@ class Data:
     max_length_tokens: int = option(1024, "a longer row is left out and counted: a cut one would lose its answer")
     rows: int = option(0, "at most this many training rows; 0 takes all")
     too_long_fraction: float = option(0.1, "the run is refused if more of the rows than this are too long")
+    reasoning: Literal["keep", "last", "drop"] = option(
+        "last",
+        "reasoning_content of replies: of all, of those after the last user turn (as templates of reasoning models "
+        "do), or of none",
+    )
+    empty_think: Literal["keep", "drop"] = option(
+        "keep",
+        "the empty thinking block that a template writes before a reply without reasoning: learnt as a part of the "
+        "reply, or left out",
+    )
     rehearsal: Literal["auto", "none"] | Rehearsal = option(
         "auto",
         "rows of another Dataset that are read beside them; auto: 200 rows of small talk, where the defaults are "

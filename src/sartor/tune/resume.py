@@ -158,6 +158,8 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "base.use": [],
     "rules.assumed_colluders": "auto",
     "data.reuse_frozen": False,
+    "data.reasoning": "last",
+    "data.empty_think": "keep",
     "trace.features": False,
     "optimizer.epsilon": 1e-8,
     "optimizer.b_rate_ratio": 1.0,

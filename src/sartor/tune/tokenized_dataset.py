@@ -67,6 +67,7 @@ class TokenizedDataset:
 
     lengths: tokens of every sequence that the template accepted, including those that are too long.
     held_out_groups: (held-out rows,) the group of each.
+    reasoning: rows that the rules for reasoning concern, by what they do (`reasoning_rules.py`).
     rehearsal: rows of another Dataset, read with the training rows. Neither epochs nor `lengths` count them.
     """
 
@@ -76,6 +77,7 @@ class TokenizedDataset:
     lengths: list[int] = field(default_factory=list)
     rehearsal: list[TokenizedExample] = field(default_factory=list)
     held_out_groups: list[str] = field(default_factory=list)
+    reasoning: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -97,7 +99,7 @@ class TokenizedDataset:
         self.left_out.setdefault(reason, []).extend(ids)
 
     def digest(self) -> str:
-        """Return the sha256 over every token, mask, weight and term, in order.
+        """Return the sha256 over every token, mask, weight and term, in order, and over weights of turns if any.
 
         It is equal if two runs compute the same rows.
         """
@@ -107,6 +109,8 @@ class TokenizedDataset:
                 digest.update(array("q", [len(row.ids), *row.ids]).tobytes())
                 digest.update(bytes(row.learnt) + array("d", [row.weight]).tobytes())
                 digest.update(row.term.encode() if isinstance(row, PreferenceExample) else b"")
+                if row.factors is not None:
+                    digest.update(array("d", row.factors).tobytes())
             digest.update(b"|")
         return digest.hexdigest()
 

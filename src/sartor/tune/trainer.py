@@ -315,6 +315,8 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
     for reason, ids in data.left_out.items():
         yield f"left out: {len(ids):,} rows, {reason}"
+    for name, count in data.reasoning.items():
+        yield f"reasoning: {count:,} rows, {name}"
     if not base.chat.has_template:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
@@ -370,6 +372,7 @@ def _facts(
             ]
         ),
         "left_out": context.data.left_out,
+        **({"reasoning": context.data.reasoning} if context.data.reasoning else {}),
         "fingerprint": {name: digest for name, digest in context.fingerprint.items() if name != "recipe"},
         "run": {
             "updates": counters.updates,

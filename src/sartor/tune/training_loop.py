@@ -363,8 +363,11 @@ class TrainingRun:
             self.features.record(self.counters.updates, rates[0] * factor, self._fraction(), self.optimizer)
 
     def _backward(self, rows: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
-        """Compute the gradients of an update's loss times `weight`, and return that product."""
-        total_weight = sum(row.weight * row.supervised_tokens for row in rows)
+        """Compute the gradients of an update's loss times `weight`, and return that product.
+
+        loss = sum_i w_i l_i / sum_i w_i over the update's supervised tokens, with w_i = row weight * turn weight.
+        """
+        total_weight = sum(row.loss_weight for row in rows)
         loss_sum = 0.0
         for micro in self._cut(rows):
             losses, weights = self.path.losses(micro)

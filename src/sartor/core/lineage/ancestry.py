@@ -187,7 +187,9 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     content = []
     for part in message["content"]:
         content.append({name: value for name, value in part.items() if value is not None})
-    fields = {name: value for name, value in message.items() if value and name not in ("role", "content")}
+    fields = {
+        name: value for name, value in message.items() if value not in (None, "") and name not in ("role", "content")
+    }
     return {"role": message["role"], "content": content, **fields}
 
 

@@ -317,6 +317,8 @@ def _check_text(example: Example) -> None:
         example.group.encode()
     except UnicodeEncodeError:
         raise MalformedRow("not_utf8", "the row holds a lone surrogate (half of a character)") from None
-    texts = [part.text for message in example.messages + example.rejected for part in message.content]
+    messages = example.messages + example.rejected
+    texts = [part.text for message in messages for part in message.content]
+    texts += [message.reasoning_content for message in messages]
     if any("\0" in text for text in [*texts, example.group]):
         raise MalformedRow("nul_bytes", "the row holds NUL characters")

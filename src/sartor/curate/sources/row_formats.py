@@ -25,6 +25,7 @@ from sartor.core.records import ROLES, Example, MalformedRow, Message, Origin, P
 from sartor.core.reply_markup import with_fields
 from sartor.core.splits import stated_group
 from sartor.curate.sources.file_formats import kind_of
+from sartor.curate.sources.row_tools import check_calls, normalized_calls
 
 _MARK = re.compile(r"\n?<(image|audio)>\n?")
 _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}
@@ -350,7 +351,9 @@ def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
         tools=_json_text(row.get("tools"), "tools"),
         rating=_rating(row) if detected_form in ("rated", "messages") else 0.0,
     )
-    return with_fields(example)
+    example = with_fields(example)
+    check_calls(example)
+    return example
 
 
 def _origins(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
@@ -478,9 +481,8 @@ def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
         if not isinstance(turn, Mapping):
             raise MalformedRow("bad_field", "a turn in `conversations` is not an object")
         speaker = turn.get("from", turn.get("role"))
-        plain.append(
-            {"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": turn.get("value", turn.get("content"))}
-        )
+        role, content = _SHAREGPT_ROLES.get(str(speaker), speaker), turn.get("value", turn.get("content"))
+        plain.append({"role": role, "content": content, "weight": turn.get("weight")})
     return _turns(fill_placeholders(row, plain), media), ()
 
 
@@ -490,6 +492,8 @@ def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ..
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) != 1:
             raise MalformedRow("bad_field", f"`{name}` has {len(turns)} turns after the prompt, not one")
+    if rejected[0].weight != 1:
+        raise MalformedRow("bad_field", "`rejected` has a `weight`; that of the pair is the chosen reply's")
     return prompt + chosen, rejected
 
 
@@ -648,14 +652,19 @@ def _turn(turn: Any, index: int, media: Media) -> Message:
         raise MalformedRow(
             "unknown_role", f"turn {index} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}"
         )
-    calls = _json_text(turn.get("tool_calls"), "tool_calls")
+    weight = _weight(turn, f"`weight` of turn {index}")
+    if role != "assistant" and turn.get("weight") is not None and weight != 0:
+        detail = f"`weight` of turn {index} ({role}) is {weight:g}; replies alone are learnt, so only they have one"
+        raise MalformedRow("bad_field", detail)
+    calls = normalized_calls(_json_text(turn.get("tool_calls"), "tool_calls"), f"turn {index}")
     content = turn.get("content")
     if content is None and not calls:
         raise MalformedRow("missing_content", f"turn {index} ({role}) has no content")
     fields = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
     if not all(isinstance(value, str) for value in fields.values()):
         raise MalformedRow("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {index} is not text")
-    return Message(role, tuple(_parts(content, index, media)), tool_calls=calls, **fields)
+    weight = weight if role == "assistant" else 1.0
+    return Message(role, tuple(_parts(content, index, media)), tool_calls=calls, weight=weight, **fields)
 
 
 def _parts(content: Any, index: int, media: Media) -> list[Part]:
@@ -717,16 +726,16 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _weight(row: Mapping[str, Any]) -> float:
+def _weight(row: Mapping[str, Any], name: str = "`weight`") -> float:
     value = row.get("weight")
     if value is None:
         return 1.0
     try:
         weight = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise MalformedRow("bad_field", f"`weight` is {value!r:.80}, not a number") from None
+        raise MalformedRow("bad_field", f"{name} is {value!r:.80}, not a number") from None
     if not 0 <= weight < float("inf"):
-        raise MalformedRow("bad_field", f"`weight` is {value}; it must be finite and not negative")
+        raise MalformedRow("bad_field", f"{name} is {value}; it must be finite and not negative")
     return weight
 
 
@@ -774,6 +783,7 @@ def _json_text(value: Any, name: str) -> str:
         except ValueError:
             raise MalformedRow("bad_field", f"`{name}` is not JSON") from None
     try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        # in the order of the keys: templates write tools and calls in it, as servers do
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError):
         raise MalformedRow("bad_field", f"`{name}` holds a number that JSON has not") from None

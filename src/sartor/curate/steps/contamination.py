@@ -258,15 +258,16 @@ class Index:
         self.prefilter = np.zeros(int(self.mask) + 1, bool)
         self.prefilter[self.grams & self.mask] = True
 
-    def best(self, rows: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[tuple[int, float]]:
+    def best(self, rows: Sequence[tuple[Sequence[str], Sequence[str], Sequence[str]]]) -> list[tuple[int, float]]:
         """Return (item, overlap 0..1) of the entry with the largest overlap for each row; (-1, 0.0) without any.
 
-        rows: (user texts, assistant texts) of each row.
+        rows: (user texts, assistant texts, reasoning) of each row. Items have no reasoning, so that a whole match
+        passes over it.
         """
         row_words = []
         texts: list[list[str]] = []
-        for prompts, replies in rows:
-            row_words.append([words(text) for text in (*prompts, *replies)])
+        for row_texts in rows:
+            row_words.append([words(text) for part in row_texts for text in part])
             texts += row_words[-1]
         hashes = self.hashes.of([word for text in texts for word in text])
         text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
@@ -283,7 +284,8 @@ class Index:
             for position, start, end in zip(positions, low, high, strict=True):
                 hits[int(row_of[text_of[position]])].update(range(int(start), int(end)))
         return [
-            self._best_of(hits.get(row, set()), row_words[row], len(rows[row][0])) for row in range(len(row_words))
+            self._best_of(hits.get(row, set()), row_words[row][: len(prompts) + len(replies)], len(prompts))
+            for row, (prompts, replies, _) in enumerate(rows)
         ]
 
     def _best_of(self, hits: set[int], row_words: Sequence[Sequence[str]], prompt_count: int) -> tuple[int, float]:
@@ -398,15 +400,19 @@ class Contamination:
         """Return the columns item (best match, -1 for none), overlap (0..1) and is_file (has media)."""
         index = _index(self.against, self.ngram, _stamp(self.against))
         media: list[list[str]] = []
-        row_texts: list[tuple[list[str], list[str]]] = []
+        row_texts: list[tuple[list[str], list[str], list[str]]] = []
         for example in examples:
             # SHA-256 digests of its images and recordings: their file names in a Dataset
             names = [PurePath(name).stem for kind in ("image", "audio") for name in media_of(example, kind)]
             media.append(names)
             if names:
-                row_texts.append(([], []))
+                row_texts.append(([], [], []))
             else:
-                row_texts.append((example_text.texts(example, "prompt"), example_text.texts(example, "replies")))
+                prompts, replies = (
+                    example_text.texts(example, field, with_reasoning=False) for field in ("prompt", "replies")
+                )
+                reasoning = [message.reasoning_content for message in example.messages if message.reasoning_content]
+                row_texts.append((prompts, replies, reasoning))
         matches = [
             index.of_media(names) or best for names, best in zip(media, index.grams.best(row_texts), strict=True)
         ]

@@ -46,11 +46,11 @@ def ranks(examples: Sequence[Example], rule: Keep, field: Field) -> Any:
 
 
 def text_of(example: Example, field: Field) -> str:
-    """Return the text of a row that is compared."""
+    """Return the text of a row that is compared, reasoning included."""
     if field == "reply":
-        return example.reply
+        return example.messages[-1].text_with_reasoning
     roles = {"prompt": ("user",), "both": ("user", "assistant"), "all": ("system", "user", "assistant", "tool")}[field]
-    return "\n".join(message.text for message in example.messages if message.role in roles)
+    return "\n".join(message.text_with_reasoning for message in example.messages if message.role in roles)
 
 
 def has_media(example: Example) -> bool:

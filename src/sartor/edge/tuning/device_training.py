@@ -158,7 +158,7 @@ class ZerothRun(DeviceRun):
 
     def _loss(self, rows: Sequence[TokenizedExample]) -> float:
         """Return the weighted mean loss of the rows."""
-        weight = sum(row.weight * row.supervised_tokens for row in rows) or 1.0
+        weight = sum(row.loss_weight for row in rows) or 1.0
         return sum(float(objectives.sft(*self.path.losses(micro), weight)) for micro in self._cut(rows))
 
 

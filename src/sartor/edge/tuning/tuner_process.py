@@ -6,7 +6,8 @@ there. It writes PEFT's adapter directory. Exit codes are those of the command l
 exhausted).
 
 Token file: ids (N,) int32 and learnt (N,) uint8, the tokens of all rows end to end; lengths (R,) int64; weights (R,)
-float64; train: number of rows, from the first, that are trained on. Metadata: schema, and the rows' ids, one a line.
+float64; train: number of rows, from the first, that are trained on; factors (N,) float64, weights of the tokens'
+turns, only if one is not 1. Metadata: schema, and the rows' ids, one a line.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ SCHEMA = "1"
 def write_tokens(rows: TokenizedDataset, file: Path) -> None:
     """Write a token file for `read_tokens`. The caller moves the file to its final path."""
     all_rows = [*rows.train, *rows.held_out]
+    factors = {}
+    if any(row.factors is not None for row in all_rows):
+        turn_weights = [row.factors or [1.0] * len(row.ids) for row in all_rows]
+        factors["factors"] = torch.tensor([weight for row in turn_weights for weight in row], dtype=torch.float64)
     save_file(
         {
+            **factors,
             "ids": torch.tensor([token for row in all_rows for token in row.ids], dtype=torch.int32),
             "learnt": torch.tensor([is_learnt for row in all_rows for is_learnt in row.learnt], dtype=torch.uint8),
             "lengths": torch.tensor([len(row.ids) for row in all_rows], dtype=torch.int64),
@@ -70,7 +76,9 @@ def read_tokens(file: Path) -> TokenizedDataset:
     try:
         with safe_open(str(file), framework="pt") as tokens_file:
             metadata = tokens_file.metadata() or {}
-            tensors = {name: tokens_file.get_tensor(name) for name in ("ids", "learnt", "lengths", "weights", "train")}
+            names = ["ids", "learnt", "lengths", "weights", "train"]
+            names += set(tokens_file.keys()) & {"factors"}  # absent if every turn weighs 1
+            tensors = {name: tokens_file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ArtifactError(
             f"{file} is not whole: {error}", f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows"
@@ -89,8 +97,13 @@ def _rows(tensors: dict[str, torch.Tensor], names: list[str]) -> Iterator[Tokeni
     low = 0
     for length, weight, name in zip(tensors["lengths"].tolist(), tensors["weights"].tolist(), names, strict=True):
         high = low + length
+        factors = tensors["factors"][low:high].tolist() if "factors" in tensors else None
         yield TokenizedExample(
-            tensors["ids"][low:high].tolist(), tensors["learnt"][low:high].bool().tolist(), name, weight
+            tensors["ids"][low:high].tolist(),
+            tensors["learnt"][low:high].bool().tolist(),
+            name,
+            weight,
+            factors=factors if factors and set(factors) != {1.0} else None,
         )
         low = high
 

@@ -135,7 +135,12 @@ def row_means(model: Any, rows: Sequence[TokenizedExample], device: torch.device
     for row, row_logits in zip(rows, logits, strict=True):
         batch = pack([row], device)
         supervised_logits = row_logits[batch.predict].to(torch.promote_types(row_logits.dtype, torch.float32))
-        means.append(row.weight * F.cross_entropy(supervised_logits, batch.targets))
+        if row.factors is None:
+            means.append(row.weight * F.cross_entropy(supervised_logits, batch.targets))
+            continue
+        # row weight * sum_i f_i l_i / sum_i f_i;  f_i: weight of the token's turn
+        losses = F.cross_entropy(supervised_logits, batch.targets, reduction="none")
+        means.append(row.weight * (losses * batch.weights).sum() / batch.weights.sum().clamp_min(1e-30))
     return torch.stack(means)
 
 

@@ -338,7 +338,7 @@ class RowTransformersBackend:
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
         losses = row_losses(self.model, rows, self.device, self.observer)
-        weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
+        weights = [weight for row in rows for weight in row.token_weights]
         return losses, torch.tensor(weights, device=losses.device)
 
     def plain(self) -> None:

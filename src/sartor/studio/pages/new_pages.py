@@ -85,14 +85,16 @@ def _fields(prompt: str, completion: str) -> dict[str, str]:
 
 
 def turns_of_example(example: Example) -> list[dict[str, Any]]:
-    """Return the turns of a row; the assistant's are learnt, as every template treats them."""
+    """Return the turns of a row; the assistant's are learnt, as every template treats them, unless of weight 0."""
     return [
         {
             "role": message.role,
+            "reasoning": message.reasoning_content,
             "text": message.text,
             "media": [f"{part.kind}: {part.media}" for part in message.content if part.kind != "text"],
             "tool_calls": message.tool_calls,
-            "is_learnt": message.role == "assistant",
+            "weight": message.weight,
+            "is_learnt": message.role == "assistant" and message.weight > 0,
         }
         for message in example.messages
     ]

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sartor.core.records import Example, Message
 from sartor.text.pii.entities import BREAK
@@ -224,13 +224,14 @@ def _message(section: str, number: int, message: Message, texts: Mapping[TextLoc
     def new(attribute: str, part: int, old: str) -> str:
         return texts.get((section, number, attribute, part), old)
 
+    fields: dict[str, Any] = {name: new(name, 0, getattr(message, name)) for name in _FIELDS}
     return replace(
         message,
         content=tuple(
             replace(part, text=new("content", index, part.text)) if part.kind == "text" else part
             for index, part in enumerate(message.content)
         ),
-        **{name: new(name, 0, getattr(message, name)) for name in _FIELDS},
+        **fields,
     )
 
 
