@@ -40,16 +40,22 @@ class SourcePreview:
 
 
 def preview(
-    path: Path | str, *, fields: Mapping[str, str] | None = None, system: str = "", rows: int = 5
+    path: Path | str,
+    *,
+    fields: Mapping[str, str] | None = None,
+    system: str = "",
+    encoding: str = "",
+    rows: int = 5,
 ) -> SourcePreview:
     """Return the first rows of a file or another source of a curation recipe.
 
-    fields: Sartor's field -> the column. system: the system prompt of every row that has none. rows: number of rows,
-    kept and rejected ones each.
+    fields: Sartor's field -> the column. system: the system prompt of every row that has none. encoding: code page of
+    the file, if it is not detected. rows: number of rows, kept and rejected ones each.
     Raises the errors of `curate` for a source that cannot be read.
     """
     options = {"path": str(path), "licence": "NOASSERTION", "fields": dict(fields or {})}
-    source = load(SourceOptions, {**options, **({"system": system} if system else {})})
+    texts = {name: text for name, text in (("system", system), ("encoding", encoding)) if text}
+    source = load(SourceOptions, {**options, **texts})
     files = plan_reading([source], CurateRecipe.max_row_bytes).files
     kept: list[Example] = []
     drops: list[Drop] = []
