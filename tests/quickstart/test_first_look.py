@@ -99,6 +99,15 @@ def test_show_a_dataset(dataset: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert ended.value.code == 0 and len(json.loads(capsys.readouterr().out)["rows"]) == 1
 
 
+def test_show_counts_the_files_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(f"Letter {name}.")
+    sartor.curate({"sources": [{"path": str(folder)}], "split": {"eval_fraction": 0.0}}, tmp_path / "data")
+    assert sartor.show(tmp_path / "data").as_json()["sources"] == [f"{folder} (utf-8, text): 2 files"]
+
+
 @pytest.mark.parametrize(
     ("primary", "column", "worst_first"),
     [
