@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,8 +11,7 @@ from starlette.responses import Response
 import sartor
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SartorError
-from sartor.core.records import Drop, Example
-from sartor.curate.sources.encodings import KNOWN_ENCODINGS
+from sartor.core.records import Example
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.pages.tune_pages import plan_view
 from sartor.studio.studio_folder import StudioFolder
@@ -73,7 +71,7 @@ def new(
         encoding=encoding,
         needs_columns=bool(shown and shown.columns and (fields or shown.form == "unknown")),
         is_unknown=bool(shown and shown.columns and shown.form == "unknown" and not fields),
-        encodings=KNOWN_ENCODINGS if encoding or (shown and _is_encoding_unknown(shown.drops)) else (),
+        encodings=shown.encodings if shown else (),
         name=name or _proposed_name(studio.folder, path.stem),
         base=base,
         licence=licence,
@@ -82,10 +80,6 @@ def new(
         forecast_path=f"/new/forecast/{forecast}",
         shown_chars=SHOWN_CHARS,
     )
-
-
-def _is_encoding_unknown(drops: Sequence[Drop]) -> bool:
-    return any(drop.reason == "unknown_encoding" for drop in drops)
 
 
 def _fields(prompt: str, completion: str) -> dict[str, str]:
