@@ -149,6 +149,17 @@ def test_missing_positional_argument_error_names_its_metavar(capsys: pytest.Capt
     assert "`sartor tune` needs RECIPE" in capsys.readouterr().err
 
 
+def test_table_in_place_of_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "faq.csv").write_bytes("Größe;ja".encode("cp1252"))
+    assert run("curate", str(tmp_path / "faq.csv"), "--out", str(tmp_path / "data")) == 2
+    assert f"sartor init {tmp_path / 'faq.csv'}" in capsys.readouterr().err
+
+
+def test_missing_flag_error_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tailor", "rows.csv") == 2
+    assert "`sartor tailor` needs --name NAME" in capsys.readouterr().err
+
+
 def test_rows_are_a_table_and_a_pipe_gets_whole_lines() -> None:
     rows = [{"name": "a", "what": "x" * 300}, {"name": "longer", "kept": 3}]
     lines = _table(rows)

@@ -115,6 +115,16 @@ def test_a_harmed_artefact_is_refused_with_what_differs(tmp_path: Path, harm: ob
     assert caught.value.remedy
 
 
+def test_artefacts_of_a_folder_are_named_in_the_remedy(tmp_path: Path) -> None:
+    write(tmp_path / "faq" / "adapter")
+    with pytest.raises(ArtifactError, match="no artefact of Sartor") as caught:
+        open_artifact(tmp_path / "faq", "adapter")
+    assert str(tmp_path / "faq" / "adapter") in caught.value.remedy
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(tmp_path / "faq", "dataset")
+    assert str(tmp_path / "faq" / "adapter") not in caught.value.remedy
+
+
 def test_an_artefact_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "a")
     with pytest.raises(ArtifactError, match="is an adapter, not a dataset"):

@@ -208,7 +208,7 @@ def test_column_that_is_not_there_names_the_closest(tmp_path: Path) -> None:
     file.write_text(table([("Was?", "Das.")]), encoding="utf-8")
     with pytest.raises(ConfigError, match="no column 'frage'; its columns are 'Frage', 'Antwort'") as caught:
         examples(file, fields=Columns(prompt="frage", completion="Antwort"))
-    assert caught.value.remedy == "fields: {prompt: Frage}"
+    assert caught.value.remedy == "fields: {prompt: Frage} in a recipe; prompt=Frage in --fields of `sartor tailor`"
 
 
 def test_unknown_form_names_the_known_ones_and_the_option(tmp_path: Path) -> None:

@@ -114,6 +114,15 @@ def test_show_names_the_weight_of_a_turn(tmp_path: Path) -> None:
     assert "user: a" in text and "assistant (weight 0.5): b" in text and "assistant (weight 0): c" in text
 
 
+def test_show_counts_the_files_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(f"Letter {name}.")
+    sartor.curate({"sources": [{"path": str(folder)}], "split": {"eval_fraction": 0.0}}, tmp_path / "data")
+    assert sartor.show(tmp_path / "data").as_json()["sources"] == [f"{folder} (utf-8, text): 2 files"]
+
+
 @pytest.mark.parametrize(
     ("primary", "column", "worst_first"),
     [

@@ -18,7 +18,7 @@ from release_fixtures import probe_rows
 from sartor.cli import main
 from sartor.cli.tuning import _fields
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, StoppedError
+from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, SourceError, StoppedError
 from sartor.evaluate.audit import probes
 from sartor.quickstart import tailor as verb
 
@@ -244,10 +244,35 @@ def test_person_at_a_terminal_is_asked(tmp_path: Path, tiny_base: Path, quick: N
 
 
 def test_other_options_need_another_directory(finished: Path, tiny_base: Path, quick: None) -> None:
-    with pytest.raises(ConfigError, match="was made with another system"):
+    with pytest.raises(ConfigError, match="was made with other options: system"):
         tailored(finished, tiny_base, system="Du hilfst.")
     made = tailored(finished, tiny_base, system="Du hilfst.", replace=True)
     assert made.dataset.manifest["counts"]["splits"] == {"train": 32, "eval": 8}
+
+
+def test_options_of_a_failed_first_call_can_be_corrected(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    file, out = tmp_path / "faq.csv", tmp_path / "faq"
+    file.write_bytes("Frage;Antwort\r\nGröße;ja\r\n".encode("cp1252"))
+    with pytest.raises(SourceError, match="unknown_encoding") as caught:
+        sartor.tailor(file, name="faq", base=str(tiny_base), out=out, fields=FIELDS)
+    assert "--encoding cp1252" in caught.value.remedy and not out.exists()
+    with pytest.raises(ConfigError, match="Antwrt"):
+        wrong = {"prompt": "Frage", "completion": "Antwrt"}
+        sartor.tailor(file, name="faq", base=str(tiny_base), out=out, fields=wrong, encoding="cp1252")
+    with pytest.raises(SourceError, match="held out"):
+        sartor.tailor(file, name="faq", base=str(tiny_base), out=out, fields=FIELDS, encoding="cp1252")
+
+
+def test_next_steps_name_the_minutes_of_a_whole_tuning(finished: Path) -> None:
+    """A tuning that its limit ended early is told from one that made all of its updates."""
+    out, adapter = finished / "faq", opened(finished, "adapter")
+    forecast = json.loads((out / "forecast.json").read_text())
+    forecast |= {"updates": 1_000, "time_s": {"high": 590.0}, "evaluation_s": {"high": 10.0}}
+    (out / "forecast.json").write_text(json.dumps(forecast))
+    assert verb._longer_tuning(out, adapter) == []
+    (out / "tune.yaml").write_text(yaml.safe_dump({"budget": {"minutes": 0.5}}))
+    (step,) = verb._longer_tuning(out, adapter)
+    assert "--replace --minutes 12:" in step and "of 1,000 updates" in step
 
 
 def test_own_test_rows_are_the_ones_that_are_measured(tmp_path: Path, tiny_base: Path, quick: None) -> None:

@@ -250,6 +250,18 @@ def test_new_asks_for_unknown_columns_in_place_of_errors(site: Site) -> None:
     assert "does not know" not in site.page("/new?file=rows.csv&prompt=Frage&completion=Antwort")
 
 
+def test_new_asks_for_an_unknown_code_page(site: Site) -> None:
+    (site.folder / "rows.csv").write_bytes("Frage;Antwort\nGröße;ja\n".encode("cp1252"))
+    text = site.page("/new?file=rows.csv")
+    assert "<select name=encoding>" in text and "<option>cp1252</option>" in text and "unknown encoding" in text
+    assert "does not know these columns" not in text and "encoding UTF-8" not in text
+    page = "/new?file=rows.csv&encoding=cp1252&prompt=Frage&completion=Antwort"
+    assert "encoding cp1252" in site.page(page) and "Größe" in site.page(page)
+    sent = {"file": "rows.csv", "prompt": "Frage", "completion": "Antwort", "encoding": "cp1252", "name": "faq"}
+    assert site.post("/new/forecast", from_page=page, **sent).status_code == 303
+    assert "--encoding=cp1252" in ended(site, "tailor").job.arguments
+
+
 def test_home_renews_what_runs(site: Site) -> None:
     waiting = "import time; time.sleep(20)"
     site.app.studio.jobs = JobControl(site.folder / ".studio" / "jobs", (sys.executable, "-c", waiting))

@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             traceback.print_exc()
         _fail(error, as_json)
     except CycloptsError as error:
-        _fail(_usage_error(str(error), arguments), as_json)
+        _fail(_usage_error(error, arguments), as_json)
     except KeyboardInterrupt:
         print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -213,15 +213,17 @@ def _help(arguments: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def _usage_error(text: str, arguments: list[str]) -> ConfigError:
+def _usage_error(error: CycloptsError, arguments: list[str]) -> ConfigError:
     """Return the error for a command line that Cyclopts refused.
 
     Cyclopts names a positional argument by a flag that users do not type; here it has its own name.
     """
-    text = text.strip() or "the command line is wrong"
+    text = str(error).strip() or "the command line is wrong"
     missing = _MISSING.fullmatch(text)
     if missing and f"--{missing['parameter']}" not in arguments:
-        problem = f"`sartor {missing['command']}` needs {missing['parameter'].upper()}"
+        is_flag = error.argument is not None and error.argument.field_info.is_keyword_only
+        flag = f"--{missing['parameter']} " if is_flag else ""
+        problem = f"`sartor {missing['command']}` needs {flag}{missing['parameter'].upper()}"
     else:
         problem = text.partition(" Available commands:")[0]  # Cyclopts lists only the first eight commands
     is_command = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")

@@ -21,7 +21,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
@@ -416,6 +416,20 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
     return read_manifest_document(path, kinds)[0]
 
 
+def _elsewhere(path: Path, kinds: Sequence[str]) -> str:
+    """Return where to look for an artefact that is not at `path`."""
+    aside = replaced_versions(path.absolute()) if not path.exists() else []
+    if aside:
+        return f"mv {aside[-1]} {path} brings back what a killed --replace moved aside"
+    # a directory of `sartor tailor` holds its results
+    within: list[Path] = []
+    with suppress(OSError):
+        within = [child for child in sorted(path.iterdir()) if kind_of(child) in kinds]
+    if within:
+        return f"one in that directory: {', '.join(map(str, within[:5]))}"
+    return f"ls {path.parent}; sartor index DIR finds what was moved"
+
+
 def read_manifest_document(
     path: Path, kinds: Sequence[str], document: bytes | None = None
 ) -> tuple[dict[str, Any], bytes]:
@@ -427,13 +441,7 @@ def read_manifest_document(
     kind = kind_of(path)
     if kind is None:
         problem = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
-        aside = replaced_versions(path.absolute()) if not path.exists() else []
-        raise ArtifactError(
-            f"{problem} at {path}; {_a(expected)} was expected",
-            f"mv {aside[-1]} {path} brings back what a killed --replace moved aside"
-            if aside
-            else f"ls {path.parent}; sartor index DIR finds what was moved",
-        )
+        raise ArtifactError(f"{problem} at {path}; {_a(expected)} was expected", _elsewhere(path, kinds))
     if kind not in kinds:
         raise ArtifactError(f"{path} is {_a(kind)}, not {_a(expected)}", f"give the path of {_a(expected)}")
     file = path / MANIFESTS[kind]

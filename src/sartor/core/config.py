@@ -18,6 +18,7 @@ import difflib
 import inspect
 import os
 import re
+import shlex
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from sartor.core.errors import ConfigError
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
+_SUFFIXES_OF_ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx", ".parquet")
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # skips the full stop in "et al. 2023"
 
 
@@ -68,6 +70,9 @@ for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
+    if path.suffix.lower() in _SUFFIXES_OF_ROWS and path.is_file():
+        problem = f"{path} is a file of rows, not a recipe"
+        raise ConfigError(problem, f"sartor init {shlex.quote(str(path))} writes recipes for these rows")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

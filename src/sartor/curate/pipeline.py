@@ -497,10 +497,7 @@ class CurationRun:
             f"{read_count} rows read, {copy_count} made, {writer.row_count} kept, {dropped_count} dropped"
         )
         if not writer.row_count:
-            raise SourceError(
-                _nothing_kept(read_count, writer.folder),
-                "sartor curate RECIPE --out DIR --strict stops at the first row that is dropped, and says why",
-            )
+            raise _nothing_kept(read_count, writer.folder)
         writer.set_aside(curation_outcome.set_aside_rows(removed, masks))
         writer.media(self.work_folder / "media")
         for name, table in evidence_of(state):
@@ -529,12 +526,16 @@ def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
     return fields
 
 
-def _nothing_kept(rows_read: int, folder: Path) -> str:
+def _nothing_kept(rows_read: int, folder: Path) -> SourceError:
     drops: list[dict[str, Any]] = []
     for file in sorted((folder / "drops").glob("*.parquet")):
         drops += parquet_io.read_file(file)
+    remedy = "sartor curate RECIPE --out DIR --strict stops at the first row that is dropped, and says why"
     if not drops:
-        return f"no row is left of {rows_read}"
+        return SourceError(f"no row is left of {rows_read}", remedy)
     counts = records.count_values(drop["reason"] for drop in drops)
+    if list(counts) == ["unknown_encoding"]:
+        remedy = "--encoding cp1252 (`sartor tailor`), or `encoding: cp1252` at the source in the recipe"
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
-    return f"no row is left of {rows_read} ({reasons}; the first: {drops[0]['locator']}: {drops[0]['detail']})"
+    first = f"{drops[0]['locator']}: {drops[0]['detail']}"
+    return SourceError(f"no row is left of {rows_read} ({reasons}; the first: {first})", remedy)

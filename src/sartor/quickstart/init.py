@@ -16,6 +16,7 @@ from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources.planner import columns_of, plan_reading
 from sartor.curate.sources.types import SourceOptions
+from sartor.quickstart.preview import preview
 from sartor.quickstart.yaml_schemas import schema, schema_comment, schema_file
 
 Notice = Callable[[str], object]
@@ -97,6 +98,9 @@ def init(
             schema(recipe, out=schema_files[recipe], replace=replace)
             text = schema_comment(recipe) + text
         write_file_atomic(file, text.encode())
+    if not form and not columns:
+        for drop in preview(data, rows=1).drops:
+            notice(f"warning  {drop.locator}: {drop.detail}")
     notice(f"form     {form or 'not known'}{': name the columns in ' + str(files[0]) if columns else ''}")
     return Initialized(*files, schemas=tuple(schema_files.values()))
 

@@ -14,6 +14,7 @@ from sartor.core.records import Drop, Example
 from sartor.curate.pipeline import load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.shards import apply_steps
+from sartor.curate.sources.encodings import KNOWN_ENCODINGS
 from sartor.curate.sources.planner import columns_of, plan_reading, read_all
 from sartor.curate.sources.types import SourceOptions
 from sartor.curate.step import RowStep
@@ -30,6 +31,7 @@ class SourcePreview:
     form: as rows are read, such as "messages"; "unknown" if the columns have other names.
     columns: of a table.
     rows: kept rows. drops: rows among the first that cannot be read, with the reason.
+    encodings: code pages to choose from, if the file's is not certain or one was chosen.
     """
 
     form: str
@@ -37,19 +39,26 @@ class SourcePreview:
     columns: Sequence[str]
     rows: Sequence[Example]
     drops: Sequence[Drop]
+    encodings: Sequence[str] = ()
 
 
 def preview(
-    path: Path | str, *, fields: Mapping[str, str] | None = None, system: str = "", rows: int = 5
+    path: Path | str,
+    *,
+    fields: Mapping[str, str] | None = None,
+    system: str = "",
+    encoding: str = "",
+    rows: int = 5,
 ) -> SourcePreview:
     """Return the first rows of a file or another source of a curation recipe.
 
-    fields: Sartor's field -> the column. system: the system prompt of every row that has none. rows: number of rows,
-    kept and rejected ones each.
+    fields: Sartor's field -> the column. system: the system prompt of every row that has none. encoding: code page of
+    the file, if it is not detected. rows: number of rows, kept and rejected ones each.
     Raises the errors of `curate` for a source that cannot be read.
     """
     options = {"path": str(path), "licence": "NOASSERTION", "fields": dict(fields or {})}
-    source = load(SourceOptions, {**options, **({"system": system} if system else {})})
+    texts = {name: text for name, text in (("system", system), ("encoding", encoding)) if text}
+    source = load(SourceOptions, {**options, **texts})
     files = plan_reading([source], CurateRecipe.max_row_bytes).files
     kept: list[Example] = []
     drops: list[Drop] = []
@@ -58,12 +67,14 @@ def preview(
             (kept if isinstance(row, Example) else drops).append(row)  # type: ignore[arg-type]
             if len(kept) >= rows or len(drops) >= rows:
                 break
+    is_unknown = any(drop.reason == "unknown_encoding" for drop in drops)
     return SourcePreview(
         form=files[0].form if files else "unknown",
         encoding=files[0].encoding if files else "",
         columns=columns_of(source, CurateRecipe.max_row_bytes),
         rows=kept[:rows],
         drops=drops[:rows],
+        encodings=KNOWN_ENCODINGS if encoding or is_unknown else (),
     )
 
 

@@ -82,14 +82,15 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
     """Return the facts and rows of a Dataset."""
     manifest = dataset.manifest
     reasons = Counter(drop.reason for drop in parquet_io.read_drops(dataset))
+    # the files of a folder in one line
+    files = Counter(
+        f"{source['source']} ({source.get('encoding') or 'utf-8'}, {source['form']})" for source in manifest["sources"]
+    )
     facts = {
         "rows_by_split": manifest["counts"]["splits"],
         "licence": manifest["licence"],
         "dropped": dict(reasons.most_common()),
-        "sources": [
-            f"{source['source']} ({source.get('encoding') or 'utf-8'}, {source['form']})"
-            for source in manifest["sources"]
-        ],
+        "sources": [f"{text}: {count:,} files" if count > 1 else text for text, count in files.items()],
         "warnings": [warning.problem for warning in dataset_warnings(parquet_io.read_own_examples(dataset))],
     }
     if split == "dropped":

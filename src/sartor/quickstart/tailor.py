@@ -177,7 +177,7 @@ class TailorForecast(ShownResult):
 
     def table(self) -> list[tuple[str, Any]]:
         """Return the forecast as a table for the terminal."""
-        return [("rows", f"{self.kept:,} kept, dropped {dict(self.dropped) or 'none'}"), *self.tuning.table()]
+        return [("rows", f"{self.kept:,} kept, dropped: {_dropped_text(self.dropped)}"), *self.tuning.table()]
 
 
 @dataclass(frozen=True)
@@ -256,12 +256,22 @@ def tailor(
     job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
     job = changed(job, encoding=encoding)
     _check_place(out, job)
+    is_first_call = not (out / _FACTS).exists()
     job = _recall(out, job, ask=ask, notice=notice, replace=replace)
 
     # before other work, as there may be no network
     for asset in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
         assets.install(asset, notice=notice)
-    dataset = _curated(out, job, notice)
+    try:
+        dataset = _curated(out, job, notice)
+    except (ConfigError, SourceError):
+        if is_first_call:
+            # nothing was made: a next call may correct the options
+            _clear(out, job)
+            (out / _FACTS).unlink()
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
     _check_held_out(dataset, job)
     with _planned(out, job, minutes=minutes, start_time=start_time, notice=notice):
         adapter = tune(
@@ -288,7 +298,7 @@ def tailor(
         evidence=evidence,
         more_rows=more_rows,
         recipes={"curate": str(out / "curate.yaml"), "tune": str(out / "tune.yaml")},
-        next_steps=_next_steps(job, adapter, released, checks),
+        next_steps=_next_steps(job, out, adapter=adapter, released=released, checks=checks),
         wall_s=time.monotonic() - start_time,
     )
     if require_release and released is None:
@@ -323,6 +333,7 @@ def plan_tailor(
     with tempfile.TemporaryDirectory() as scratch:
         curated = curate(_curation(job), Path(scratch) / "data", notice=notice)
         _check_held_out(curated.dataset, job)
+        notice("plan     measuring a few micro-batches and replies on this machine, for a minute or two")
         tuning = plan({"base": job.base, "data": str(curated.dataset.path)}, notice=notice)
     can_fit = minutes > 0 and not tuning.refusals
     budget = _within(tuning, minutes, time.monotonic() - start_time).get("budget", {}) if can_fit else {}
@@ -459,10 +470,18 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
         _clear(out, job)
         _write_yaml(file, recipe)
     curated = curate(file, out / "data", resume=True, notice=notice)
-    notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped {curated.dropped or 'none'}")
+    dropped = _dropped_text(curated.dropped)
+    notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped: {dropped}")
+    if curated.dropped:
+        notice(f"         sartor show {curated.dataset.path} --split dropped lists them, with file, line and reason")
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
     return curated.dataset
+
+
+def _dropped_text(dropped: Mapping[str, int]) -> str:
+    """Return the number of dropped rows by reason, such as "exact_duplicate 6, missing_field 3"."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()) or "none"
 
 
 def _without_licences(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -508,6 +527,7 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
 def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> None:
     """Report the plan, and write it and the tuning recipe."""
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
+    notice("plan     measuring a few micro-batches and replies on this machine, for a minute or two")
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
         raise refusal.error
@@ -569,7 +589,7 @@ def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: b
     job = changed(job, fields=job.fields or kept.fields, licence=job.licence or kept.licence)
     differing = [name for name, value in _as_json(job).items() if value != _as_json(kept)[name] and name != "licence"]
     if differing:
-        problem = f"{out} was made with another {' and '.join(differing)}"
+        problem = f"{out} was made with other options: {', '.join(differing)}"
         raise ConfigError(problem, "--replace makes it anew; or --out DIR for another one")
     if kept.licence and job.licence != kept.licence:
         raise ConfigError(f"{out} was made of rows under {kept.licence}, not {job.licence}", "--replace makes it anew")
@@ -729,13 +749,15 @@ def _evidence(report: Artifact) -> tuple[GainEvidence, int]:
     return GainEvidence.NOT_ENOUGH, math.ceil((needed - groups) * manifest["rows"] / groups)
 
 
-def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks: Mapping[str, Check]) -> list[str]:
+def _next_steps(
+    job: _Job, out: Path, *, adapter: Artifact, released: Artifact | None, checks: Mapping[str, Check]
+) -> list[str]:
     """Return the commands that the user may run next."""
     if released is not None:
         path = released.path
         export = f"sartor export {path} --to gguf --out {job.name}-gguf"
         return [f'sartor ask {path} "..."', f"sartor chat {path}", f"sartor serve {path}", export]
-    steps = [f'sartor ask {adapter.path} "..."', f"sartor chat {adapter.path}"]
+    steps = [f'sartor ask {adapter.path} "..."', f"sartor chat {adapter.path}", *_longer_tuning(out, adapter)]
     for name, check in checks.items():
         if not check.holds_back:
             continue
@@ -746,7 +768,29 @@ def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks:
             )
         elif check.remedy:
             steps.append(f"{name}: {check.remedy}")
+        elif name == "gain":
+            steps.append("gain: look in the report where both are wrong; more rows, cleaner rows, or a larger --base")
     return steps
+
+
+def _longer_tuning(out: Path, adapter: Artifact) -> list[str]:
+    """Return the step that lets the tuning run to its end, if `minutes` ended it before."""
+    try:
+        forecast = json.loads((out / _FORECAST).read_bytes())
+        planned_updates, updates = int(forecast["updates"]), int(adapter.manifest["run"]["updates"])
+        needed_s = float(forecast["time_s"]["high"]) + float(
+            (forecast["evaluation_s"] or {}).get("high", _EVALUATION_S)
+        )
+        is_limited = "minutes" in read_yaml(out / "tune.yaml").get("budget", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
+        return []
+    if not is_limited or updates >= planned_updates:
+        return []
+    minutes = math.ceil((needed_s + _RESERVE_S) / 60) + 1  # one for reading and planning
+    return [
+        f"the same command with --replace --minutes {minutes}: the limit ended the tuning after {updates:,} of "
+        f"{planned_updates:,} updates"
+    ]
 
 
 def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:

@@ -303,7 +303,7 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
     trained, total = adapters.trainable(model)
     yield (
         f"{len(data.train):,} rows, {data.tokens:,} tokens, {data.supervised_tokens:,} supervised "
-        f"({data.supervised_tokens / data.tokens:.0%}); {len(data.held_out):,} held-out rows watched; "
+        f"({data.supervised_tokens / data.tokens:.0%}); {len(data.held_out):,} held-out rows measured on the way; "
         f"{trained:,} of {total:,} parameters trained ({trained / total:.2%}); "
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
@@ -312,7 +312,7 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         terms = ", ".join(f"{count:,} {term}" for term, count in counts.items())
         yield f"preferences: {terms}; {len(data.train) - len(preferences):,} rows by sft"
     if data.rehearsal:
-        yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
+        yield f"rehearsal: {len(data.rehearsal):,} rows are mixed in, against forgetting"
     for reason, ids in data.left_out.items():
         yield f"left out: {len(ids):,} rows, {reason}"
     for name, count in data.reasoning.items():

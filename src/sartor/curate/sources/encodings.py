@@ -31,7 +31,7 @@ _SPOOL_BYTES = 32 << 20
 _LEAST_CONFIDENCE, _MOST_OF_BEST = 0.03, 0.995
 # Encodings that current programs write. If several decode a sample to the same text, the first one here is used, since
 # the rest of the file may hold other characters
-_KNOWN = (
+KNOWN_ENCODINGS = (
     "cp1252",
     "cp1250",
     "cp1251",
@@ -157,9 +157,9 @@ def _code_page(sample: bytes) -> str:
         other = next((candidate for candidate in found if candidate[1] != text), None)
         if confidence >= _LEAST_CONFIDENCE and (other is None or other[2] <= _MOST_OF_BEST * confidence):
             same_text = {name for name, other_text, _ in found if other_text == text}
-            return next((name for name in _KNOWN if name in same_text), best)
+            return next((name for name in KNOWN_ENCODINGS if name in same_text), best)
     names = {candidate for candidate, _, _ in found}
-    likely = [name for name in _KNOWN if name in names] or ["cp1252"]
+    likely = [name for name in KNOWN_ENCODINGS if name in names] or ["cp1252"]
     problem = f"the file is not UTF-8, and its code page cannot be told: it may be {' or '.join(likely[:3])}"
     raise MalformedRow("unknown_encoding", f"{problem}; say which, encoding: {likely[0]}, or save the file as UTF-8")
 
@@ -198,7 +198,12 @@ def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
         is_plain = not any(
             "\x80" <= character <= "\x9f" for character in text
         )  # C1 control characters do not occur in text
-        if name in _KNOWN and is_plain and not _mixes_scripts(text) and identify(text).code == candidate["language"]:
+        if (
+            name in KNOWN_ENCODINGS
+            and is_plain
+            and not _mixes_scripts(text)
+            and identify(text).code == candidate["language"]
+        ):
             yield name, text, candidate["confidence"]
 
 

@@ -175,7 +175,7 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
         suggestion = next((key for key in known if closest and key.casefold() == closest[0].casefold()), known[0])
         raise ConfigError(
             f"fields.{name}: {table} has no column {column!r}; its columns are {', '.join(map(repr, known[:12]))}",
-            f"fields: {{{name}: {suggestion}}}",
+            f"fields: {{{name}: {suggestion}}} in a recipe; {name}={suggestion} in --fields of `sartor tailor`",
         )
 
 

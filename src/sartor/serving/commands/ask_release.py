@@ -51,7 +51,7 @@ def ask(
             )
         agent, reason = artifact.path.name, "asked by its directory; unreleased: no gate has passed it"
         system, defaults = training_facts.read_facts(artifact).system_prompt, ADAPTER_SAMPLING
-        notice(f"{artifact.path} is an Adapter, and no Release: nothing vouches for what it says")
+        notice(f"{artifact.path} is an Adapter, not a Release: no gate has checked it")
     opened, model = open_tuned(artifact, notice, base)
     reply = LoadedAdapter(model, opened.chat, agent, system, defaults).replies([question], sampling)[0]
     nearest, note = nearest_examples(artifact, question.text, reply.text, top, question.media)

@@ -33,6 +33,7 @@ def new(
     prompt: str = "",
     completion: str = "",
     system: str = "",
+    encoding: str = "",
     name: str = "",
     base: str = STARTER,
     licence: str = "",
@@ -52,7 +53,7 @@ def new(
     problem: SartorError | None = None
     shown: Any = None
     try:
-        shown = sartor.preview(path, fields=fields, system=system, rows=PREVIEW_ROWS)
+        shown = sartor.preview(path, fields=fields, system=system, encoding=encoding, rows=PREVIEW_ROWS)
     except SartorError as error:
         problem = error
     return render(
@@ -67,8 +68,10 @@ def new(
         prompt=prompt,
         completion=completion,
         system=system,
+        encoding=encoding,
         needs_columns=bool(shown and shown.columns and (fields or shown.form == "unknown")),
-        is_unknown=bool(shown and shown.form == "unknown" and not fields),
+        is_unknown=bool(shown and shown.columns and shown.form == "unknown" and not fields),
+        encodings=shown.encodings if shown else (),
         name=name or _proposed_name(studio.folder, path.stem),
         base=base,
         licence=licence,
@@ -145,7 +148,7 @@ def start_forecast(request: Request, visitor: Owner, form: PostedForm) -> Respon
     studio = studio_of(request)
     arguments, name = _tailor_arguments(studio.folder, form)
     job = studio.jobs.start([*arguments, "--plan"], title=name, by=visitor.user.name, cwd=studio.folder.root)
-    sent = ("file", "prompt", "completion", "system", "name", "base", "licence", "minutes")
+    sent = ("file", "prompt", "completion", "system", "encoding", "name", "base", "licence", "minutes")
     query = {field: value for field in sent if (value := text_field(form, field))}
     return redirect(request, "/new", **query, forecast=job.id)
 
@@ -169,7 +172,7 @@ def _tailor_arguments(folder: StudioFolder, form: FormData) -> tuple[list[str], 
     if fields:
         pairs = [f"{key}={column.replace(',', ',,')}" for key, column in fields.items()]
         arguments.append(f"--fields={','.join(pairs)}")
-    for flag in ("system", "licence"):
+    for flag in ("system", "licence", "encoding"):
         if value := text_field(form, flag):
             arguments.append(f"--{flag}={value}")
     if minutes := text_field(form, "minutes", max_chars=10):
