@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from sartor.core.filesystem import file_digest
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.loss_backend import ActivationCache
 from sartor.tune import objectives, optimizers, sampler
-from sartor.tune.recipe import ResolvedOptimizer
-from sartor.tune.training_loop import Counters, learning_rate
+from sartor.tune.recipe import ResolvedOptimizer, StopCriteria
+from sartor.tune.training_loop import Counters, TrainingRun, learning_rate
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -260,3 +261,36 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(
     monkeypatch.setattr(optimizers, "scaler", lambda *arguments: torch.amp.GradScaler("cpu", init_scale=8.0))
     with pytest.raises(ModelError, match="update 4: the loss is .* the gradient's norm nan"):  # after 8, 4 and 2
         tune(tune_recipe, tmp_path / "a")
+
+
+def test_schedule_over_minutes_begins_with_the_first_update(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a simulated clock half of the minute is gone before the first update; updates of a second have the rest."""
+    clock = types.SimpleNamespace(now=0.0)
+    foresee, backward = TrainingRun._foresee, TrainingRun._backward
+
+    def slow_foresee(self: TrainingRun, recipe: Any) -> Any:
+        clock.now += 30.0
+        return foresee(self, recipe)
+
+    def slow_backward(self: TrainingRun, rows: Any, weight: float = 1.0) -> float:
+        clock.now += 1.0
+        return backward(self, rows, weight)
+
+    monkeypatch.setattr("sartor.tune.training_log.time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(TrainingRun, "_foresee", slow_foresee)
+    monkeypatch.setattr(TrainingRun, "_backward", slow_backward)
+    tune(tune_recipe, tmp_path / "a", budget={"minutes": 1.0}, evaluations=1)
+    settings = ResolvedOptimizer(**open_artifact(tmp_path / "a", "adapter").manifest["recipe"]["optimizer"])
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "loss" in line]
+    rates = [learning_rate(settings, number / 30) for number in range(30)]
+    assert [line["learning_rate"] for line in updates] == pytest.approx(rates)
+    assert updates[14]["progress"]["fraction"] == 0.5
+
+
+def test_minutes_that_setting_up_has_used_end_the_run() -> None:
+    budget = StopCriteria(minutes=1.0)
+    assert Counters().fraction(budget, 1, wall_s=75.0, set_up_s=70.0) == 1.0
+    assert Counters().fraction(budget, 1, wall_s=45.0, set_up_s=30.0) == 0.5

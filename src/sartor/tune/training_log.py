@@ -21,7 +21,7 @@ class TrainingStep:
     fraction: of the budget, 0 to 1.
     loss: of its rows, in nats per supervised token (for preferences: of the objective).
     learning_rate: of the adapter's factors in this update.
-    tokens_per_s: mean of the run so far.
+    tokens_per_s: mean since the first update began.
     seconds_left: about, with the evaluations to come; infinite until the pace is known.
     eval_loss: of the held-out rows when they were last measured; None before that.
     """

@@ -50,15 +50,22 @@ class Counters:
     supervised_tokens: int = 0
     rehearsal_tokens: int = 0  # of the tokens; they are no part of an epoch
 
-    def fraction(self, budget: StopCriteria, epoch_tokens: int, wall_s: float) -> float:
-        """Return the used fraction of the budget, from 0: the largest over its limits."""
+    def fraction(self, budget: StopCriteria, epoch_tokens: int, wall_s: float, set_up_s: float = 0.0) -> float:
+        """Return the used fraction of the budget, from 0: the largest over its limits.
+
+        wall_s: seconds of the run so far. set_up_s: those of them before its updates. A limit of minutes holds for
+        both, and its fraction is that of the time for updates: a schedule over it begins with the first one.
+        """
         limits = [
             (self.updates, budget.updates),
             (self.tokens, budget.tokens),
             ((self.tokens - self.rehearsal_tokens) / epoch_tokens, budget.epochs),
-            (wall_s / 60, budget.minutes),
         ]
-        return max(used / limit for used, limit in limits if limit is not None)
+        fractions = [used / limit for used, limit in limits if limit is not None]
+        if budget.minutes is not None:
+            limit_s = 60 * budget.minutes - set_up_s
+            fractions.append((wall_s - set_up_s) / limit_s if limit_s > 0 else 1.0)
+        return max(fractions)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,10 @@ class TrainingRun:
         self.row_losses: list[float] = []
         self.proof: dict[str, float] | None = None
         self.position, self.rehearsal_position = sampler.START, sampler.RehearsalPosition()
+        # seconds of the run that its calls took before they updated
+        self.set_up_s = 0.0
+        # seconds of the run up to the checkpoint that this call goes on from
+        self.restored_at_s = 0.0
         # set by an evaluation that ends the run before its budget
         self.is_done = False
         # facts of the objective about the last update, besides its loss
@@ -189,6 +200,7 @@ class TrainingRun:
             "packing_difference_nats": self.path.packing_difference,
         }
         self.journal.note(**fields, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
+        self.set_up_s += self.journal.wall_s - self.restored_at_s
         with self.features.observing(self.path, self.optimizer) if self.features else contextlib.nullcontext():
             self._train(signals)
 
@@ -269,6 +281,7 @@ class TrainingRun:
             "losses": dict(self.losses),
             "evaluation_points": list(self.evaluation_points),
             "wall_s": self.journal.wall_s,
+            "set_up_s": self.set_up_s,
             "rng": rng.facts(),
             "scaler": self.scaler.state_dict(),
             "resolved": asdict(self.resolved),
@@ -313,6 +326,8 @@ class TrainingRun:
                 sampler.Position(**rehearsal_fields["position"]), rehearsal_fields["owed"]
             )
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
+        # not in the states of older runs, and of a replay
+        self.restored_at_s, self.set_up_s = facts.get("wall_s", 0.0), facts.get("set_up_s", 0.0)
         if self.selection:
             weights = {name: tensors[f"best.{name}"] for name in self.named if f"best.{name}" in tensors}
             self.selection.restore(weights, facts["candidates"])
@@ -323,7 +338,9 @@ class TrainingRun:
         return packing.micro_batches(rows, self.resolved.micro_batch_tokens, share=share)
 
     def _fraction(self) -> float:
-        return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
+        return self.counters.fraction(
+            self.recipe.budget, self.data.tokens, wall_s=self.journal.wall_s, set_up_s=self.set_up_s
+        )
 
     def _update_or_save(self, rows: Sequence[packing.TokenizedExample]) -> None:
         """Make one update; if it fails, save the state before it.
@@ -455,7 +472,7 @@ class TrainingRun:
             fraction=min(self._fraction(), 1.0),
             loss=loss,
             learning_rate=rate,
-            tokens_per_s=self.counters.tokens / self.journal.wall_s,
+            tokens_per_s=self.counters.tokens / (self.journal.wall_s - self.set_up_s),
             seconds_left=math.inf if left_s is None else left_s,
             eval_loss=self.losses["eval"],
         )
