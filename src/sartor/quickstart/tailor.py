@@ -78,6 +78,7 @@ _EVALUATION_S = 60.0
 _PROBE_TOKENS = 2 * 10_000
 # Assets that tuning and evaluation read beside the rows and the base
 _ASSETS = ("small-talk", "chitchat")
+_PLAN_NOTICE = "plan     measuring a few micro-batches and replies on this machine, for a minute or two"
 _PLAN_LINES = ("time", "evaluation", "peak memory", "reads", "trains", "left out", "warning")
 
 
@@ -333,7 +334,7 @@ def plan_tailor(
     with tempfile.TemporaryDirectory() as scratch:
         curated = curate(_curation(job), Path(scratch) / "data", notice=notice)
         _check_held_out(curated.dataset, job)
-        notice("plan     measuring a few micro-batches and replies on this machine, for a minute or two")
+        notice(_PLAN_NOTICE)
         tuning = plan({"base": job.base, "data": str(curated.dataset.path)}, notice=notice)
     can_fit = minutes > 0 and not tuning.refusals
     budget = _within(tuning, minutes, time.monotonic() - start_time).get("budget", {}) if can_fit else {}
@@ -527,7 +528,7 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
 def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> None:
     """Report the plan, and write it and the tuning recipe."""
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
-    notice("plan     measuring a few micro-batches and replies on this machine, for a minute or two")
+    notice(_PLAN_NOTICE)
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
         raise refusal.error
