@@ -55,11 +55,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a call. sft_updates: of the undertuned adapter. updates: of grpo."""
+    """Sizes of a call. updates: of grpo.
+
+    sft_updates: of the undertuned adapter. After 24 no reply is valid, so that no group teaches anything.
+    """
 
     rows: int = 300
     held_out: int = 150
-    sft_updates: int = 12
+    sft_updates: int = 48
     updates: int = 60
     seeds: tuple[int, ...] = (0, 1)
     sft_rate: float = 5e-4

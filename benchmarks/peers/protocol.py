@@ -160,27 +160,37 @@ def watch_gradients(factors: Mapping[str, Any], watch: Watch) -> None:
 
 
 def main(train: Callable[[Job, Watch], dict[str, Any]], packages: tuple[str, ...]) -> None:
-    """Run `train` on the job that the command line names and write its result. `train` may return more keys.
+    """Run `train` on the job that the command line names and write its result. `train` may return more keys."""
 
-    `packages` are those whose versions belong to the result. Exits with 0 also when the side fails: the result says
-    so.
-    """
-    job_path, result_path = sys.argv[1:3]
-    here = str(Path(__file__).resolve().parent)
-    sys.path = [place for place in sys.path if place != here]  # its folders bear the names of the peers' own packages
-    result: dict[str, Any] = {"versions": versions(packages)}
-    try:
-        job = Job.read(job_path)
+    def compute(path: Path) -> dict[str, Any]:
+        job = Job.read(str(path))
         watch = Watch(job.limit_s)
         try:
             more = train(job, watch)
         except Enough:
             more = {}
-        result |= _checked(job, watch) | more
+        return _checked(job, watch) | more
+
+    answer(compute, packages)
+
+
+def answer(compute: Callable[[Path], dict[str, Any]], packages: tuple[str, ...]) -> None:
+    """Write what `compute` returns of the job's file to the result's, both named by the command line.
+
+    `packages` are those whose versions belong to the result. Exits with 0 also when the side fails: the result says
+    so.
+    """
+    job_path, result_path = map(Path, sys.argv[1:3])
+    here = Path(__file__).resolve().parent
+    # its folders bear the names of the peers' own packages
+    sys.path = [place for place in sys.path if Path(place).resolve() != here]
+    result: dict[str, Any] = {"versions": versions(packages)}
+    try:
+        result |= compute(job_path)
     except Exception as error:  # a peer fails in its own ways, and every one is a result
         result["failed"] = str(error) if isinstance(error, Unable) else _one_line(error)
         result["traceback"] = traceback.format_exc()
-    Path(result_path).write_text(json.dumps(result))
+    result_path.write_text(json.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some peers leave threads behind that would keep the process

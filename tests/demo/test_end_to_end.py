@@ -1,4 +1,4 @@
-"""The circle tier: the demo on the real starter base and data, in small; what `make demo` shows at full size."""
+"""The circle tier: what `make demo` does, on the real starter base and data."""
 
 from __future__ import annotations
 
@@ -46,18 +46,31 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(out: Path, run: Run) -> dict[str, Any]:
-    return run("demo", "--out", str(out), "--limit", "64")
+    return run("demo", "--out", str(out))
 
 
 def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
     for kind in ("dataset", "adapter", "release"):
         open_artifact(said[kind])
     assert {"base", "tuned", "gain", "forgetting", "wall_s", "trainable_fraction", "ask"} <= set(said)
-    assert said["base"]["exact_match"] <= 0.05
+    assert said["base"]["exact_match"] <= 0.05 and said["gain"]["low"] > 0.5
     assert 0 < said["trainable_fraction"] < 0.04
     assert said["ask"]["reply"] and said["ask"]["nearest"][0]["locator"].startswith("rows.jsonl:")
     assert "<svg" in Path(said["report"]).read_text()
     assert json.loads((out / "report/report.json").read_text())["probes"]["small_talk"]["rows"] == 200
+
+
+def test_the_gate_passes_the_demo_without_a_waiver(said: dict[str, Any]) -> None:
+    """What a stranger sees first; a limit that moves, or a recipe, has to be seen here first."""
+    assert set(said["gate"].values()) == {"pass"}
+    assert json.loads((Path(said["release"]) / "release.json").read_text())["waivers"] == []
+
+
+def test_a_small_demo_names_its_waivers(tmp_path: Path, run: Run) -> None:
+    few = run("demo", "--out", str(tmp_path / "few"), "--limit", "20")
+    waivers = json.loads((Path(few["release"]) / "release.json").read_text())["waivers"]
+    assert {waiver["check"] for waiver in waivers} == {"gain", "forgetting"}
+    assert few["rows"]["train"] + few["rows"]["evaluated"] <= 25
 
 
 def test_small_talk_and_forgetting_probe_share_no_text() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,10 @@ import protocol
 PROJECTION = 16
 
 
-def main() -> None:
-    """Write the result, or why there is none."""
-    job_path, result_path = map(Path, sys.argv[1:3])
-    # the folders beside this one bear the names of the peers' own packages
-    sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parents[1]]
-    result: dict[str, Any] = {"versions": protocol.versions(("bergson", "torch", "transformers", "peft"))}
-    try:
-        job = json.loads(job_path.read_text())
-        with tempfile.TemporaryDirectory() as folder:
-            result["scores"] = score(job, Path(folder))
-    except Exception as error:  # a peer fails in its own ways, and every one is a result
-        result |= {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-        result["traceback"] = traceback.format_exc()
-    result_path.write_text(json.dumps(result))
+def trackstar_scores(job_path: Path) -> dict[str, Any]:
+    """Return the result for a job's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"scores": score(json.loads(job_path.read_text()), Path(folder))}
 
 
 def score(job: dict[str, Any], folder: Path) -> list[list[float]]:
@@ -77,4 +66,4 @@ def with_base(adapter: Path, base: str, out: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    protocol.answer(trackstar_scores, ("bergson", "torch", "transformers", "peft"))
