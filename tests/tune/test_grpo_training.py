@@ -263,3 +263,30 @@ def test_recorded_gradients_and_media_are_refused(recipe: dict[str, Any]) -> Non
     for part in ({"trace": {"features": True}}, {"base": {"text": "x", "image": "y"}}):
         with pytest.raises(SartorError, match="grpo"):
             sartor.load_recipe({**recipe, **part})
+
+
+def test_divergence_is_from_the_start_that_is_named(tmp_path: Path, task: Path, recipe: dict[str, Any]) -> None:
+    """An Adapter that sft moved far from the base diverges by nothing before its first update."""
+    sft = {"objective": {"kind": "sft"}, "optimizer": {"learning_rate": 0.05}, "budget": {"updates": 5}}
+    tune({**recipe, **sft}, tmp_path / "sft")
+    settings = {**recipe, "method": {**recipe["method"], "start": str(tmp_path / "sft")}, "budget": {"updates": 1}}
+    tune(settings, tmp_path / "after")
+    learnt = [line for line in lines_of(tmp_path / "after") if line.get("groups", 0) > line.get("equal_groups", 0)]
+    assert learnt and learnt[0]["divergence"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_reward_that_costs_the_right_replies_is_doubted(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verifier takes letters `o`, whatever is asked: rewards rise, and the rows' own replies become unlikely."""
+    monkeypatch.setattr("sartor.tune.grpo_training.DOUBTFUL_RISE", -1e9)
+    notices: list[str] = []
+    tune(recipe, tmp_path / "a", notice=notices.append)
+    assert any("became unlikely (from" in line and "objective.beta" in line for line in notices)
+    loss = open_artifact(tmp_path / "a").manifest["run"]["verifier"]["reference_loss"]
+    evaluated = [line for line in lines_of(tmp_path / "a") if "eval_reward" in line]
+    assert loss["last"] == evaluated[-1]["reference_loss"] and loss["start"] > 0
+    monkeypatch.setattr("sartor.tune.grpo_training.DOUBTFUL_RISE", 1e9)
+    notices.clear()
+    tune(recipe, tmp_path / "b", notice=notices.append)
+    assert notices and not any("became unlikely" in line for line in notices)

@@ -315,6 +315,8 @@ def _lines(value: Any) -> list[str]:
         return [", ".join(_lines(item)) for item in value] or ["none"]
     if isinstance(value, dict):
         return [", ".join(f"{key} {' '.join(_lines(inner))}" for key, inner in value.items()) or "none"]
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
     return [f"{value:.4g}" if isinstance(value, float) else printable(str(value))]
 
 

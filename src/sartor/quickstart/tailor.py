@@ -53,6 +53,7 @@ from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.models import hardware
 from sartor.release.release import gate, release
 from sartor.tune import preflight
+from sartor.tune.checkpoint import folder_of
 from sartor.tune.cost_model import FORWARD_FRACTION
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import Checkpoints
@@ -275,9 +276,10 @@ def tailor(
         raise
     _check_held_out(dataset, job)
     with _planned(out, job, minutes=minutes, start_time=start_time, notice=notice):
-        adapter = tune(
-            out / "tune.yaml", out / "adapter", resume=True, show=show, on_step=on_step, notice=notice
-        ).adapter
+        tuned = out / "adapter"
+        # a first call has nothing to resume, and need not say so
+        is_begun = tuned.exists() or folder_of(tuned).exists()
+        adapter = tune(out / "tune.yaml", tuned, resume=is_begun, show=show, on_step=on_step, notice=notice).adapter
         notice(f"adapter  {adapter.path}")
         report = _made_of(out / "report", Report, adapter)
         if report is None:

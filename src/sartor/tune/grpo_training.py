@@ -3,7 +3,8 @@
     prompt --sample G--> replies --verifier--> rewards --group mean--> advantages --one update--> weights
 
 The Dataset's own replies are references for the verifier and never learnt. The reference of the divergence is the
-untouched base, whose modules are copied around the same tensors, as a teacher's are.
+model before its first update: the untouched base, whose modules are copied around the same tensors, as a teacher's
+are, with the adapter of `method.start` if there is one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sartor.core.errors import ConfigError, ModelError, SourceError
 from sartor.inference.engine import Sampling
 from sartor.inference.verifiers.submission import Submission, Verifier
 from sartor.inference.verifiers.verifier_check import VerifierCheck, check_rows, check_verifier
+from sartor.models import adapters
 from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend, LossOptions
@@ -28,6 +30,7 @@ from sartor.tune import objectives
 from sartor.tune.checkpoint_selection import last_reply
 from sartor.tune.distil_teachers import shared_copy
 from sartor.tune.distillation import distil_rows
+from sartor.tune.model_setup import start_of
 from sartor.tune.recipe import Grpo, ResolvedRecipe
 from sartor.tune.reply_sampling import sample_replies, update_seed
 from sartor.tune.tokenized_dataset import DistilExample, TokenizedDataset
@@ -39,11 +42,14 @@ SILENT_UPDATES = 5
 # Fewest rows by which a verifier is checked, if there are so many: half of LEAST_REPLIES, and some have no edit
 _CHECKED_ROWS = 32
 _NAMED = 3
+# Rise of the loss of the held-out rows' own replies, in nats per token, from which a rising reward is doubted; as much
+# forgetting is refused by the gate
+DOUBTFUL_RISE = 0.5
 
 
 @dataclass
-class BaseReference:
-    """Untouched base beside the model that is tuned, on the same tensors."""
+class StartReference:
+    """Model before its first update, beside the one that is tuned and around the same tensors of the base."""
 
     base: Base
     model: Any
@@ -64,7 +70,7 @@ class GrpoSetup:
 
     verifier: Verifier
     check: VerifierCheck
-    reference: BaseReference | None
+    reference: StartReference | None
     notice: Notice
 
 
@@ -97,7 +103,11 @@ def open_grpo(recipe: ResolvedRecipe, base: Base, data: TokenizedDataset, notice
         )
     check = check_verifier(verifier, checked, recipe.seed)
     notice(str(check))
-    reference = BaseReference(base, shared_copy(base.model)) if objective.beta else None
+    reference = None
+    if objective.beta:
+        start, model = start_of(recipe, base), shared_copy(base.model)
+        model = adapters.open_adapter(model, start.path).requires_grad_(False) if start else model
+        reference = StartReference(base, model)
     return GrpoSetup(verifier, check, reference, notice)
 
 
@@ -139,6 +149,9 @@ class GrpoRun(TrainingRun):
     # of the update that is computed; they become `counts` once it is made
     next_counts = GroupCounts()
     held_out_reward: float | None = None
+    # of the held-out rows' own replies, in nats per token: at the last evaluation, and before the first update
+    reference_loss: float | None = None
+    reference_loss_at_start: float | None = None
 
     @property
     def _objective(self) -> Grpo:
@@ -163,16 +176,25 @@ class GrpoRun(TrainingRun):
                 "last": counts.last_reward,
                 "held_out": self.held_out_reward,
             },
+            "reference_loss": {"start": self.reference_loss_at_start, "last": self.reference_loss},
         }
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the state of the TrainingRun with the counts of groups."""
         tensors, facts = super().state()
-        return tensors, {**facts, "groups": asdict(self.counts), "held_out_reward": self.held_out_reward}
+        own = {
+            "groups": asdict(self.counts),
+            "held_out_reward": self.held_out_reward,
+            "reference_loss": self.reference_loss,
+            "reference_loss_at_start": self.reference_loss_at_start,
+        }
+        return tensors, {**facts, **own}
 
     def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
         super()._become(tensors, facts, source)
         self.counts, self.held_out_reward = GroupCounts(**facts["groups"]), facts["held_out_reward"]
+        self.reference_loss = facts.get("reference_loss")  # older checkpoints have neither
+        self.reference_loss_at_start = facts.get("reference_loss_at_start")
 
     def _backward(self, rows: Sequence[TokenizedExample], weight: float = 1.0) -> float:
         own, plain_rows = distil_rows(rows), [row for row in rows if not isinstance(row, DistilExample)]
@@ -258,13 +280,29 @@ class GrpoRun(TrainingRun):
         self.counts = self.next_counts
 
     def _loss_of(self, rows: Sequence[TokenizedExample]) -> tuple[float, dict[str, float]]:
-        """Return 1 minus the mean reward of greedy replies to the held-out rows, and that reward."""
+        """Return 1 minus the mean reward of greedy replies to the held-out rows, that reward, and the rows' own loss.
+
+        A model that found a reply which the verifier takes for every prompt has full rewards; that the rows' own
+        replies become unlikely tells it apart from one that learnt.
+        """
         own = distil_rows(rows)
+        self.reference_loss = super()._loss_of(own)[0]
+        if self.reference_loss_at_start is None and self.setup.reference is not None:
+            at_start = [self.setup.reference.log_probabilities(micro) for micro in self._cut(own)]
+            self.reference_loss_at_start = -float(torch.cat(at_start).mean())
         sampling = Sampling(self._objective.max_reply_tokens, temperature=0.0)
         replies = sample_replies(self.model, self._chat, own, sampling)
         submissions = [_submission(row, reply) for row, reply in zip(own, replies, strict=True)]
         self.held_out_reward = round(statistics.fmean(self.setup.verifier.rewards(submissions)), 6)
-        return 1 - self.held_out_reward, {"eval_reward": self.held_out_reward}
+        if (start := self.reference_loss_at_start) is not None and self.reference_loss > start + DOUBTFUL_RISE:
+            self.setup.notice(
+                f"warning: the reward of held-out rows is {self.held_out_reward:.2f}, and their own replies became "
+                f"unlikely (from {start:.2f} to {self.reference_loss:.2f} nats per token): the model may have found "
+                "what the verifier takes, and not what the prompts ask for. Read some replies; try a larger "
+                "objective.beta, fewer updates, or a verifier that compares with the row's reply (json_fields)"
+            )
+        facts = {"eval_reward": self.held_out_reward, "reference_loss": self.reference_loss}
+        return 1 - self.held_out_reward, facts
 
 
 def _remedy(mean_reward: float, objective: Grpo) -> str:

@@ -290,7 +290,8 @@ class Grpo:
     max_reply_tokens: int = option(128, "longest reply")
     temperature: float = option(1.0, "of the replies, above 0; higher: they differ more")
     beta: float = option(
-        0.04, "weight of the divergence from the untouched base; 0 saves a pass of the base over each reply"
+        0.04,
+        "weight of the divergence from the start, the base or `method.start`; 0 saves a pass over each reply",
     )
     plain_weight: float = option(1.0, "weight of the cross-entropy of rehearsal")
     kind: Literal["grpo"] = "grpo"

@@ -121,7 +121,8 @@ def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, not
     The first stage removes nothing.
     """
     left = min(max(_wide(_fit(label, 190)) for label, _, _ in stages) + 12, 200)
-    end_width = max(_wide(_end_label(remaining, lost)) for _, remaining, lost in stages) + 12
+    # a tenth more than `_wide` of regular letters: the last label is bold
+    end_width = 1.1 * max(_wide(_end_label(remaining, lost)) for _, remaining, lost in stages) + 12
     room = WHOLE - left - end_width
     max_value = max((remaining + lost for _, remaining, lost in stages), default=0) or 1
     marks = []
