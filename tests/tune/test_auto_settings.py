@@ -19,9 +19,19 @@ RECIPE = {"base": "starter", "data": {"path": "d"}}
 
 
 @pytest.mark.parametrize(
-    ("tokens", "batch"), [(1_000, 256), (18_000, 256), (32_768, 512), (65_535, 512), (262_144, 4096), (10**8, 4096)]
+    ("tokens", "batch"),
+    [
+        (1_000, 256),
+        (18_000, 256),
+        (32_768, 512),
+        (65_535, 512),
+        (262_144, 1024),
+        (2_047_999, 1024),
+        (2_048_000, 2048),
+        (10**8, 4096),
+    ],
 )
-def test_batch_is_the_largest_that_leaves_64_updates(tokens: int, batch: int) -> None:
+def test_batch_is_the_largest_that_leaves_64_updates_or_above_1024_a_thousand(tokens: int, batch: int) -> None:
     assert auto_settings.batch_tokens(tokens).value == batch
 
 
@@ -35,7 +45,8 @@ def test_rate_falls_with_the_width_and_is_bounded(width: int, rate: float) -> No
     [
         ([45] * 400, 256, False, 4),
         ([45] * 100, 256, False, 10),
-        ([45] * 40_000, 4096, False, 1),
+        ([45] * 40_000, 4096, False, 2),
+        ([45] * 40_000, 1024, False, 1),
         ([90] * 300, 256, True, 8),
     ],
 )

@@ -38,8 +38,9 @@ LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = (
     "data.rehearsal",
 )
 WEIGHTS, EVALUATIONS = "weights", "evaluations"
-# The batch is the largest power of two in this range that leaves UPDATES_PER_EPOCH updates in an epoch
-SMALLEST_BATCH, LARGEST_BATCH, UPDATES_PER_EPOCH = 256, 4096, 64
+# The batch is the largest power of two in this range that leaves UPDATES_PER_EPOCH updates in an epoch; above
+# SMALL_BATCHES, ONE_PASS_UPDATES. From so many updates on an epoch is enough
+SMALLEST_BATCH, SMALL_BATCHES, LARGEST_BATCH, UPDATES_PER_EPOCH, ONE_PASS_UPDATES = 256, 1024, 4096, 64, 1000
 # Target number of updates; a composed base needs more, because its projector starts untrained
 UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 200, 700, 10
 # Rate of full fine-tuning at a width of 2,000, and the exponent by which it falls with the width; LoRA takes ten times
@@ -207,19 +208,23 @@ def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
 def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting:
     """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates.
 
-    The result is at least SMALLEST_BATCH and at most LARGEST_BATCH. The updates are those of an epoch, or those of
-    `budget_tokens` if the budget reads less than an epoch.
+    The result is at least SMALLEST_BATCH and at most LARGEST_BATCH; above SMALL_BATCHES it has to leave
+    ONE_PASS_UPDATES. The updates are those of an epoch, or those of `budget_tokens` if the budget reads less than an
+    epoch.
     """
     tokens, of = epoch_tokens, "an epoch"
     if budget_tokens is not None and budget_tokens < epoch_tokens:
         tokens, of = budget_tokens, "a budget"
-    size = LARGEST_BATCH
-    while size > SMALLEST_BATCH and tokens < UPDATES_PER_EPOCH * size:
+    size, least = LARGEST_BATCH, ONE_PASS_UPDATES
+    while size > SMALLEST_BATCH and tokens < least * size:
         size //= 2
+        if size == SMALL_BATCHES:
+            least = UPDATES_PER_EPOCH
     updates = tokens / size
-    if updates < UPDATES_PER_EPOCH:
+    if updates < least:
         return Setting(size, f"the smallest: it makes about {updates:.0f} updates {of} of {tokens:,} tokens")
-    return Setting(size, f"the largest that leaves {UPDATES_PER_EPOCH} updates {of} of {tokens:,} tokens")
+    more = f"; a larger one would have to leave {ONE_PASS_UPDATES:,}" if size == SMALL_BATCHES else ""
+    return Setting(size, f"the largest that leaves {least:,} updates {of} of {tokens:,} tokens{more}")
 
 
 def learning_rate(width: int) -> Setting:
@@ -234,10 +239,14 @@ def learning_rate(width: int) -> Setting:
 
 
 def budget(row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setting:
-    """Return the number of whole epochs that give enough updates, between 1 and MAX_EPOCHS."""
+    """Return the number of whole epochs that give enough updates, at most MAX_EPOCHS.
+
+    It is 1 only if an epoch has ONE_PASS_UPDATES.
+    """
     wanted = COMPOSED_UPDATES if is_composed else UPDATES
     per_epoch = updates_per_epoch(row_tokens, batch)
-    epochs = min(max(math.ceil(wanted / per_epoch), 1), MAX_EPOCHS)
+    least = 1 if per_epoch >= ONE_PASS_UPDATES else 2
+    epochs = min(max(math.ceil(wanted / per_epoch), least), MAX_EPOCHS)
     reason = f"about {epochs * per_epoch:,.0f} updates, {per_epoch:,.0f} an epoch; {wanted} are wanted"
     return Setting(StopCriteria(epochs=float(epochs)), f"{reason}, in at most {MAX_EPOCHS} epochs")
 
