@@ -1,6 +1,6 @@
 """All 77 intents of banking77: a specialist by the default recipe beside classifiers on sentence vectors.
 
-    python benchmarks/intents.py --json [--data ../shared/data] [--work intents-work] [--minutes 60]
+    python benchmarks/intents.py --json [--data ../shared/data] [--work intents-work] [--minutes 60] [--peers logistic]
     python benchmarks/intents.py --small --json    # made-up rows, a tiny base: shows that everything runs
 
 The specialist is tuned on all training rows with a recipe that names base and data alone, and answers all test rows
@@ -41,7 +41,8 @@ from sartor.models.base import machine_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 SETFIT, SETFIT_S = Path(__file__).resolve().parent / "peers" / "setfit" / "run.py", 3600
-SHOTS = (8, 16)
+SHOTS = {"setfit_8": 8, "setfit_16": 16}
+PEERS = ("logistic", *SHOTS)
 STRENGTHS = (1.0, 10.0, 100.0)
 Row = dict[str, Any]
 
@@ -116,16 +117,20 @@ def scores_of(predicted: Sequence[str], test: Sequence[Row]) -> list[float]:
     return [float(str(label) == distil.reply_of(row)) for label, row in zip(predicted, test, strict=True)]
 
 
-def measure(train: Sequence[Row], test: Sequence[Row], folder: Path, *, is_small: bool) -> dict[str, Any]:
-    """The whole result but the machine."""
+def measure(
+    train: Sequence[Row], test: Sequence[Row], folder: Path, *, asked: Sequence[str], is_small: bool
+) -> dict[str, Any]:
+    """The whole result but the machine. asked: peers that are measured; at the smallest size none of SetFit."""
     recipe: dict[str, Any] = {"budget": {"updates": 1}} if is_small else {}
     sides: dict[str, dict[str, Any]] = {
-        "logistic": parts.run("logistic regression", lambda: logistic(train, test)),
         "sartor": parts.run("specialist", lambda: specialist(train, test, folder, recipe)),
     }
-    absent = {}
-    for shots in SHOTS:
-        name = f"setfit_{shots}"
+    absent = {name: f"not asked for: --peers {name}" for name in PEERS if name not in asked}
+    if "logistic" in asked:
+        sides["logistic"] = parts.run("logistic regression", lambda: logistic(train, test))
+    for name, shots in SHOTS.items():
+        if name not in asked:
+            continue
         peer = {"failed": smallest.LEFT_OUT}
         if not is_small:
             peer = parts.run(name, lambda shots=shots: setfit(train, test, shots), is_final=lambda it: "scores" in it)
@@ -152,7 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the public sets")
-    smallest.add_argument(parser)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    smallest.add_argument(parser, selections=("peers",))
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, smallest.home(options.small, "chitchat", "minilm"):
@@ -161,7 +167,8 @@ def main() -> None:
             data = defaults.write_small_data(Path(temporary) / "data")
             size = defaults.Options(data, Path(), rows=40, held_out=8)
         train, test = defaults.banking77(size)
-        found = measure(train, test, parts.work_folder(Path(temporary)), is_small=options.small)
+        folder = parts.work_folder(Path(temporary))
+        found = measure(train, test, folder, asked=options.peers, is_small=options.small)
     print_result({**found, "machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)})
 
 

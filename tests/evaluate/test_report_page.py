@@ -113,7 +113,7 @@ def test_page_shows_numbers_and_verdicts(tmp_path: Path) -> None:
         "1 right, 2 wrong; all of them are in rows.parquet",
         "name (cut: its scores were decided) name (cut: its scores were decided)",
         "1,234 of 5,678",
-        "base name (name) trainable fraction 0.0125 name name rows 12,345 rate 0.0001235 none None on True",
+        "base name (name) trainable fraction 0.0125 name name rows 12,345 rate 0.0001235 none none on yes",
         "sources path name",
     ):
         assert line in text
