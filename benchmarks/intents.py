@@ -10,7 +10,8 @@ rows of each intent (peers/setfit/run.py), which are drawn once.
 
 sides {sartor, logistic, setfit_8, setfit_16: {exact_match, low, high, train_s}}    interval over the test rows
 over {logistic, setfit_8, setfit_16: {estimate, low, high}}    exact match of the specialist over theirs, by row
-settings    what `auto` came to; rows {train, test, intents}
+sides.sartor.settings    what `auto` came to, with reasons
+rows {train, test, intents}
 """
 
 from __future__ import annotations
@@ -54,12 +55,10 @@ def text_of(row: Row) -> str:
 def specialist(train: Sequence[Row], test: Sequence[Row], folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """Scores of the test rows, and what the tuning cost and chose."""
     data = distil.curated(folder, "all", train)
-    run = sartor.tune(
-        {"base": "starter", "data": data, **recipe}, folder / "adapter", show=False, resume=True
-    ).as_json()
-    settings = json.loads((folder / "adapter" / "sartor.json").read_text(encoding="utf-8"))["settings"]
-    scores = distil.matches(folder / "adapter", test)
-    return {"scores": scores, "train_s": run["wall_s"], "updates": run["updates"], "settings": settings}
+    recipe = {"base": "starter", "data": data, **recipe}
+    manifest = sartor.tune(recipe, folder / "adapter", show=False, resume=True).adapter.manifest
+    run, scores = manifest["run"], distil.matches(folder / "adapter", test)
+    return {"scores": scores, "train_s": run["wall_s"], "updates": run["updates"], "settings": manifest["settings"]}
 
 
 def logistic(train: Sequence[Row], test: Sequence[Row]) -> dict[str, Any]:

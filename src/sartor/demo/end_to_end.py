@@ -28,7 +28,8 @@ Notice = Callable[[str], object]
 PROMPT = "please turn on the lights in the kitchen"
 HELD_OUT_FRACTION = 0.12
 ROWS = 740
-# Rows of general talk beside them: a fifth of all tokens, as the default recipe's rehearsal
+# Rows of general talk for so many rows; the asset has no more. They are a fifth of all tokens, as the default recipe's
+# rehearsal is
 GENERAL_ROWS = 200
 
 
@@ -157,9 +158,7 @@ def _write_inputs(out: Path, limit: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     sampled = rows(assets.install("home-intents"))[: limit or round(ROWS / (1 - HELD_OUT_FRACTION))]
     _write_rows(out / "rows.jsonl", sampled)
-    _write_rows(
-        out / "general.jsonl", rehearsal_rows(round(GENERAL_ROWS * len(sampled) / ROWS) if limit else GENERAL_ROWS)
-    )
+    _write_rows(out / "general.jsonl", rehearsal_rows(round(GENERAL_ROWS * len(sampled) / ROWS)))
     licence = assets.entry("home-intents").licence
     sources = [
         {"path": str(out / "rows.jsonl"), "licence": licence, "use": ["commercial"]},
