@@ -60,6 +60,7 @@ def ask(visit: Visit) -> int:
         page.reload()
         page.click("form[action$='/clear'] button")
         page.wait_for_selector("#talk article", state="detached")
+        page.wait_for_load_state()  # before its script is loaded a page takes no keys
     turns = page.locator("#talk article").count()
     page.fill("textarea[name=prompt]", f"hi {turns}")
     page.press("textarea[name=prompt]", "Control+Enter")
