@@ -442,6 +442,14 @@ TUNE_PROBES = (
         ),
         _tuned,
     ),
+    Probe(
+        "Rehearsal.loss",
+        (
+            {"data": {"rehearsal": {"path": "dataset:talk"}}},
+            {"data": {"rehearsal": {"path": "dataset:talk", "loss": "kl"}}},
+        ),
+        _tuned,
+    ),
     *probes_of(
         "Dpo",
         _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "dpo"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sartor.models.losses import transformers_backend
 from sartor.models.losses.loss_backend import LossBackend, LossOptions
 from sartor.models.losses.token_scores import token_log_probabilities, top_tokens
 from sartor.models.losses.transformers_backend import RowTransformersBackend
-from sartor.models.packing import TokenizedExample
+from sartor.models.packing import SoftTargets, TokenizedExample
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -88,3 +89,37 @@ def test_the_fused_scores_agree_with_its_losses_from_stored_activations(model: A
     own = [token for row in ROWS for token, on in zip(row.ids[1:], row.learnt[1:], strict=True) if on]
     scores = token_log_probabilities(backend, ROWS, torch.tensor(own)[:, None])
     assert torch.allclose(-losses, scores[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_soft_targets_are_losses_beside_hard_ones(model: Any, name: str) -> None:
+    """A row with soft targets has KL(target || model) of K tokens and the tail; its neighbours keep their losses."""
+    count, bins = ROWS[0].supervised_tokens, 5
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(tiny.SIZE, generator=generator)[:bins] for _ in range(count)])
+    targets = torch.randn(count, tiny.SIZE, generator=generator).log_softmax(-1).gather(1, ids)
+    rows = [ROWS[1], replace(ROWS[0], soft=SoftTargets(ids, targets)), ROWS[1]]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses, _ = backend_of(model, name).losses(rows)
+    scores = expected(model)
+    own = [token for token, on in zip(ROWS[1].ids[1:], ROWS[1].learnt[1:], strict=True) if on]
+    hard = -scores[count:][range(len(own)), own]
+    q = scores[:count].gather(1, ids)
+    p_rest, q_rest = (1 - side.exp().sum(-1) for side in (targets, q))
+    soft = (targets.exp() * (targets - q)).sum(-1) + p_rest * (p_rest.log() - q_rest.log())
+    wanted = torch.cat([hard, soft, hard])
+    assert torch.allclose(losses, wanted, atol=1e-4)
+    factors = torch.randn(len(wanted), generator=generator)
+    gradients = [torch.autograd.grad((side * factors).sum(), parameters) for side in (losses, wanted)]
+    for actual, reference in zip(*gradients, strict=True):
+        assert torch.allclose(actual, reference, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_of_soft_targets_alone_cost_nothing_at_their_own_model(model: Any, name: str) -> None:
+    backend = backend_of(model, name)
+    with torch.no_grad():
+        top = top_tokens(backend, ROWS[:1], 8, tiny.SIZE)
+        row = replace(ROWS[0], soft=SoftTargets(top.ids, top.log_probabilities))
+        losses, _ = backend.losses([row])
+    assert float(losses.abs().max()) < 1e-5

@@ -16,6 +16,7 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.trace.replay import MAX_DIFFERENCE_NATS, Replay, ReplayDifference
 from sartor.trace.traced_adapter import TracedAdapter, open_traced
+from sartor.trace.traced_model import TracedModel
 from sartor.tune.checkpoint_selection import CheckpointSelection
 from traced import curated, queries_of, tuned, without
 from tune_option_probes import PAIRS, PLAIN, RATED
@@ -57,9 +58,11 @@ def test_replay_ends_at_the_bits_of_the_adapter(tmp_path: Path, tune_recipe: dic
 
 
 @pytest.mark.usefixtures("fp32")
-def test_rehearsal_and_start_are_repeated(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_rehearsal_and_start_are_repeated(tmp_path: Path, tune_recipe: dict[str, Any], loss: str) -> None:
     tuned(tune_recipe, tmp_path / "start")
-    data = {**tune_recipe["data"], "rehearsal": {"path": curated(tmp_path / "talk", PLAIN[:6], 0.0), "fraction": 0.4}}
+    rehearsal = {"path": curated(tmp_path / "talk", PLAIN[:6], 0.0), "fraction": 0.4, "loss": loss}
+    data = {**tune_recipe["data"], "rehearsal": rehearsal}
     method = {**tune_recipe["method"], "start": str(tmp_path / "start")}
     traced = tuned(tune_recipe, tmp_path / "a", data=data, method=method)
     assert sum(row.is_rehearsal for row in traced.rows) == 6
@@ -67,8 +70,12 @@ def test_rehearsal_and_start_are_repeated(tmp_path: Path, tune_recipe: dict[str,
     repeated = replay.retrain()
     assert is_same(repeated, replay.adapter_parameters())
     assert [row.example_id for row in replay.rows] == [row.example.id for row in traced.rows]
-    rehearsal = [index for index, row in enumerate(traced.rows) if row.is_rehearsal]
-    assert not is_same(repeated, replay.retrain(without(replay, *rehearsal)))
+    rehearsed = [index for index, row in enumerate(traced.rows) if row.is_rehearsal]
+    assert not is_same(repeated, replay.retrain(without(replay, *rehearsed)))
+    model = TracedModel.open(traced)
+    for index, row in enumerate(traced.rows):
+        [sequence] = model.row(index)
+        assert (sequence.tokens.soft is not None) == (row.is_rehearsal and loss == "kl")
 
 
 @pytest.mark.usefixtures("fp32")

@@ -95,6 +95,7 @@ def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe
     )
     assert any(line.startswith("optimizer.batch_tokens auto: 256 (") for line in notices)
     assert manifest["parents"][1]["role"] == "rehearsal"
+    assert manifest["recipe"]["data"]["rehearsal"] == {"path": "asset:general-text", "fraction": 0.2, "loss": "kl"}
     assert [warning["reason"] for warning in plan["warnings"]] == [plan_warnings.FEW_UPDATES]
     assert "budget.updates=50" in plan["warnings"][0]["remedy"]
     assert manifest["run"]["warnings"] == plan["warnings"]
@@ -121,7 +122,7 @@ def test_a_resumed_run_keeps_the_values_that_it_began_with(
     killed(monkeypatch, recipe, tmp_path / "a", update=2)
     monkeypatch.setattr(auto_settings, "SMALLEST_BATCH", 64)
     monkeypatch.setattr(auto_settings, "MAX_RATE", 1e-4)
-    monkeypatch.setattr(auto_settings, "SMALL_TALK", "")
+    monkeypatch.setattr(auto_settings, "GENERAL_TEXT", "")
     tune(recipe, tmp_path / "a", resume=True)
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert read_manifest(tmp_path / "a")["settings"] == read_manifest(tmp_path / "whole")["settings"]

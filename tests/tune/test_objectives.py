@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sartor.models.losses.soft_targets import NO_BIN
 from sartor.tune import objectives
 
 N = 5
@@ -211,7 +212,7 @@ def test_distil_of_equals_is_zero_and_absent_bins_count_nothing() -> None:
     assert loss.tolist() == pytest.approx([0.0] * N, abs=1e-12)
     assert float(slope.abs().max()) < 1e-9
     other = bins(doubles(N, seed=2), doubles(N, seed=3)).detach()
-    absent = torch.full((N, 2), objectives.NO_BIN, dtype=other.dtype)
+    absent = torch.full((N, 2), NO_BIN, dtype=other.dtype)
     padded = torch.cat([other, absent], 1)
     student = torch.cat([same, doubles(N, 2, seed=4)], 1)
     assert objectives.distil(student, padded).tolist() == pytest.approx(objectives.distil(same, other).tolist())

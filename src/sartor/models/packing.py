@@ -210,12 +210,25 @@ SHARED_TOKENS = 8
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """Distributions over the next token that S supervised tokens are trained towards.
+
+    ids: (S, K) likeliest tokens. log_probabilities: (S, K) fp32 of them.
+    """
+
+    ids: torch.Tensor
+    log_probabilities: torch.Tensor
+
+
+@dataclass(frozen=True)
 class TokenizedExample:
     """One example as tokens.
 
     ids: (T,) token ids. learnt: (T,) true where the token is supervised.
     weight: factor of every token's loss. factors: (T,) further factors above 0, those of the token's turn; None if all
         are 1. A turn of weight 0 is not learnt.
+    soft: soft targets of the supervised tokens; with them their losses are divergences, and None trains towards the
+        row's own tokens.
     """
 
     ids: list[int]
@@ -223,6 +236,7 @@ class TokenizedExample:
     example_id: str = ""
     weight: float = 1.0
     factors: list[float] | None = field(default=None, kw_only=True)
+    soft: SoftTargets | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     @property
     def supervised_tokens(self) -> int:
@@ -261,6 +275,39 @@ class TokenizedExample:
 
 
 @dataclass(frozen=True)
+class PackedSoftTargets:
+    """Soft targets of some of a pack's S supervised tokens.
+
+    places: (N,) which of them. hard: (S - N,) the others. targets: of N tokens.
+    """
+
+    places: torch.Tensor
+    hard: torch.Tensor
+    targets: SoftTargets
+
+    @classmethod
+    def of(cls, examples: Sequence[TokenizedExample], device: torch.device | str) -> PackedSoftTargets | None:
+        """Return the soft targets of a pack of examples; None if none has some."""
+        places: list[int] = []
+        hard: list[int] = []
+        targets, start = [], 0
+        for example in examples:
+            end = start + example.supervised_tokens
+            if example.soft is None:
+                hard += range(start, end)
+            else:
+                places += range(start, end)
+                targets.append(example.soft)
+            start = end
+        if not targets:
+            return None
+        ids = torch.cat([part.ids for part in targets]).to(device)
+        log_probabilities = torch.cat([part.log_probabilities for part in targets]).to(device)
+        soft, others = (torch.tensor(part, dtype=torch.long, device=device) for part in (places, hard))
+        return cls(soft, others, SoftTargets(ids, log_probabilities))
+
+
+@dataclass(frozen=True)
 class Pack:
     """T tokens of one or more examples.
 
@@ -272,6 +319,7 @@ class Pack:
     places: per example, (length,) pack indices of its tokens.
     example_ids: id of each example.
     supervised: number of supervised tokens of each example.
+    soft: soft targets of some of them; None if all are trained towards `targets`.
     """
 
     ids: torch.Tensor
@@ -284,6 +332,7 @@ class Pack:
     places: tuple[torch.Tensor, ...]
     example_ids: tuple[str, ...]
     supervised: tuple[int, ...]
+    soft: PackedSoftTargets | None = None
 
     @property
     def tokens(self) -> int:
@@ -368,6 +417,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
         places=tuple(torch.tensor(indices, device=device) for indices in row_indices),
         example_ids=tuple(example.example_id for example in examples),
         supervised=tuple(example.supervised_tokens for example in examples),
+        soft=PackedSoftTargets.of(examples, device),
     )
 
 

@@ -26,8 +26,9 @@ from sartor.trace.replay_run import Course, PreferenceReplayRun, ReplayRun, RowW
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune import resume
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
+from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, start_of
 from sartor.tune.recipe import SAMPLED, ResolvedRecipe, Sft
+from sartor.tune.rehearsal import hold_at_base, rehearsal_of
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
 Notice = Callable[[str], object]
@@ -113,6 +114,7 @@ class Replay:
             problem = f"the tuning of {traced.artifact.path} cannot be repeated here: {'; '.join(differing)}"
             raise ArtifactError(problem, _OTHER_METHODS)
         calibrate(base, data)
+        hold_at_base(recipe, base, data)
         for line in describe_differences(traced):
             notice(line)
         return cls(traced, base, data)

@@ -18,7 +18,7 @@ from sartor.models import adapters, packing
 from sartor.models.base import Base
 from sartor.models.losses.loss_backend import PACK_TOKENS, LossBackend, LossOptions
 from sartor.models.losses.row_gradients import RowGradientObserver
-from sartor.models.packing import TokenizedExample
+from sartor.models.packing import SoftTargets, TokenizedExample
 from sartor.models.tuned_model import open_tuned
 from sartor.trace.query_encoding import encode_query
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
@@ -27,6 +27,7 @@ from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayou
 from sartor.tune.model_setup import open_recipe_base
 from sartor.tune.reasoning_rules import with_reasoning_rule
 from sartor.tune.recipe import SAMPLED, Objective, Sft
+from sartor.tune.rehearsal import with_soft_targets
 from sartor.tune.tokenized_dataset import PreferenceExample
 
 Notice = Callable[[str], object]
@@ -49,10 +50,13 @@ class TracedModel:
     """Base and adapter of a traced adapter in memory, with gradients of the factors that are sketched.
 
     factors: LoRA factors by name. final: their values in the adapter.
+    soft: soft targets of rows of rehearsal, by their ids.
     """
 
-    def __init__(self, traced: TracedAdapter, base: Base, model: Any) -> None:
-        self.traced, self.base, self.model = traced, base, model
+    def __init__(
+        self, traced: TracedAdapter, base: Base, model: Any, soft: Mapping[str, SoftTargets | None] | None = None
+    ) -> None:
+        self.traced, self.base, self.model, self.soft = traced, base, model, soft or {}
         self.factors = lora_factors(model)
         if not self.factors:
             raise ModelError(
@@ -83,7 +87,12 @@ class TracedModel:
         if traced.known_recipe is None:  # tuned elsewhere, or by federated rounds
             return cls(traced, *open_tuned(traced.artifact, notice))
         base = open_recipe_base(traced.known_recipe, notice)
-        return cls(traced, base, adapters.open_adapter(base.model, traced.artifact.path))
+        held: list[TokenizedExample] = []
+        if traced.known_recipe.data.rehearsal.loss == "kl":
+            rows = [row for row in traced.rows if row.is_rehearsal]
+            held = with_soft_targets(base, [base.chat.encode(row.example, row.dataset.path) for row in rows])
+        soft = {row.example_id: row.soft for row in held}
+        return cls(traced, base, adapters.open_adapter(base.model, traced.artifact.path), soft)
 
     @property
     def seed(self) -> int:
@@ -127,7 +136,8 @@ class TracedModel:
         sequences = []
         for tokens, _ in encoded:
             if not isinstance(tokens, PreferenceExample):
-                sequences.append(SignedSequence(tokens))
+                soft = self.soft.get(tokens.example_id) if row.is_rehearsal else None
+                sequences.append(SignedSequence(replace(tokens, soft=soft)))
                 continue
             sequences.append(SignedSequence(tokens, -1.0 if tokens.term == "bad" else 1.0))
             if tokens.term == "pair" and tokens.other:

@@ -15,13 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from filelock import FileLock
-
-from sartor.core import assets, config, parquet_io
-from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import ArtifactError
-from sartor.core.home import folder
-from sartor.core.lazy_import import import_module
+from sartor.core import config, parquet_io
+from sartor.core.artifacts import Artifact
 from sartor.models.base import Base
 from sartor.models.composed_model import ComposedMedia
 from sartor.tune.checkpoint_selection import natural_metric
@@ -29,8 +24,7 @@ from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, Sft, StopCrite
 from sartor.tune.sampler import updates_per_epoch
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
-ASSET = "asset:"
-SMALL_TALK = "asset:small-talk"
+GENERAL_TEXT = "asset:general-text"
 LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = (
     "optimizer.learning_rate",
     "optimizer.batch_tokens",
@@ -135,8 +129,8 @@ def _rehearsal(recipe: Recipe, dataset: Artifact, base: Base) -> Setting:
         return Setting(absent, "none: rows of text beside pictures or recordings are not measured")
     if parquet_io.rehearsal_sources(dataset):
         return Setting(absent, "none: the Dataset has a source of rehearsal of its own")
-    rehearsal = Rehearsal(SMALL_TALK)
-    return Setting(rehearsal, f"{rehearsal.fraction:.0%} of the tokens are small talk, against forgetting")
+    rehearsal = Rehearsal(GENERAL_TEXT, loss="kl")
+    return Setting(rehearsal, f"{rehearsal.fraction:.0%} of the tokens hold the model at the base on general text")
 
 
 def resolve(
@@ -249,25 +243,6 @@ def budget(row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setti
     epochs = min(max(math.ceil(wanted / per_epoch), least), MAX_EPOCHS)
     reason = f"about {epochs * per_epoch:,.0f} updates, {per_epoch:,.0f} an epoch; {wanted} are wanted"
     return Setting(StopCriteria(epochs=float(epochs)), f"{reason}, in at most {MAX_EPOCHS} epochs")
-
-
-def asset_dataset(path: str) -> Artifact:
-    """Return the Dataset of an asset's rows (`asset:small-talk`), curated once per machine.
-
-    Raises ConfigError for an asset that is not on the list, AssetError if it cannot be fetched.
-    """
-    asset = assets.entry(path.removeprefix(ASSET))
-    digest = asset.files[0].sha256[:12]
-    out = folder("rehearsal") / f"{asset.name}-{digest}"
-    with FileLock(folder("rehearsal") / f".{asset.name}.wait"):
-        try:
-            return open_artifact(out, "dataset")
-        except ArtifactError:
-            source = {"path": f"{path}/*.jsonl", "licence": asset.licence, "use": ["commercial"]}
-            # imported here, because only the first run on a machine needs the curator
-            pipeline = import_module("sartor.curate.pipeline")
-            pipeline.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, out, replace=out.exists())
-            return open_artifact(out, "dataset")
 
 
 def lines(settings: Mapping[str, Setting]) -> list[str]:

@@ -35,11 +35,11 @@ from sartor.models import adapters, packing
 from sartor.models.base import Base, open_base, read_chat
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend, LossOptions
+from sartor.models.losses.soft_targets import NO_BIN
 from sartor.models.losses.token_scores import top_tokens
 from sartor.models.packing import TokenizedExample
 from sartor.models.tuned_model import open_tuned
 from sartor.tune import text_alignment
-from sartor.tune.objectives import NO_BIN
 from sartor.tune.recipe import Distil, ResolvedRecipe, TeacherEndpoint
 from sartor.tune.teacher_scores import TeacherScore
 from sartor.tune.text_alignment import Chunk, supervised_ids

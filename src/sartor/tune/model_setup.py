@@ -19,10 +19,9 @@ from sartor.models.multimodal import trainable_parts
 from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.multimodal.whisper_base import WhisperMedia
 from sartor.models.tensor_files import TensorCache
-from sartor.tune import auto_settings
 from sartor.tune.methods.full import Full
 from sartor.tune.methods.targets import ALL, Placement, Targets
-from sartor.tune.recipe import Method, Recipe, Rehearsal
+from sartor.tune.recipe import Method, Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
@@ -106,19 +105,6 @@ def start_of(recipe: Recipe, base: Base) -> Artifact | None:
             f"base: {start_base['name']}, or a method.start that was tuned on {base.ref.name}",
         )
     return start
-
-
-def rehearsal_of(recipe: Recipe) -> Artifact | None:
-    """Return the Dataset of general rows that a recipe names, a directory or an asset; None without one.
-
-    Raises ArtifactError and AssetError.
-    """
-    rehearsal = recipe.data.rehearsal
-    if not isinstance(rehearsal, Rehearsal) or not rehearsal.path:
-        return None
-    if rehearsal.path.startswith(auto_settings.ASSET):
-        return auto_settings.asset_dataset(rehearsal.path)
-    return open_artifact(rehearsal.path, "dataset")
 
 
 def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:

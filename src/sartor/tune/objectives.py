@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from sartor.models.losses.soft_targets import NO_BIN, kl_divergence, with_tail
+
 
 def sft(losses: torch.Tensor, weights: torch.Tensor, total_weight: float) -> torch.Tensor:
     """Return the supervised fine-tuning loss: the weighted mean over the supervised tokens of an update.
@@ -128,23 +130,6 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 Divergence = Literal["reverse", "forward", "jensen"]
-# Log-probability of a bin that a token does not have. Its probability is 0 in every dtype, and nothing is infinite
-NO_BIN = -1e4
-
-
-def with_tail(bins: torch.Tensor) -> torch.Tensor:
-    """Return (N, K + 1) log-probabilities: those of K bins, and of everything else as the last bin.
-
-        tail = log(1 - sum_k exp(bins_k))
-
-    Without the tail, the K probabilities of a teacher would have to be scaled up to 1, which biases the student:
-    Anshumann et al. 2025, arXiv:2503.16870, section 3, where the tail is called the ghost token.
-
-    bins: (N, K), NO_BIN where a token has fewer.
-    """
-    # the tail's probability is kept above 0 by a rounding of the dtype
-    mass = bins.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(bins.dtype).eps)
-    return torch.cat([bins, torch.log(-torch.expm1(mass))], -1)
 
 
 def distil(
@@ -176,17 +161,12 @@ def distil(
     has_bin = teacher > NO_BIN / 2
     q, p = (with_tail(bins.masked_fill(~has_bin, NO_BIN)) for bins in (student, teacher))
     if divergence == "reverse":
-        return _kl(q, p)
+        return kl_divergence(q, p)
     if divergence == "forward":
-        return _kl(p, q)
+        return kl_divergence(p, q)
     # log m_b = log(beta p_b + (1 - beta) q_b)
     mixed = torch.logaddexp(p + math.log(mixture), q + math.log1p(-mixture))
-    return mixture * _kl(p, mixed) + (1 - mixture) * _kl(q, mixed)
-
-
-def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return (N,) KL(first || second) of (N, B) log-probabilities, in nats."""
-    return (first.exp() * (first - second)).sum(-1)
+    return mixture * kl_divergence(p, mixed) + (1 - mixture) * kl_divergence(q, mixed)
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:

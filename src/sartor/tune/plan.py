@@ -49,10 +49,11 @@ from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.distil_teachers import DistilTeacher, open_teacher
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
 from sartor.tune.grpo_training import open_grpo
-from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
+from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base
 from sartor.tune.preference_training import reached_pairs
 from sartor.tune.recipe import REFERENCED, Distil, Grpo, Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.rehearsal import hold_at_base, rehearsal_of
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
 
@@ -204,6 +205,7 @@ def plan(
         unsupervised = preflight.Refusal(preflight.UNSUPERVISED, error.problem, error.remedy)
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
+    hold_at_base(recipe, base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)

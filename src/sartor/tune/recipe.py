@@ -73,13 +73,19 @@ class BaseChoice:
 class Rehearsal:
     """Rows of another Dataset, added to the updates against forgetting (arXiv:1811.11682).
 
-    They are learnt by sft under any objective.
+    They are learnt in the same way under any objective.
     """
 
     path: str = option(
-        "", "directory of a Dataset of general rows, whose training split is taken, or asset:small-talk; empty: none"
+        "",
+        "directory of a Dataset of general rows, whose training split is taken, or asset:general-text, "
+        "asset:small-talk; empty: none",
     )
     fraction: float = option(0.2, "of the tokens that are read, above 0 and below 1")
+    loss: Literal["cross_entropy", "kl"] = option(
+        "cross_entropy",
+        "cross_entropy: their replies are learnt; kl: the model is held at the untouched base's predictions of them",
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
@@ -110,7 +116,7 @@ class Data:
     )
     rehearsal: Literal["auto", "none"] | Rehearsal = option(
         "auto",
-        "rows of another Dataset that are read beside them; auto: 200 rows of small talk, where the defaults are "
+        "rows of another Dataset that are read beside them; auto: general text by loss: kl, where the defaults are "
         "chosen",
     )
 

@@ -159,6 +159,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "rules.assumed_colluders": "auto",
     "data.reuse_frozen": False,
     "data.reasoning": "last",
+    "data.rehearsal.loss": "cross_entropy",
     "data.empty_think": "keep",
     "trace.features": False,
     "optimizer.epsilon": 1e-8,

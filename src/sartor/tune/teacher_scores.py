@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from sartor.core.filesystem import create_directory_atomic
+from sartor.models.losses.soft_targets import NO_BIN
 from sartor.models.packing import TokenizedExample
 from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import full_disk
-from sartor.tune.objectives import NO_BIN
 
 FOLDER = "teacher"
 _FILE = "scores.safetensors"

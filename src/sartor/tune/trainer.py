@@ -41,13 +41,13 @@ from sartor.tune.model_setup import (
     calibrate,
     inject_recipe_adapter,
     open_recipe_base,
-    rehearsal_of,
     start_of,
     stored_bytes,
 )
 from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Distil, Recipe, ResolvedRecipe, Sft, Tracking
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.rehearsal import hold_at_base, rehearsal_of
 from sartor.tune.teacher_scores import token_bytes
 from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
 from sartor.tune.training_log import OnStep, TrainingLog, plot_losses
@@ -112,6 +112,7 @@ def tune(
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal=rehearsal_setting, earlier=earlier)
     calibrate(base, data)
+    hold_at_base(recipe, base, data)
     teacher = open_teacher(resolved, base, notice)
     grpo = open_grpo(resolved, base, data, notice)
     parent_of_teacher = teacher.parent if teacher else None

@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 import torch
 
+from sartor.core.errors import ModelError
 from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels
 from sartor.models.losses.lora_linear import MappedLinear, Projection, Unsupported
+from sartor.models.losses.soft_targets import soft_losses
 from sartor.models.packing import AttentionShape, Pack
 
 # Vocabulary entries (rows of the head's weight) that are widened at once
@@ -408,7 +410,7 @@ class _HeadNode(torch.autograd.Function):
             ctx.save_for_backward(hidden, rstd, *(() if slope is None else (slope,)))
             return result
         losses, slopes = [], []
-        rows = max(1, decoder.logits_bytes // (decoder.head.shape[0] * hidden.element_size()))
+        rows = decoder.rows_at_once(hidden)
         for part, part_targets in zip(normed.split(rows), targets.split(rows), strict=True):
             # logits z = part W^T (n, V);  the kernel returns losses (n,) and dloss/dz (n, V)
             logits = decoder.logits(part)
@@ -426,6 +428,43 @@ class _HeadNode(torch.autograd.Function):
         hidden, rstd, *slopes = ctx.saved_tensors
         dy = (slopes[0] if len(slopes) == 1 else torch.cat(slopes)) * d.to(hidden.dtype)[:, None]
         return ctx.fast.norm.backward(dy, hidden, rstd), None, None
+
+
+class _ScoresNode(torch.autograd.Function):
+    """Autograd node of the final norm, the LM head and the log-softmax at K tokens: (N, D) -> (N, K).
+
+    The logits are computed once more in the backward pass instead of being kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, decoder: FusedDecoder, ids: torch.Tensor) -> torch.Tensor:
+        normed, rstd = decoder.norm.forward(hidden)
+        size = decoder.rows_at_once(normed)
+        scores = [
+            decoder.capped_logits(part).log_softmax(-1).gather(1, part_ids)
+            for part, part_ids in zip(normed.split(size), ids.split(size), strict=True)
+        ]
+        ctx.fast = decoder
+        ctx.save_for_backward(hidden, normed, rstd, ids)
+        return torch.cat(scores)
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> Any:
+        hidden, normed, rstd, ids = ctx.saved_tensors
+        decoder, size = ctx.fast, ctx.fast.rows_at_once(normed)
+        slopes = []
+        for part, part_ids, part_d in zip(normed.split(size), ids.split(size), d.split(size), strict=True):
+            logits = decoder.capped_logits(part)
+            # s_k = z_{i_k} - logsumexp(z):  ds/dz = onehot(i_k) - softmax(z), so
+            # dz (n, V) = scatter(d) - softmax(z) sum_k d_k
+            slope = logits.softmax(-1) * -part_d.sum(-1, keepdim=True)
+            slope.scatter_add_(1, part_ids, part_d)
+            if decoder.softcap:
+                # z = c tanh(y / c):  dz/dy = 1 - (z / c)^2
+                slope *= 1 - (logits / decoder.softcap) ** 2
+            # dnormed (n, D) = dz W
+            slopes.append(slope.to(decoder.head.dtype) @ decoder.head)
+        return decoder.norm.backward(torch.cat(slopes), hidden, rstd), None, None
 
 
 class FusedDecoder:
@@ -522,7 +561,35 @@ class FusedDecoder:
 
     def tuned(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
         """Return differentiable losses (S,) in nats from x (T, D), the input of the lowest adapted layer."""
-        return _HeadNode.apply(self.predicting(x, batch, geometries), self, batch.targets)
+        hidden = self.predicting(x, batch, geometries)
+        if batch.soft is None:
+            return _HeadNode.apply(hidden, self, batch.targets)
+        places, hard, soft = batch.soft.places, batch.soft.hard, batch.soft.targets
+        losses = [soft_losses(self.token_scores(hidden[places], soft.ids), soft.log_probabilities)]
+        if len(hard):
+            losses.append(_HeadNode.apply(hidden[hard], self, batch.targets[hard]).to(losses[0].dtype))
+        return torch.cat(losses)[torch.cat([places, hard]).argsort()]
+
+    def token_scores(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return differentiable log-probabilities (N, K) of the tokens `ids` (N, K) from `predicting`'s (N, D)."""
+        self.check_distributions()
+        return _ScoresNode.apply(hidden, self, ids)
+
+    def check_distributions(self) -> None:
+        """Raise ModelError for a head that is read from its file."""
+        if self.mapped is not None:
+            raise ModelError("a head that is read from its file gives no distributions", "objective: {kind: sft}")
+
+    def rows_at_once(self, hidden: torch.Tensor) -> int:
+        """Return how many of the hidden states (N, D) get their logits at once."""
+        return max(1, self.logits_bytes // (self.head.shape[0] * hidden.element_size()))
+
+    def capped_logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Return the logits (n, V), at least fp32, of normed hidden states (n, D), soft-capped where the family is."""
+        logits = normed @ self.head.T
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def predicting(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
         """Return differentiable hidden states (S, D) before the final norm, of the positions that predict.

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sartor.core.errors import ModelError
 from sartor.models import packing
-from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.loss_backend import FusedBackend, LossBackend
 from sartor.models.losses.transformers_backend import (
     PackedTransformersBackend,
@@ -45,7 +43,7 @@ def token_log_probabilities(backend: LossBackend, rows: Sequence[TokenizedExampl
     """Return differentiable log-probabilities (S, K) of the tokens `ids` (S, K) at the supervised tokens of `rows`."""
     if isinstance(backend, FusedBackend):
         batch = packing.pack(rows, backend.device, share=backend.share)
-        return _ScoresNode.apply(_hidden(backend, rows, batch), backend.fast, ids)
+        return backend.fast.token_scores(_hidden(backend, rows, batch), ids)
     return torch.cat(
         [
             logits.log_softmax(-1).gather(1, part)
@@ -83,9 +81,9 @@ def _predictions(
         return
     batch = packing.pack(rows, backend.device, share=backend.share)
     normed, _ = backend.fast.norm.forward(_hidden(backend, rows, batch))
-    size = _rows_at_once(backend.fast, normed)
+    size = backend.fast.rows_at_once(normed)
     for part, targets in zip(normed.split(size), batch.targets.split(size), strict=True):
-        yield _capped_logits(backend.fast, part), targets
+        yield backend.fast.capped_logits(part), targets
 
 
 def _transformers(backend: LossBackend) -> PackedTransformersBackend | RowTransformersBackend:
@@ -113,8 +111,7 @@ def _logits_with_ids(
 def _hidden(backend: FusedBackend, rows: Sequence[TokenizedExample], batch: Pack) -> torch.Tensor:
     """Return the hidden states (S, D) before the final norm, as `FusedBackend.losses` computes them."""
     fast = backend.fast
-    if fast.mapped is not None:
-        raise ModelError("a head that is read from its file gives no distributions", "objective: {kind: sft}")
+    fast.check_distributions()
     geometries = fast.geometries(batch)
     with torch.no_grad():
         if backend.frozen is not None:
@@ -127,52 +124,3 @@ def _hidden(backend: FusedBackend, rows: Sequence[TokenizedExample], batch: Pack
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _rows_at_once(fast: FusedDecoder, hidden: torch.Tensor) -> int:
-    return max(1, fast.logits_bytes // (fast.head.shape[0] * hidden.element_size()))
-
-
-def _capped_logits(fast: FusedDecoder, normed: torch.Tensor) -> torch.Tensor:
-    """Return the logits (n, V) of normed hidden states (n, D), soft-capped where the family does so."""
-    logits = normed @ fast.head.T
-    if fast.softcap:
-        logits = fast.softcap * torch.tanh(logits / fast.softcap)
-    return logits
-
-
-class _ScoresNode(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
-    """Autograd node of the final norm, the LM head and the log-softmax at K tokens: (N, D) -> (N, K).
-
-    The logits are computed once more in the backward pass instead of being kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, fast: FusedDecoder, ids: torch.Tensor) -> torch.Tensor:
-        normed, rstd = fast.norm.forward(hidden)
-        size = _rows_at_once(fast, normed)
-        scores = [
-            _at_least_fp32(_capped_logits(fast, part)).log_softmax(-1).gather(1, part_ids)
-            for part, part_ids in zip(normed.split(size), ids.split(size), strict=True)
-        ]
-        ctx.fast = fast
-        ctx.save_for_backward(hidden, normed, rstd, ids)
-        return torch.cat(scores)
-
-    @staticmethod
-    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, normed, rstd, ids = ctx.saved_tensors
-        fast, size = ctx.fast, _rows_at_once(ctx.fast, normed)
-        slopes = []
-        for part, part_ids, part_d in zip(normed.split(size), ids.split(size), d.split(size), strict=True):
-            logits = _at_least_fp32(_capped_logits(fast, part))
-            # s_k = z_{i_k} - logsumexp(z):  ds/dz = onehot(i_k) - softmax(z), so
-            # dz (n, V) = scatter(d) - softmax(z) sum_k d_k
-            slope = logits.softmax(-1) * -part_d.sum(-1, keepdim=True)
-            slope.scatter_add_(1, part_ids, part_d)
-            if fast.softcap:
-                # z = c tanh(y / c):  dz/dy = 1 - (z / c)^2
-                slope *= 1 - (logits / fast.softcap) ** 2
-            # dnormed (n, D) = dz W
-            slopes.append(slope.to(fast.head.dtype) @ fast.head)
-        return fast.norm.backward(torch.cat(slopes), hidden, rstd), None, None

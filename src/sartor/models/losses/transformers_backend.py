@@ -36,6 +36,7 @@ from sartor.models.losses.lora_linear import Unsupported, rounds
 from sartor.models.losses.lora_rounding import rounded_twice
 from sartor.models.losses.loss_backend import WISH, FusedBackend, LossBackend, LossOptions, activation_cache_for
 from sartor.models.losses.row_gradients import RowGradientObserver
+from sartor.models.losses.soft_targets import soft_losses
 from sartor.models.media_tokens import own_inputs
 from sartor.models.multimodal.native_media import is_plain, native_media
 from sartor.models.packing import AttentionShape, Pack, TokenizedExample, attend, pack
@@ -112,11 +113,23 @@ def decoder(model: Any) -> Any:
 
 
 def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
-    """Return the cross-entropy (S,) in nats, at least fp32, of each supervised token of a pack.
+    """Return the loss (S,) in nats, at least fp32, of each supervised token of a pack.
+
+    It is the cross-entropy, or the divergence from a soft target.
 
     Call it inside `packing(model)`.
     """
-    return F.cross_entropy(pack_logits(model, batch), batch.targets, reduction="none")
+    return _token_losses(pack_logits(model, batch), batch)
+
+
+def _token_losses(logits: torch.Tensor, batch: Pack) -> torch.Tensor:
+    """Return the losses (S,) of a pack's supervised tokens from their logits (S, V)."""
+    losses = F.cross_entropy(logits, batch.targets, reduction="none")
+    if batch.soft is None:
+        return losses
+    places, soft = batch.soft.places, batch.soft.targets
+    scores = logits[places].log_softmax(-1).gather(1, soft.ids)
+    return losses.index_put((places,), soft_losses(scores, soft.log_probabilities).to(losses.dtype))
 
 
 def pack_logits(model: Any, batch: Pack) -> torch.Tensor:
@@ -153,7 +166,7 @@ def row_losses(
         if batch.supervised_tokens:
             if observer is not None and torch.is_grad_enabled():
                 observer.begin(batch)
-            losses.append(F.cross_entropy(row_logits(model, batch), batch.targets, reduction="none"))
+            losses.append(_token_losses(row_logits(model, batch), batch))
     return torch.cat(losses) if losses else torch.zeros(0, device=device)
 
 
