@@ -35,6 +35,7 @@ WORDLESS = {
     "icon.svg": "Icon of the studio in a browser's tab.",
     "studio.css": "Style of the studio's pages.",
     "studio.js": "What htmx does not do: keys, live plots, scrolling.",
+    "general_text.jsonl": "Asset `general-text`: rows on which `loss: kl` holds a model at its base.",
     "small_talk.jsonl": "Asset `small-talk`: rows of general talk for rehearsal.",
 }
 HEAD = """\

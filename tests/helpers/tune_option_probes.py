@@ -450,6 +450,14 @@ TUNE_PROBES = (
         ),
         _tuned,
     ),
+    Probe(
+        "Rehearsal.weight",
+        (
+            {"data": {"rehearsal": {"path": "dataset:talk"}}},
+            {"data": {"rehearsal": {"path": "dataset:talk", "weight": 4.0}}},
+        ),
+        _tuned,
+    ),
     *probes_of(
         "Dpo",
         _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "dpo"}),

@@ -61,7 +61,7 @@ def test_replay_ends_at_the_bits_of_the_adapter(tmp_path: Path, tune_recipe: dic
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
 def test_rehearsal_and_start_are_repeated(tmp_path: Path, tune_recipe: dict[str, Any], loss: str) -> None:
     tuned(tune_recipe, tmp_path / "start")
-    rehearsal = {"path": curated(tmp_path / "talk", PLAIN[:6], 0.0), "fraction": 0.4, "loss": loss}
+    rehearsal = {"path": curated(tmp_path / "talk", PLAIN[:6], 0.0), "fraction": 0.4, "loss": loss, "weight": 3.0}
     data = {**tune_recipe["data"], "rehearsal": rehearsal}
     method = {**tune_recipe["method"], "start": str(tmp_path / "start")}
     traced = tuned(tune_recipe, tmp_path / "a", data=data, method=method)
@@ -76,6 +76,7 @@ def test_rehearsal_and_start_are_repeated(tmp_path: Path, tune_recipe: dict[str,
     for index, row in enumerate(traced.rows):
         [sequence] = model.row(index)
         assert (sequence.tokens.soft is not None) == (row.is_rehearsal and loss == "kl")
+        assert sequence.tokens.weight == (replay.data.rehearsal_factor if row.is_rehearsal else 1.0)
 
 
 @pytest.mark.usefixtures("fp32")

@@ -95,7 +95,12 @@ def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe
     )
     assert any(line.startswith("optimizer.batch_tokens auto: 256 (") for line in notices)
     assert manifest["parents"][1]["role"] == "rehearsal"
-    assert manifest["recipe"]["data"]["rehearsal"] == {"path": "asset:general-text", "fraction": 0.2, "loss": "kl"}
+    assert manifest["recipe"]["data"]["rehearsal"] == {
+        "path": "asset:general-text",
+        "fraction": 0.2,
+        "loss": "kl",
+        "weight": 1.0,
+    }
     assert [warning["reason"] for warning in plan["warnings"]] == [plan_warnings.FEW_UPDATES]
     assert "budget.updates=50" in plan["warnings"][0]["remedy"]
     assert manifest["run"]["warnings"] == plan["warnings"]

@@ -40,6 +40,20 @@ def test_rehearsal_does_not_change_overlong_refusal(tmp_path: Path, tiny_base: P
     assert not list(preflight.of_lengths(encode_rows(short, recipe(64), chat, talk).lengths, recipe(64)))
 
 
+def test_weight_of_rehearsal_is_that_of_all_its_tokens_together(tmp_path: Path, tiny_base: Path) -> None:
+    """By the fraction of the tokens that is read, long replies and short ones weigh the same."""
+    chat = open_chat(tiny_base)
+    own, talk = curated(tmp_path, "own", ["yes"] * 10), curated(tmp_path, "talk", ["a longer reply"] * 10)
+    rehearsal = {"path": "talk", "fraction": 0.25, "weight": 2.0}
+    chosen = {"base": "starter", "data": {"path": "d", "max_length_tokens": 64, "rehearsal": rehearsal}}
+    data = encode_rows(own, sartor.load_recipe(chosen), chat, talk)
+    read_tokens = data.tokens / 3  # of rehearsal in an epoch
+    weight = read_tokens * sum(row.loss_weight for row in data.rehearsal) / sum(row.tokens for row in data.rehearsal)
+    assert weight == pytest.approx(2.0 * sum(row.loss_weight for row in data.train))
+    plain = encode_rows(own, recipe(64), chat, talk)
+    assert plain.rehearsal_factor == 1.0 and {row.weight for row in plain.rehearsal} == {1.0}
+
+
 def test_rehearsal_of_which_nothing_fits_is_named(tmp_path: Path, tiny_base: Path) -> None:
     own, talk = curated(tmp_path, "own", ["yes"] * 10), curated(tmp_path, "talk", ["a long story " * 60] * 20)
     with pytest.raises(SourceError, match="of the rehearsal no training row") as error:

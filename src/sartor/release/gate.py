@@ -494,14 +494,10 @@ def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool
     return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
 
 
-_TUNE_SLOWER = "or tune slower, or for fewer epochs"
-_SMALL_TALK = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
-_FORGETTING_REMEDIES = {
-    "small_talk": f"more general talk among the sources of the curation recipe, {_SMALL_TALK}; {_TUNE_SLOWER}",
-    "arithmetic": "general questions and answers among the sources of the curation recipe, rehearsal: true; "
-    f"{_TUNE_SLOWER}",
-    "language": f"rows in other languages among the sources of the curation recipe, rehearsal: true; {_TUNE_SLOWER}",
-}
+_FORGETTING_REMEDY = (
+    "sartor tune RECIPE --data.rehearsal.path asset:general-text --data.rehearsal.loss kl --data.rehearsal.fraction "
+    "0.4; or a lower optimizer.learning_rate, or fewer budget.epochs"
+)
 
 
 def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
@@ -516,7 +512,7 @@ def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = Gat
     detail = (
         f"{name}{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:.3f}, {forgetting['high']:.3f}]"
     )
-    remedy = "" if is_fit else _FORGETTING_REMEDIES[forgetting.get("probe", "small_talk")]
+    remedy = "" if is_fit else _FORGETTING_REMEDY
     return Check("pass" if is_fit else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
 

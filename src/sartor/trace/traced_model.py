@@ -135,9 +135,11 @@ class TracedModel:
             return []
         sequences = []
         for tokens, _ in encoded:
+            if row.is_rehearsal:
+                weight = tokens.weight * self.traced.manifest["run"].get("rehearsal_factor", 1.0)
+                tokens = replace(tokens, weight=weight, soft=self.soft.get(tokens.example_id))
             if not isinstance(tokens, PreferenceExample):
-                soft = self.soft.get(tokens.example_id) if row.is_rehearsal else None
-                sequences.append(SignedSequence(replace(tokens, soft=soft)))
+                sequences.append(SignedSequence(tokens))
                 continue
             sequences.append(SignedSequence(tokens, -1.0 if tokens.term == "bad" else 1.0))
             if tokens.term == "pair" and tokens.other:

@@ -129,7 +129,7 @@ def _rehearsal(recipe: Recipe, dataset: Artifact, base: Base) -> Setting:
         return Setting(absent, "none: rows of text beside pictures or recordings are not measured")
     if parquet_io.rehearsal_sources(dataset):
         return Setting(absent, "none: the Dataset has a source of rehearsal of its own")
-    rehearsal = Rehearsal(GENERAL_TEXT, loss="kl")
+    rehearsal = Rehearsal(GENERAL_TEXT, loss="kl", weight=1.0)
     return Setting(rehearsal, f"{rehearsal.fraction:.0%} of the tokens hold the model at the base on general text")
 
 

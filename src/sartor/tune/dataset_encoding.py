@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
@@ -17,7 +18,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
 from sartor.tune.reasoning_rules import with_reasoning_rule
-from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Rehearsal, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -189,7 +190,25 @@ def encode_rows(
         if not data.rehearsal:
             error = _no_rows_error(rehearsal, recipe, beside)
             raise SourceError(f"of the rehearsal {error.problem}", f"{error.remedy}, or data.rehearsal=none")
+        data.rehearsal_factor = _rehearsal_factor(recipe.data.rehearsal, data)
+        data.rehearsal = [replace(row, weight=row.weight * data.rehearsal_factor) for row in data.rehearsal]
     return data
+
+
+def _rehearsal_factor(rehearsal: Any, data: TokenizedDataset) -> float:
+    """Return the factor of the weights of rehearsal rows that gives them `weight` together, beside 1 of the own rows.
+
+        factor = weight * (1 - f) / f * (w / t) / (v / u)
+
+    f is the fraction of rehearsal among the tokens, and w / t and v / u are weights of the loss over tokens, of the
+    own rows and of the rehearsal.
+    """
+    if not isinstance(rehearsal, Rehearsal) or rehearsal.weight is None:
+        return 1.0
+    own, beside = (
+        sum(row.loss_weight for row in rows) / sum(row.tokens for row in rows) for rows in (data.train, data.rehearsal)
+    )
+    return rehearsal.weight * (1 - rehearsal.fraction) / rehearsal.fraction * own / beside
 
 
 def _encode_examples(

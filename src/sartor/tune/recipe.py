@@ -86,10 +86,15 @@ class Rehearsal:
         "cross_entropy",
         "cross_entropy: their replies are learnt; kl: the model is held at the untouched base's predictions of them",
     )
+    weight: float | None = option(
+        None, "weight of all their tokens together, if all of the run's own have 1; none: every token counts alike"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise ConfigError(f"fraction is {self.fraction}; it must be above 0 and below 1", "fraction: 0.2")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight is {self.weight}; it must be above 0", "weight: 1.0")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""General rows that are read beside a run's own, against forgetting: which they are, and what is learnt of them.
+"""General rows that are read beside a run's own, against forgetting.
 
 With `loss: kl` a row holds the model where it was: the target of each token is the untouched base's distribution, in
 place of the row's own token. This is learning without forgetting (Li & Hoiem 2016, arXiv:1606.09282). The row's text

@@ -160,6 +160,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "data.reuse_frozen": False,
     "data.reasoning": "last",
     "data.rehearsal.loss": "cross_entropy",
+    "data.rehearsal.weight": None,
     "data.empty_think": "keep",
     "trace.features": False,
     "optimizer.epsilon": 1e-8,

@@ -69,6 +69,7 @@ class TokenizedDataset:
     held_out_groups: (held-out rows,) the group of each.
     reasoning: rows that the rules for reasoning concern, by what they do (`reasoning_rules.py`).
     rehearsal: rows of another Dataset, read with the training rows. Neither epochs nor `lengths` count them.
+    rehearsal_factor: by which their weights were multiplied.
     """
 
     train: list[TokenizedExample] = field(default_factory=list)
@@ -76,6 +77,7 @@ class TokenizedDataset:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     rehearsal: list[TokenizedExample] = field(default_factory=list)
+    rehearsal_factor: float = 1.0
     held_out_groups: list[str] = field(default_factory=list)
     reasoning: dict[str, int] = field(default_factory=dict)
 

@@ -390,6 +390,7 @@ def _facts(
             "trainable_fraction": trained / total,
             "wall_s": round(wall_s, 3),
             "resumed_at": [line["resumed_at"] for line in run.journal.lines if "resumed_at" in line],
+            **({"rehearsal_factor": context.data.rehearsal_factor} if context.data.rehearsal else {}),
             "path": run.path.name,
             "path_reason": run.path.reason,
             "packed": run.path.name != "one-row",

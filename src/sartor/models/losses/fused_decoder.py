@@ -439,7 +439,7 @@ class _ScoresNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, decoder: FusedDecoder, ids: torch.Tensor) -> torch.Tensor:
         normed, rstd = decoder.norm.forward(hidden)
-        size = decoder.rows_at_once(normed)
+        size = decoder.scored_at_once(normed)
         scores = [
             decoder.capped_logits(part).log_softmax(-1).gather(1, part_ids)
             for part, part_ids in zip(normed.split(size), ids.split(size), strict=True)
@@ -451,7 +451,7 @@ class _ScoresNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> Any:
         hidden, normed, rstd, ids = ctx.saved_tensors
-        decoder, size = ctx.fast, ctx.fast.rows_at_once(normed)
+        decoder, size = ctx.fast, ctx.fast.scored_at_once(normed)
         slopes = []
         for part, part_ids, part_d in zip(normed.split(size), ids.split(size), d.split(size), strict=True):
             logits = decoder.capped_logits(part)
@@ -583,6 +583,13 @@ class FusedDecoder:
     def rows_at_once(self, hidden: torch.Tensor) -> int:
         """Return how many of the hidden states (N, D) get their logits at once."""
         return max(1, self.logits_bytes // (self.head.shape[0] * hidden.element_size()))
+
+    def scored_at_once(self, hidden: torch.Tensor) -> int:
+        """Return how many of the hidden states (N, D) get their log-probabilities at once.
+
+        They are fewer, since logits, probabilities and gradient are in fp32 and in memory together.
+        """
+        return max(1, self.rows_at_once(hidden) // 4)
 
     def capped_logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, V), at least fp32, of normed hidden states (n, D), soft-capped where the family is."""

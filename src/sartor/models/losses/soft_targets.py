@@ -1,4 +1,4 @@
-"""Losses of tokens with a soft target: a distribution over next tokens in place of the row's own token.
+"""Losses of tokens whose target is a distribution over next tokens, not the row's own token.
 
 The distributions are known by their K likeliest tokens; the rest of the vocabulary is one bin, the tail.
 """
