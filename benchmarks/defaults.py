@@ -45,6 +45,7 @@ import sartor
 from sartor.core import assets, parquet_io
 from sartor.core.artifacts import open_artifact
 from sartor.demo.home_intents import rows as home_rows
+from sartor.evaluate.audit.forgetting_probes import measure_probes
 from sartor.evaluate.paired_measurement import measure_models
 from sartor.evaluate.predictions import HeldOut
 from sartor.models.base import machine_facts
@@ -66,7 +67,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What a call measures. data: folder of the public sets. tower: of pictures."""
+    """What a call measures. data: folder of the public sets. tower: of pictures. has_probes: forgetting too."""
 
     data: Path
     work: Path
@@ -80,6 +81,7 @@ class Options:
     recipe: dict[str, Any] = field(default_factory=dict)
     deadline: float = float("inf")
     has_defaults_only: bool = False
+    has_probes: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,11 @@ class Runs:
         return dict(open_artifact(self._dataset(), "dataset").manifest["counts"]["splits"])
 
     def value(self, name: str, settings: dict[str, Any], seed: int) -> float:
-        """The measure of one run. settings: learning_rate, batch_tokens, budget, rehearsal; none: the defaults."""
+        """The measure of one run."""
+        return float(self.result(name, settings, seed)["value"])
+
+    def result(self, name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The facts of one run. settings: learning_rate, batch_tokens, budget, rehearsal; others: the defaults."""
         file = self.folder / f"{name}-{seed}.json"
         if not file.is_file():
             # a run that would not end in time is not begun
@@ -288,7 +294,7 @@ class Runs:
                 f"defaults: {self.folder.name} {name} seed {seed}: {result['value']:.4g} in {seconds:.0f} s",
                 file=sys.stderr,
             )
-        return float(json.loads(file.read_text(encoding="utf-8"))["value"])
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
     def _dataset(self) -> Path:
         out = self.folder / "dataset"
@@ -316,9 +322,11 @@ class Runs:
             "evaluations": 1,
             "seed": seed,
         }
-        if settings:
+        if "rehearsal" in settings:
+            recipe["data"]["rehearsal"] = settings["rehearsal"]
+        if "learning_rate" in settings:
             recipe["optimizer"] = {key: settings[key] for key in ("learning_rate", "batch_tokens")}
-            recipe["budget"], recipe["data"]["rehearsal"] = settings["budget"], settings["rehearsal"]
+            recipe["budget"] = settings["budget"]
         with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             tuned = sartor.tune({**recipe, **self.options.recipe}, Path(temporary) / "adapter", show=False)
             manifest = tuned.adapter.manifest
@@ -326,10 +334,13 @@ class Runs:
                 value = float(manifest["run"]["loss"]["eval"])
             else:
                 value = self._exact_match(Path(temporary) / "adapter")
+            probes = measure_probes(*open_tuned(tuned.adapter)) if self.options.has_probes else {}
         budget = {name: limit for name, limit in manifest["recipe"]["budget"].items() if limit is not None}
         rehearsal = {"value": manifest["recipe"]["data"]["rehearsal"], "reason": "as the recipe has it"}
         chosen = {"budget": {"value": budget}, "data.rehearsal": rehearsal, **manifest["settings"]}
-        return {"value": value, "settings": chosen, "updates": manifest["run"]["updates"]}
+        run = manifest["run"]
+        facts = {"value": value, "settings": chosen, "updates": run["updates"], "tune_s": run["wall_s"]}
+        return facts | ({"forgetting": probes} if probes else {})
 
     def _exact_match(self, adapter: Path) -> float:
         """Fraction of the held-out rows to which the greedy reply is the reference."""

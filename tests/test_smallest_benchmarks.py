@@ -52,6 +52,7 @@ KEYS = {
     "forecast": "runs time_inside memory_inside widest time_runs intervals.time.high intervals.memory.low table",
     "grpo": "valid.before valid.after valid.estimate valid.low fields.before fields.low equal_groups.fraction auc.low useless.pattern.refused "
     "useless.schema.problem useless_refused machine.processor",
+    "forgetting": "sets.banking77.none.worst sets.banking77.small_talk.score sets.banking77.auto.probes worst_of_auto machine.processor",
     "intents": "sides.sartor.exact_match sides.sartor.low sides.logistic.train_s sides.sartor.settings over.logistic.low setfit_8 setfit_16 "
     "rows.intents machine.processor",
     "intervals": "false_verdicts.sartor.log_normal.8 power.sartor trials",

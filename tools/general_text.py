@@ -2,10 +2,11 @@
 
     python tools/general_text.py --out general_text.jsonl [--rows 200] [--seed 0]
 
-The starter base writes both sides: questions from its chat template alone, as Magpie does (Xu et al. 2024,
-arXiv:2406.08464), and those of asset:small-talk for a third of the rows; then its replies, cut after their last whole
-sentence. Rows with addresses, links or long numbers are left out. Which texts they are hardly matters, since a run
-compares predictions on them and learns none of their words; that they are of many kinds does.
+The starter base writes both sides of most: questions from its chat template alone, as Magpie does (Xu et al. 2024,
+arXiv:2406.08464), and those of asset:small-talk for a third; then its replies, cut after their last whole sentence.
+Rows with addresses, links or long numbers are left out. A fifth, in eleven languages other than English, were written
+for Sartor (general_text_languages.tsv). Which texts they are hardly matters, since a run compares predictions on them
+and learns none of their words; that they are of many kinds does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ KEPT_FRACTION = 0.5
 _PRIVATE = re.compile(r"@|https?:|www\.|\d{4,}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _MARK = "QUESTION"
+LANGUAGES = Path(__file__).with_name("general_text_languages.tsv")
 
 
 def sample(base: Base, prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> list[Generation]:
@@ -52,6 +54,10 @@ def small_talk() -> list[str]:
     return [json.loads(line)["messages"][0]["content"] for line in lines]
 
 
+def _row(question: str, reply: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
 def rows(base: Base, count: int, seed: int) -> list[dict[str, object]]:
     """Return `count` rows of a question and the base's reply; fewer if the base writes too few whole sentences."""
     talk = small_talk()[:: 3 * 200 // count]
@@ -63,8 +69,7 @@ def rows(base: Base, count: int, seed: int) -> list[dict[str, object]]:
         ends = [match.end() for match in _SENTENCE_END.finditer(text)]
         text = text[: ends[-1]] if ends else ""
         if len(text) > 20 and not _PRIVATE.search(text):
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            result.append({"messages": messages})
+            result.append(_row(question, text))
     return result[:count]
 
 
@@ -75,7 +80,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200, help="rows to write")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     arguments = parser.parse_args()
-    found = rows(open_base("starter", bits=32), arguments.rows, arguments.seed)
+    written = [line.split("\t") for line in LANGUAGES.read_text(encoding="utf-8").splitlines()]
+    found = rows(open_base("starter", bits=32), arguments.rows - len(written), arguments.seed)
+    found += [_row(question, reply) for question, reply in written]
     arguments.out.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found), encoding="utf-8")
     print(f"{len(found)} rows in {arguments.out}")
 

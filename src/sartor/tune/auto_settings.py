@@ -36,7 +36,7 @@ WEIGHTS, EVALUATIONS = "weights", "evaluations"
 # SMALL_BATCHES, ONE_PASS_UPDATES. From so many updates on an epoch is enough
 SMALLEST_BATCH, SMALL_BATCHES, LARGEST_BATCH, UPDATES_PER_EPOCH, ONE_PASS_UPDATES = 256, 1024, 4096, 64, 1000
 # Target number of updates; a composed base needs more, because its projector starts untrained
-UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 200, 700, 10
+UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 300, 700, 10
 # Rate of full fine-tuning at a width of 2,000, and the exponent by which it falls with the width; LoRA takes ten times
 # that rate
 FULL_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT, LORA_OVER_FULL, MAX_RATE = 5e-5, 2000, 0.78, 10, 1e-3
