@@ -43,7 +43,7 @@ def test_rate_falls_with_the_width_and_is_bounded(width: int, rate: float) -> No
 @pytest.mark.parametrize(
     ("row_tokens", "batch", "is_composed", "epochs"),
     [
-        ([45] * 400, 256, False, 4),
+        ([45] * 400, 256, False, 5),
         ([45] * 100, 256, False, 10),
         ([45] * 40_000, 4096, False, 2),
         ([45] * 40_000, 1024, False, 1),

@@ -496,7 +496,7 @@ def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool
 
 _FORGETTING_REMEDY = (
     "sartor tune RECIPE --data.rehearsal.path asset:general-text --data.rehearsal.loss kl --data.rehearsal.fraction "
-    "0.4; or a lower optimizer.learning_rate, or fewer budget.epochs"
+    "0.4 --data.rehearsal.weight 2; or a lower optimizer.learning_rate, or fewer budget.epochs"
 )
 
 
