@@ -41,19 +41,20 @@ def test_rate_falls_with_the_width_and_is_bounded(width: int, rate: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("row_tokens", "batch", "is_composed", "epochs"),
+    ("row_tokens", "batch", "wanted", "epochs"),
     [
-        ([45] * 400, 256, False, 5),
-        ([45] * 100, 256, False, 10),
-        ([45] * 40_000, 4096, False, 2),
-        ([45] * 40_000, 1024, False, 1),
-        ([90] * 300, 256, True, 8),
+        ([45] * 400, 256, 300, 5),
+        ([150] * 400, 512, 200, 2),
+        ([45] * 100, 256, 300, 10),
+        ([45] * 40_000, 4096, 300, 2),
+        ([45] * 40_000, 1024, 300, 1),
+        ([90] * 300, 256, 700, 8),
     ],
 )
 def test_budget_is_epochs_until_there_are_enough_updates(
-    row_tokens: list[int], batch: int, is_composed: bool, epochs: int
+    row_tokens: list[int], batch: int, wanted: int, epochs: int
 ) -> None:
-    setting = auto_settings.budget(row_tokens, batch, is_composed=is_composed)
+    setting = auto_settings.budget(row_tokens, batch, wanted)
     assert setting.value == StopCriteria(epochs=epochs)
 
 
@@ -182,3 +183,12 @@ def test_language_is_warned_of_where_the_base_does_not_know_it(
     monkeypatch.setattr(plan_warnings, "_nats_per_letter", lambda pieces, *_: ratio if pieces == ["rows"] else 1.0)
     anything: Any = None
     assert len(list(plan_warnings.unknown_language(anything, anything, anything))) == count
+
+
+@pytest.mark.parametrize(("reply", "wanted"), [("yes", 300), ("a long reply " * 40, 200)])
+def test_long_replies_get_fewer_updates(tmp_path: Path, tune_recipe: dict[str, Any], reply: str, wanted: int) -> None:
+    rows = [{"prompt": f"say {n}", "completion": f"{reply} {n}"} for n in range(12)]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    sartor.curate({"sources": [{"path": str(file), "licence": "CC0-1.0"}]}, tmp_path / "rows")
+    settings = sartor.plan(auto_recipe(tune_recipe, data={"path": str(tmp_path / "rows")}, budget="auto")).settings
+    assert f"; {wanted} are wanted" in settings["budget"].reason

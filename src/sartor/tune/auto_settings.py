@@ -35,8 +35,9 @@ WEIGHTS, EVALUATIONS = "weights", "evaluations"
 # The batch is the largest power of two in this range that leaves UPDATES_PER_EPOCH updates in an epoch; above
 # SMALL_BATCHES, ONE_PASS_UPDATES. From so many updates on an epoch is enough
 SMALLEST_BATCH, SMALL_BATCHES, LARGEST_BATCH, UPDATES_PER_EPOCH, ONE_PASS_UPDATES = 256, 1024, 4096, 64, 1000
-# Target number of updates; a composed base needs more, because its projector starts untrained
-UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 300, 700, 10
+# Target number of updates. Long replies are learnt by heart in more; a composed base needs more, because its projector
+# starts untrained
+UPDATES, LONG_REPLY_UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 300, 200, 700, 10
 # Rate of full fine-tuning at a width of 2,000, and the exponent by which it falls with the width; LoRA takes ten times
 # that rate
 FULL_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT, LORA_OVER_FULL, MAX_RATE = 5e-5, 2000, 0.78, 10, 1e-3
@@ -178,9 +179,12 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
     if name == LEARNING_RATE:
         return learning_rate(int(base.model.get_input_embeddings().weight.shape[1]))
     chosen = settings[BATCH_TOKENS].value if BATCH_TOKENS in settings else recipe.optimizer.batch_tokens
-    row_tokens = [row.tokens for row in data.train]
-    # only a composed base needs more updates: the media tower of a native base is already trained
-    return budget(row_tokens, int(chosen), is_composed=isinstance(base.media, ComposedMedia))
+    # the media tower of a native base is already trained
+    if isinstance(base.media, ComposedMedia):
+        wanted = COMPOSED_UPDATES
+    else:
+        wanted = LONG_REPLY_UPDATES if natural_metric(data.train) == "loss" else UPDATES
+    return budget([row.tokens for row in data.train], int(chosen), wanted)
 
 
 def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
@@ -232,12 +236,11 @@ def learning_rate(width: int) -> Setting:
     return Setting(float(f"{rate:.2g}"), f"ten times the full fine-tuning rate of a base of width {width}")
 
 
-def budget(row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setting:
-    """Return the number of whole epochs that give enough updates, at most MAX_EPOCHS.
+def budget(row_tokens: Sequence[int], batch: int, wanted: int = UPDATES) -> Setting:
+    """Return the number of whole epochs that give `wanted` updates, at most MAX_EPOCHS.
 
     It is 1 only if an epoch has ONE_PASS_UPDATES.
     """
-    wanted = COMPOSED_UPDATES if is_composed else UPDATES
     per_epoch = updates_per_epoch(row_tokens, batch)
     least = 1 if per_epoch >= ONE_PASS_UPDATES else 2
     epochs = min(max(math.ceil(wanted / per_epoch), least), MAX_EPOCHS)
