@@ -190,5 +190,6 @@ def test_long_replies_get_fewer_updates(tmp_path: Path, tune_recipe: dict[str, A
     rows = [{"prompt": f"say {n}", "completion": f"{reply} {n}"} for n in range(12)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     sartor.curate({"sources": [{"path": str(file), "licence": "CC0-1.0"}]}, tmp_path / "rows")
-    settings = sartor.plan(auto_recipe(tune_recipe, data={"path": str(tmp_path / "rows")}, budget="auto")).settings
-    assert f"; {wanted} are wanted" in settings["budget"].reason
+    recipe = auto_recipe(tune_recipe, data={"path": str(tmp_path / "rows")}, budget="auto")
+    settings = sartor.plan(recipe).as_json()["settings"]
+    assert f"; {wanted} are wanted" in settings["budget"]["reason"]
