@@ -11,6 +11,7 @@ Thinking Machines. The constants were chosen on banking77 and construction-faq, 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -35,9 +36,9 @@ WEIGHTS, EVALUATIONS = "weights", "evaluations"
 # The batch is the largest power of two in this range that leaves UPDATES_PER_EPOCH updates in an epoch; above
 # SMALL_BATCHES, ONE_PASS_UPDATES. From so many updates on an epoch is enough
 SMALLEST_BATCH, SMALL_BATCHES, LARGEST_BATCH, UPDATES_PER_EPOCH, ONE_PASS_UPDATES = 256, 1024, 4096, 64, 1000
-# Target number of updates. Long replies are learnt by heart in more; a composed base needs more, because its projector
-# starts untrained
-UPDATES, LONG_REPLY_UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 300, 200, 700, 10
+# Target number of updates. Replies of more tokens in the median than SHORT_REPLY are learnt by heart in so many; a
+# composed base needs more, because its projector starts untrained
+UPDATES, LONG_REPLY_UPDATES, COMPOSED_UPDATES, SHORT_REPLY, MAX_EPOCHS = 300, 200, 700, 32, 10
 # Rate of full fine-tuning at a width of 2,000, and the exponent by which it falls with the width; LoRA takes ten times
 # that rate
 FULL_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT, LORA_OVER_FULL, MAX_RATE = 5e-5, 2000, 0.78, 10, 1e-3
@@ -183,7 +184,8 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
     if isinstance(base.media, ComposedMedia):
         wanted = COMPOSED_UPDATES
     else:
-        wanted = LONG_REPLY_UPDATES if natural_metric(data.train) == "loss" else UPDATES
+        is_short = statistics.median(row.supervised_tokens for row in data.train) <= SHORT_REPLY
+        wanted = UPDATES if is_short else LONG_REPLY_UPDATES
     return budget([row.tokens for row in data.train], int(chosen), wanted)
 
 
