@@ -169,7 +169,7 @@ def test_gate_takes_the_worst_probe(name: str) -> None:
     results[name] = {**results[name], "high": 0.6}
     check = check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.5))
     assert check.outcome == "fail" and f"worst of its probes, {name.replace('_', ' ')}" in check.detail
-    assert "rehearsal: true" in check.remedy
+    assert "--data.rehearsal.loss kl" in check.remedy
     assert check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.7)).outcome == "pass"
 
 
