@@ -336,7 +336,8 @@ class Runs:
                 value = self._exact_match(Path(temporary) / "adapter")
             probes = measure_probes(*open_tuned(tuned.adapter)) if self.options.has_probes else {}
         budget = {name: limit for name, limit in manifest["recipe"]["budget"].items() if limit is not None}
-        rehearsal = {"value": manifest["recipe"]["data"]["rehearsal"], "reason": "as the recipe has it"}
+        named = {name: value for name, value in manifest["recipe"]["data"]["rehearsal"].items() if value is not None}
+        rehearsal = {"value": named, "reason": "as the recipe has it"}
         chosen = {"budget": {"value": budget}, "data.rehearsal": rehearsal, **manifest["settings"]}
         run = manifest["run"]
         facts = {"value": value, "settings": chosen, "updates": run["updates"], "tune_s": run["wall_s"]}

@@ -56,10 +56,10 @@ class Setting:
     reason: str
 
     def as_json(self) -> dict[str, Any]:
-        """Return the value and reason as an entry of a manifest or a plan; limits that are None are left out."""
+        """Return the value and reason as an entry of a manifest or a plan; what is None in it is left out."""
         plain = config.dump(self.value)
-        if isinstance(self.value, StopCriteria):
-            plain = {name: limit for name, limit in plain.items() if limit is not None}
+        if isinstance(plain, Mapping):
+            plain = {name: value for name, value in plain.items() if value is not None}
         return {"value": plain, "reason": self.reason}
 
 
