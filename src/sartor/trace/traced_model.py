@@ -21,7 +21,7 @@ from sartor.models.losses.row_gradients import RowGradientObserver
 from sartor.models.packing import SoftTargets, TokenizedExample
 from sartor.models.tuned_model import open_tuned
 from sartor.trace.query_encoding import encode_query
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
 from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
@@ -44,6 +44,21 @@ class SignedSequence:
 
     tokens: TokenizedExample
     sign: float = 1.0
+
+
+def _encode(traced: TracedAdapter, base: Base, row: TrainingRow) -> list[TokenizedExample]:
+    """Return a training row's tokens, as its tuning learnt them; empty if the template refuses it."""
+    recipe, chat = traced.known_recipe, base.chat
+    objective: Objective = Sft()
+    try:
+        example = reply_markup.read_example(row.example, chat.markup.spelt, keep_id=True)
+        if recipe is not None:
+            example = with_reasoning_rule(example, recipe.data, chat, Counter())
+            chat = chat.without_empty_think() if recipe.data.empty_think == "drop" else chat
+            objective = Sft() if row.is_rehearsal else recipe.objective
+        return [tokens for tokens, _ in encode_preference(example, objective, chat, row.dataset.path)]
+    except SourceError:
+        return []
 
 
 class TracedModel:
@@ -90,7 +105,7 @@ class TracedModel:
         held: list[TokenizedExample] = []
         if traced.known_recipe.data.rehearsal.loss == "kl":
             rows = [row for row in traced.rows if row.is_rehearsal]
-            held = with_soft_targets(base, [base.chat.encode(row.example, row.dataset.path) for row in rows])
+            held = with_soft_targets(base, [tokens for row in rows for tokens in _encode(traced, base, row)])
         soft = {row.example_id: row.soft for row in held}
         return cls(traced, base, adapters.open_adapter(base.model, traced.artifact.path), soft)
 
@@ -98,11 +113,6 @@ class TracedModel:
     def seed(self) -> int:
         """Seed of the projections: the tuning's, 0 if it is not known."""
         return self.traced.known_recipe.seed if self.traced.known_recipe else 0
-
-    @property
-    def objective(self) -> Objective:
-        """Objective of the tuning; sft if it is not known."""
-        return self.traced.known_recipe.objective if self.traced.known_recipe else Sft()
 
     @cached_property
     def backend(self) -> LossBackend:
@@ -122,19 +132,8 @@ class TracedModel:
     def row(self, index: int) -> list[SignedSequence]:
         """Return the sequences of a training row; empty if the template refuses it."""
         row = self.traced.rows[index]
-        objective = Sft() if row.is_rehearsal else self.objective
-        try:
-            chat = self.base.chat
-            example = reply_markup.read_example(row.example, chat.markup.spelt, keep_id=True)
-            if self.traced.known_recipe is not None:
-                data = self.traced.known_recipe.data
-                example = with_reasoning_rule(example, data, chat, Counter())
-                chat = chat.without_empty_think() if data.empty_think == "drop" else chat
-            encoded = encode_preference(example, objective, chat, row.dataset.path)
-        except SourceError:
-            return []
         sequences = []
-        for tokens, _ in encoded:
+        for tokens in _encode(self.traced, self.base, row):
             if row.is_rehearsal:
                 weight = tokens.weight * self.traced.manifest["run"].get("rehearsal_factor", 1.0)
                 tokens = replace(tokens, weight=weight, soft=self.soft.get(tokens.example_id))

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
@@ -195,7 +194,7 @@ def encode_rows(
     return data
 
 
-def _rehearsal_factor(rehearsal: Any, data: TokenizedDataset) -> float:
+def _rehearsal_factor(rehearsal: Rehearsal | str, data: TokenizedDataset) -> float:
     """Return the factor of the weights of rehearsal rows that gives them `weight` together, beside 1 of the own rows.
 
         factor = weight * (1 - f) / f * (w / t) / (v / u)

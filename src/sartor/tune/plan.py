@@ -53,7 +53,7 @@ from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recip
 from sartor.tune.preference_training import reached_pairs
 from sartor.tune.recipe import REFERENCED, Distil, Grpo, Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.rehearsal import hold_at_base, rehearsal_of
+from sartor.tune.rehearsal import rehearsal_of
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
 
@@ -205,7 +205,6 @@ def plan(
         unsupervised = preflight.Refusal(preflight.UNSUPERVISED, error.problem, error.remedy)
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
-    hold_at_base(recipe, base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)
