@@ -17,7 +17,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate.sources import row_formats
-from sartor.evaluate.predictions import HeldOut, fitting, held_out
+from sartor.evaluate.predictions import HeldOut, TrainingForm, fitting, held_out
 from sartor.models.base import open_base
 from sartor.models.chat import ChatTokenizer
 from sartor.personalization.user_tokens import encode_user_row
@@ -152,21 +152,21 @@ def test_tuning_and_evaluating_such_rows_runs_through(old: Artifact, tiny_base: 
     asked = held_out(artifact, write_jsonl(tmp_path / "more.jsonl", fresh), 10, tmp_path / "media")
     assert asked.left_out["template_markup"] == 1 and len(asked.examples) == 2
     base = open_base(str(tiny_base))
-    assert len(fitting(base, asked, 8).examples) == 2
+    assert len(fitting(base, asked, TrainingForm()).examples) == 2
 
 
 def test_evaluation_counts_references_with_base_markup(old: Artifact, tiny_base: Path) -> None:
     """They are left out as `template_markup`."""
     base = open_base(str(tiny_base))
     asked = HeldOut(list(parquet_io.read_examples(old)), old.path)
-    assert fitting(base, asked, 8).left_out == {"template_markup": 1}
+    assert fitting(base, asked, TrainingForm()).left_out == {"template_markup": 1}
 
 
 def test_evaluation_scores_what_tune_learns(old: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = FAMILIES["chatml, byte level"].chat()
     monkeypatch.setattr("sartor.evaluate.predictions.context_tokens", lambda model: 0)
     base: Any = SimpleNamespace(chat=chat, model=None)
-    asked = fitting(base, HeldOut(list(parquet_io.read_examples(old)), old.path), 8)
+    asked = fitting(base, HeldOut(list(parquet_io.read_examples(old)), old.path), TrainingForm())
     learnt, ids, _ = learnt_of(old, chat)
     assert {one.messages[0].text: chat.encode(one).ids for one in asked.examples} == ids and len(ids) == len(
         learnt

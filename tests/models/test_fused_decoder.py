@@ -77,6 +77,33 @@ def test_losses_match_transformers_in_fp32_and_bf16(
     assert apart(got, transformers_backend.row_losses(model, examples, "cpu")) < limit
 
 
+@pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("top", [2, 1])
+def test_tokens_that_fill_a_pack_up_change_nothing(kind: str, made: ReferenceKernels, top: int) -> None:
+    """Neither losses nor gradients; `top` layers are adapted."""
+    model, examples = tuned(kind, top=top), rows(20, 5, 33, 12, 1, 40, head=10)
+    fast = FusedDecoder(transformers_backend.without_peft(model), made)
+    for share in (False, True):
+        plain, filled = (packing.pack(examples, share=share, multiple=multiple) for multiple in (1, 32))
+        assert filled.tokens % 32 == 0 and plain.tokens <= filled.tokens < plain.tokens + 32
+        output_rows, places = filled.output_rows
+        assert len(output_rows) % 32 == 0 and torch.equal(output_rows[places], filled.predict)
+        assert torch.equal(output_rows, output_rows.unique())
+        wanted, got = fast.losses(plain), fast.losses(filled)
+        assert apart(got, wanted) < 1e-10
+        assert worst(gradients(model, got), gradients(model, wanted)) < 1e-10
+
+
+def test_packs_are_filled_up_in_16_bits_alone() -> None:
+    """In fp32 the bits of older runs stay."""
+    examples = rows(20, 5, 33)
+    for dtype, multiple in ((torch.bfloat16, 32), (torch.float32, 1), (torch.float64, 1)):
+        path = fast_path(tuned("llama", dtype), examples)
+        assert path.fast.token_multiple == multiple
+        assert path.pack(examples).tokens == -(-58 // multiple) * multiple
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(sorted(FAMILIES)),

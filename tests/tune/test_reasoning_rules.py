@@ -20,7 +20,6 @@ from sartor.core.records import Example, Message, Origin, Part
 from sartor.models.chat import ChatTokenizer
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.reasoning_rules import with_reasoning_rule
-from sartor.tune.recipe import Data
 from tool_prompts import TEMPLATES
 
 
@@ -76,7 +75,7 @@ def reasoned(example: Example) -> list[str]:
 )
 def test_rule_decides_which_turns_keep_reasoning(rule: Any, expected: list[str]) -> None:
     counts: Counter[str] = Counter()
-    result = with_reasoning_rule(LOOP, Data("d", reasoning=rule), chat_of(QWEN_2), counts)
+    result = with_reasoning_rule(LOOP, rule, chat_of(QWEN_2), counts)
     assert reasoned(result) == expected and result.id == LOOP.id
     assert counts["kept"] == (rule != "drop") and counts["dropped"] == (rule != "keep")
 
@@ -85,26 +84,26 @@ def test_last_is_what_the_template_does_itself() -> None:
     """Rows that were encoded before the rule was there have the same ids under the default."""
     chat = chat_of(QWEN_3)
     for row in (TWO, LOOP):
-        ruled = with_reasoning_rule(row, Data("d"), chat, Counter())
+        ruled = with_reasoning_rule(row, "last", chat, Counter())
         assert ruled is not row and chat.encode(ruled).ids == chat.encode(row).ids
 
 
 def test_keep_refuses_what_the_template_leaves_out() -> None:
     with pytest.raises(SourceError, match="data.reasoning=keep keeps; take last, or drop"):
-        with_reasoning_rule(TWO, Data("d", reasoning="keep"), chat_of(QWEN_3), Counter())
-    with_reasoning_rule(TWO, Data("d", reasoning="keep"), chat_of(QWEN_2), Counter())
+        with_reasoning_rule(TWO, "keep", chat_of(QWEN_3), Counter())
+    with_reasoning_rule(TWO, "keep", chat_of(QWEN_2), Counter())
 
 
 def test_rows_without_reasoning_are_untouched() -> None:
     counts: Counter[str] = Counter()
     row = talk(Message.of("assistant", "blue"))
-    assert with_reasoning_rule(row, Data("d", reasoning="drop"), chat_of(QWEN_3), counts) is row and not counts
+    assert with_reasoning_rule(row, "drop", chat_of(QWEN_3), counts) is row and not counts
 
 
 def test_template_without_a_place_writes_it_as_text_and_counts_it() -> None:
     counts: Counter[str] = Counter()
     chat = ChatTokenizer(tiny.tokenizer())
-    row = with_reasoning_rule(TWO, Data("d"), chat, counts)
+    row = with_reasoning_rule(TWO, "last", chat, counts)
     assert counts == {"dropped": 1, "kept": 1, "written_as_text": 1}
     text = chat.tokenizer.decode(chat.encode(row).ids)
     assert "since one" not in text and "<think>\nsince two\n</think>\n\nblue<|im_end|>" in text
@@ -112,8 +111,8 @@ def test_template_without_a_place_writes_it_as_text_and_counts_it() -> None:
 
 def test_rejected_reply_keeps_reasoning_as_the_chosen_one() -> None:
     pair = replace(talk(thought("blue", "since")), rejected=(thought("red", "as"),))
-    kept = with_reasoning_rule(pair, Data("d"), chat_of(QWEN_3), Counter())
-    dropped = with_reasoning_rule(pair, Data("d", reasoning="drop"), chat_of(QWEN_3), Counter())
+    kept = with_reasoning_rule(pair, "last", chat_of(QWEN_3), Counter())
+    dropped = with_reasoning_rule(pair, "drop", chat_of(QWEN_3), Counter())
     assert kept is pair and not dropped.rejected[0].reasoning_content
 
 

@@ -42,7 +42,7 @@ from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
 from sartor.evaluate.metrics import ALL_METRICS, LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
 from sartor.evaluate.paired_measurement import measure_models
-from sartor.evaluate.predictions import HeldOut, fitting, held_out, losses, model_side, reply_limit
+from sartor.evaluate.predictions import HeldOut, TrainingForm, fitting, held_out, losses, model_side
 from sartor.evaluate.reply_labels import is_json
 from sartor.evaluate.report_page import thumbnails
 from sartor.evaluate.scorers import count_words
@@ -272,7 +272,9 @@ def _measure(
         outcomes_of([row.reply for row in eval_set.examples], label, audit_options.favourable)
     base, model = open_tuned(adapter, notice)
     notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
-    eval_set = fitting(base, eval_set, reply_limit(base, eval_set.examples))
+    form = TrainingForm.of(adapter)
+    base = form.base(base)
+    eval_set = fitting(base, eval_set, form)
     measures = _measures(eval_set, label)
     primary = scorer or _natural_metric(measures)
     if metrics and primary not in metrics:
@@ -460,8 +462,11 @@ def compare_with_live(
         for row in parquet_io.read_file(report_artifact.path / "rows.parquet")
         if only is None or str(row["id"]) in only
     ]
-    eval_set = _find_eval_set(new_version, rows)
     base, model = open_tuned(live_version, notice)
+    form = TrainingForm.of(new_version)  # both versions answer the rows as they stand in the Report
+    base = form.base(base)
+    eval_set = _find_eval_set(new_version, rows)
+    eval_set = dataclasses.replace(eval_set, examples=[form.example(row, base.chat) for row in eval_set.examples])
     notice(f"{live_version.path} answers the same {len(rows)} rows")
     outputs = measure_models(base, model, eval_set, report_artifact.manifest["label"], sides=[True])[0]
     primary = str(report_artifact.manifest["primary"])

@@ -34,6 +34,8 @@ from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.media_tokens import blank
 from sartor.models.multimodal.native_media import is_native
 from sartor.models.packing import TokenizedExample
+from sartor.models.tuned_model import adapter_manifest
+from sartor.tune.reasoning_rules import with_reasoning_rule
 
 
 @dataclass(frozen=True)
@@ -156,27 +158,59 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
     return examples, left_out
 
 
-def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
-    """Return the rows that the base's chat template, towers and context accept.
+@dataclass(frozen=True)
+class TrainingForm:
+    """How the rows of a tuning were written: a held-out row is written alike.
 
-    limit: tokens of the reply, which has to fit into the context too. Raises SourceError if the base refuses all
-    rows.
+    reasoning: the rule for reasoning (`tune/reasoning_rules.py`). empty_think: whether a template's empty thinking
+    block is kept.
     """
-    fitting, refused, problem = [], dict(rows.left_out), ""
+
+    reasoning: str = "last"
+    empty_think: str = "keep"
+
+    @classmethod
+    def of(cls, adapter: Artifact) -> TrainingForm:
+        """Return the form of an Adapter's or Release's tuning; the defaults for one that was tuned elsewhere."""
+        data = adapter_manifest(adapter).get("recipe", {}).get("data", {})
+        return cls(data.get("reasoning", "last"), data.get("empty_think", "keep"))
+
+    def base(self, base: Base) -> Base:
+        """Return the base with the chat template as the tuning had it."""
+        return base if self.empty_think == "keep" else replace(base, chat=base.chat.without_empty_think())
+
+    def example(self, example: Example, chat: ChatTokenizer) -> Example:
+        """Return a row as the tuning would learn it. Raises SourceError for one that it would leave out."""
+        example = reply_markup.read_example(example, chat.markup.spelt, keep_id=True)
+        return with_reasoning_rule(example, self.reasoning, chat, Counter())
+
+
+def fitting(base: Base, rows: HeldOut, form: TrainingForm) -> HeldOut:
+    """Return the rows that the base's chat template, towers and context accept, in the form of the tuning.
+
+    Raises SourceError if the base refuses all rows.
+    """
+    formed, refused, problem = [], Counter(rows.left_out), ""
     for example in rows.examples:
+        try:
+            formed.append(form.example(example, base.chat))
+        except SourceError as error:
+            problem = error.problem
+            refused[error.reason or "template"] += 1
+    limit, fitting = reply_limit(base, formed), []
+    for example in formed:
         reason, detail = ask_refusal(base, example, rows.folder, limit)
         if reason:
             problem = detail
-            refused[reason] = refused.get(reason, 0) + 1
+            refused[reason] += 1
         else:
-            # in the form in which `tune` learns it
-            fitting.append(reply_markup.read_example(example, base.chat.markup.spelt, keep_id=True))
+            fitting.append(example)
     if not fitting:
         raise SourceError(
             f"the base can read none of the {len(rows.examples)} rows: {problem}",
             "give rows in its chat template's form",
         )
-    return HeldOut(fitting, rows.folder, refused)
+    return HeldOut(fitting, rows.folder, dict(refused))
 
 
 def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:

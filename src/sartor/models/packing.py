@@ -16,6 +16,7 @@ and uses batched matrix products, on any device and under autograd.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -320,6 +321,7 @@ class Pack:
     example_ids: id of each example.
     supervised: number of supervised tokens of each example.
     soft: soft targets of some of them; None if all are trained towards `targets`.
+    multiple: T is a multiple of this number; tokens that belong to no example fill it up.
     """
 
     ids: torch.Tensor
@@ -333,6 +335,22 @@ class Pack:
     example_ids: tuple[str, ...]
     supervised: tuple[int, ...]
     soft: PackedSoftTargets | None = None
+    multiple: int = 1
+
+    @functools.cached_property
+    def output_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices (W,) of the tokens whose last output is computed, and the place (S,) of each of `predict` in them.
+
+        They are those that predict something, and others where `multiple` asks for more; both in the pack's order.
+        """
+        rows, places = torch.unique(self.predict, return_inverse=True)
+        missing = -len(rows) % self.multiple
+        if not missing:
+            return rows, places
+        is_other = torch.ones(self.tokens, dtype=torch.bool, device=rows.device)
+        is_other[rows] = False
+        rows = torch.cat([rows, is_other.nonzero().flatten()[:missing]]).sort().values
+        return rows, torch.searchsorted(rows, self.predict)
 
     @property
     def tokens(self) -> int:
@@ -388,13 +406,22 @@ def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share:
     return packs
 
 
-def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
+def pack(
+    examples: Sequence[TokenizedExample],
+    device: torch.device | str = "cpu",
+    *,
+    share: bool = False,
+    multiple: int = 1,
+) -> Pack:
     """Return the examples as one pack, common beginnings once if `share`.
 
-    A token's target is its successor in its example.
+    A token's target is its successor in its example. multiple: as in `Pack`; the tokens that fill it up are a segment
+    of their own at the end, of token 0, and nothing reads what is computed of them.
     """
     rows = [example.ids for example in examples]
     segments, row_indices = share_prefixes(rows) if share else _side_by_side(rows)
+    if missing := -_tokens(segments) % multiple:
+        segments.append(Segment(_tokens(segments), missing, 0))
     ids, positions = [0] * _tokens(segments), [0] * _tokens(segments)
     predict, targets = [], []
     weights: list[float] = []
@@ -418,6 +445,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
         example_ids=tuple(example.example_id for example in examples),
         supervised=tuple(example.supervised_tokens for example in examples),
         soft=PackedSoftTargets.of(examples, device),
+        multiple=multiple,
     )
 
 

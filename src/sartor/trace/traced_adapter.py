@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, parquet_io, records, strict_json, trace_store
-from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
+from sartor.core import catalogue, config, parquet_io, records, trace_store
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import TEST, hold_out
 from sartor.media import content_parts
+from sartor.models.tuned_model import adapter_manifest
 from sartor.trace import stored_rows
 from sartor.trace.stored_rows import StoredExamples
 from sartor.tune.recipe import ResolvedRecipe
@@ -254,17 +255,6 @@ def rows_folder(traced: TracedAdapter) -> Path:
     """
     trace_store.record_origin(traced.artifact, sorted(dataset.id for dataset in traced.datasets))
     return traced.index_folder.parent
-
-
-def adapter_manifest(artifact: Artifact) -> dict[str, Any]:
-    """Return the manifest of an Adapter, or of the Adapter that a Release was made from; empty if it has none."""
-    if artifact.kind == "adapter":
-        return artifact.manifest
-    file = MANIFESTS["adapter"]
-    if file not in artifact.manifest["files"]:
-        return {}
-    manifest: dict[str, Any] = strict_json.loads((artifact.path / file).read_bytes(), takes_infinity=True)
-    return manifest
 
 
 def _open_rows(

@@ -53,7 +53,7 @@ def _encode(traced: TracedAdapter, base: Base, row: TrainingRow) -> list[Tokeniz
     try:
         example = reply_markup.read_example(row.example, chat.markup.spelt, keep_id=True)
         if recipe is not None:
-            example = with_reasoning_rule(example, recipe.data, chat, Counter())
+            example = with_reasoning_rule(example, recipe.data.reasoning, chat, Counter())
             chat = chat.without_empty_think() if recipe.data.empty_think == "drop" else chat
             objective = Sft() if row.is_rehearsal else recipe.objective
         return [tokens for tokens, _ in encode_preference(example, objective, chat, row.dataset.path)]

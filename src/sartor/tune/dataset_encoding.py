@@ -228,7 +228,7 @@ def _encode_examples(
             continue
         try:
             example = reply_markup.read_example(example, chat.markup.spelt, keep_id=True)
-            example = with_reasoning_rule(example, recipe.data, chat, counts)
+            example = with_reasoning_rule(example, recipe.data.reasoning, chat, counts)
             learnt = encode_preference(example, recipe.objective, chat, dataset.path)
         except SourceError as error:
             data.leave_out(error.reason or f"template: {error.problem[:120]}", example.id)

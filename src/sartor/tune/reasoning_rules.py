@@ -17,15 +17,15 @@ from dataclasses import replace
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message
 from sartor.models.chat import ChatTokenizer
-from sartor.tune.recipe import Data
 
 # keys of the counts that a plan and a manifest show
 KEPT, DROPPED, AS_TEXT = "kept", "dropped", "written_as_text"
 
 
-def with_reasoning_rule(example: Example, data: Data, chat: ChatTokenizer, counts: Counter[str]) -> Example:
+def with_reasoning_rule(example: Example, rule: str, chat: ChatTokenizer, counts: Counter[str]) -> Example:
     """Return the row with the reasoning that the recipe keeps; itself if it has none.
 
+    rule: keep, last or drop (`data.reasoning`).
     counts: receives the rows with reasoning that is kept, dropped, or written as text by a template without a place
     for it; a row may count in several.
     Raises SourceError for a row whose template leaves out reasoning that is to be kept.
@@ -33,8 +33,8 @@ def with_reasoning_rule(example: Example, data: Data, chat: ChatTokenizer, count
     turns = [*example.messages, *example.rejected]
     if not any(turn.reasoning_content for turn in turns):
         return example
-    messages = _kept(example.messages, data.reasoning)
-    rejected = _kept(example.rejected, data.reasoning)
+    messages = _kept(example.messages, rule)
+    rejected = _kept(example.rejected, rule)
     kept = [turn.reasoning_content for turn in (*messages, *rejected) if turn.reasoning_content]
     result = example
     if len(kept) < sum(bool(turn.reasoning_content) for turn in turns):
@@ -42,7 +42,7 @@ def with_reasoning_rule(example: Example, data: Data, chat: ChatTokenizer, count
         result = replace(example, messages=messages, rejected=rejected)
         vars(result)["id"] = example.id  # the row keeps the id that it has in its Dataset
     if kept:
-        _check_written(result, chat, data)
+        _check_written(result, chat, rule)
         counts[KEPT] += 1
         if not chat.probed.writes_reasoning:
             counts[AS_TEXT] += 1
@@ -58,13 +58,13 @@ def _kept(messages: tuple[Message, ...], rule: str) -> tuple[Message, ...]:
     return (*(replace(message, reasoning_content="") for message in messages[:first]), *messages[first:])
 
 
-def _check_written(example: Example, chat: ChatTokenizer, data: Data) -> None:
+def _check_written(example: Example, chat: ChatTokenizer, rule: str) -> None:
     """Raise SourceError unless the template writes all reasoning of the row."""
     for messages in _conversations(example):
         text = chat.markup.opened(chat.conversation(messages, example.tools).text).text
         if any(message.reasoning_content.strip() not in text for message in messages):
             raise SourceError(
-                f"it leaves out reasoning that data.reasoning={data.reasoning} keeps; take last, or drop",
+                f"it leaves out reasoning that data.reasoning={rule} keeps; take last, or drop",
                 "data.reasoning=last, or data.reasoning=drop",
             )
 

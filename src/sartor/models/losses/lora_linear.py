@@ -16,7 +16,6 @@ older checkpoints stay bit-identical.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +131,8 @@ class Projection:
         # some weight is quantised or mapped, so W is made dense for each product
         self.is_narrow = any(_is_narrow(base) for base in frozen)
         self._fused: torch.Tensor | None = None
+        # factors of the last forward in 16 bits, (A, scale B) of all modules, for its backward
+        self._narrowed: tuple[torch.Tensor, torch.Tensor] | None = None
         # receives the factors and the arguments of `factor_gradients` (row_gradients.py)
         self.observer: Callable[..., None] | None = None
         unexpected_dtypes = [
@@ -208,30 +209,35 @@ class Projection:
         """
         if not self.factors:
             return self._frozen(x, onto), None
-        # low_rank = (x * mask) A^T (N, sum of R), A of all modules stacked
-        low_rank = (x if dropout_mask is None else x * dropout_mask) @ self._stacked().T
+        masked = x if dropout_mask is None else x * dropout_mask
         if rounds(self.dtype):
-            return self._rounded_once(x, low_rank, onto), low_rank
+            self._narrowed = self._narrow()
+            a, b = self._narrowed
+            # low_rank (N, sum of R) = (x * mask) A^T
+            low_rank = masked @ a.T
+            return self._rounded_once(x, low_rank, b, onto), low_rank
+        low_rank = masked @ self._stacked().T
         # y[:, low:high] += scale low_rank_i B_i^T, (N, high - low) for each factor pair i
         y, rank = self._frozen(x, onto), 0
         for factors in self.factors:
             part = low_rank[:, rank : rank + len(factors.a)]
-            y[:, factors.low : factors.high].addmm_(part, factors.b.detach().to(self.dtype).T, alpha=factors.scale)
+            y[:, factors.low : factors.high].addmm_(part, factors.b.detach().T, alpha=factors.scale)
             rank += len(factors.a)
         return y, low_rank
 
-    def _rounded_once(self, x: torch.Tensor, low_rank: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
-        """Return x W^T + bias + scale low_rank B^T + onto, (N, outs), both products in one fp32 accumulator."""
+    def _rounded_once(
+        self, x: torch.Tensor, low_rank: torch.Tensor, b: torch.Tensor, onto: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x W^T + bias + low_rank b^T + onto, (N, outs), both products in one fp32 accumulator.
+
+        b: scale B of all modules, (outs, sum of R).
+        """
         weight = self.weight()
         if self.bias is None:
-            y = low_rank_product(low_rank, self.factors, len(weight)).addmm_(x, weight.T)
+            y = (low_rank @ b.T).addmm_(x, weight.T)
         else:
             # A bias may be much larger than the low-rank term, so all three are summed in one product:
-            # y (N, outs) = bias + [x, x A^T] [W, scale B]^T
-            b, rank = weight.new_zeros(len(weight), low_rank.shape[1]), 0
-            for factors in self.factors:
-                b[factors.low : factors.high, rank : rank + len(factors.a)] = factors.b.detach() * factors.scale
-                rank += len(factors.a)
+            # y (N, outs) = bias + [x, low_rank] [W, b]^T
             y = torch.addmm(self.bias, torch.cat([x, low_rank], 1), torch.cat([weight, b], 1).T)
         return y if onto is None else y.add_(onto)
 
@@ -249,10 +255,12 @@ class Projection:
         """Return scale dy B, (N, sum of R), the gradient of x A^T; None without factors. dy: (N, outs)."""
         if not self.factors:
             return None
+        if rounds(self.dtype):
+            _, b = self._narrowed or self._narrow()
+            return dy @ b
         # d(x A^T)_i = scale dy[:, low:high] B_i, (N, high - low) (high - low, R) -> (N, R) for each pair i
         parts = [
-            (dy[:, factors.low : factors.high] @ factors.b.detach().to(self.dtype)).mul_(factors.scale)
-            for factors in self.factors
+            (dy[:, factors.low : factors.high] @ factors.b.detach()).mul_(factors.scale) for factors in self.factors
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -268,7 +276,8 @@ class Projection:
             return dy @ self.weight()
         # dx = mask * (lowered A) + dy W, (N, sum of R) (sum of R, D) + (N, outs) (outs, D); the small term first
         if rounds(self.dtype) or dropout_mask is not None:
-            dx = lowered @ self._stacked()
+            a, _ = self._narrowed or self._narrow()
+            dx = lowered @ a
             if dropout_mask is not None:
                 dx *= dropout_mask
             return dx.addmm_(dy, self.weight())
@@ -290,13 +299,31 @@ class Projection:
         rank = 0
         # dA = (scale dy B)^T x, (sum of R, N) (N, D): all modules at once
         da = lowered.T @ x
+        # in 16 bits also dy^T (x A^T), (outs, N) (N, sum of R), of which a module's own rows and columns are read: one
+        # small product costs less than several smaller ones
+        all_db = dy.T @ low_rank if rounds(self.dtype) else None
         for factors in self.factors:
             ranks = slice(rank, rank + len(factors.a))
             # dB_i = scale dy[:, low:high]^T (x A_i^T), (high - low, N) (N, R)
-            db = (dy[:, factors.low : factors.high].T @ low_rank[:, ranks]).to(factors.b.dtype).mul_(factors.scale)
+            if all_db is None:
+                db = dy[:, factors.low : factors.high].T @ low_rank[:, ranks]
+            else:
+                db = all_db[factors.low : factors.high, ranks]
+            db = db.to(factors.b.dtype, copy=True, memory_format=torch.contiguous_format).mul_(factors.scale)
             gradients.extend((da[ranks].to(factors.a.dtype), db))
             rank += len(factors.a)
         return gradients
+
+    def _narrow(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all A stacked, (sum of R, D), and all scale B on a diagonal of blocks, (outs, sum of R), narrow."""
+        outs = sum(base.out_features for base in self.modules)
+        a = self._stacked()
+        b, rank = a.new_zeros(outs, len(a)), 0
+        for factors in self.factors:
+            block = b[factors.low : factors.high, rank : rank + len(factors.a)]
+            block.copy_(factors.b.detach() * factors.scale)
+            rank += len(factors.a)
+        return a, b
 
     def _stacked(self) -> torch.Tensor:
         """Return all A stacked, (sum of R, D), in the base's dtype."""
@@ -307,26 +334,6 @@ class Projection:
 def rounds(dtype: torch.dtype) -> bool:
     """Return whether `dtype` has fewer than 32 bits: a low-rank term must then be added before rounding."""
     return dtype.itemsize < 4
-
-
-def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[LoraFactors], outs: int) -> torch.Tensor:
-    """Return scale (x A^T) B^T of every pair, (N, outs), zero for outputs without factors.
-
-    low_rank: x A^T, (N, sum of R). outs: outputs of the fused product. Pairs of one module have one scale.
-    """
-    # pairs of one module follow each other, and PiSSA's two nearly cancel: one product sums them before rounding
-    groups = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: (pair.low, pair.high))]
-    covers_all = sum(group[0].high - group[0].low for group in groups) == outs
-    y = (low_rank.new_empty if covers_all else low_rank.new_zeros)(len(low_rank), outs)
-    rank = 0
-    for group in groups:
-        first, ranks = group[0], sum(len(pair.a) for pair in group)
-        factors = [pair.b.detach().to(low_rank.dtype) for pair in group]
-        b = factors[0] if len(factors) == 1 else torch.cat(factors, 1)
-        part = low_rank[:, rank : rank + ranks]
-        y[:, first.low : first.high].addmm_(part, b.T, beta=0, alpha=first.scale)
-        rank += ranks
-    return y
 
 
 def _is_narrow(base: Any) -> bool:

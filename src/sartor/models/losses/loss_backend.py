@@ -105,7 +105,7 @@ class ActivationCache:
 
     def inputs(self, rows: Sequence[TokenizedExample], batch: Pack) -> torch.Tensor:
         """Return the input of the lowest adapted layer, (T, D), for a pack of `rows`. Call under no_grad."""
-        x = torch.empty(batch.tokens, self.fast.head.shape[1], dtype=self.fast.head.dtype, device=self.device)
+        x = torch.zeros(batch.tokens, self.fast.head.shape[1], dtype=self.fast.head.dtype, device=self.device)
         unknown = [index for index, row in enumerate(rows) if tuple(row.ids) not in self.parts]
         for row, places in zip(rows, batch.places, strict=True):
             ids = tuple(row.ids)
@@ -209,7 +209,7 @@ class FusedBackend:
 
     def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses (S,) in nats and weights (S,), as `LossBackend.losses` specifies."""
-        batch = packing.pack(rows, self.device, share=self.share)
+        batch = self.pack(rows)
         if self.observer is not None and torch.is_grad_enabled():
             self.observer.begin(batch)
         if self.frozen is None:
@@ -217,6 +217,10 @@ class FusedBackend:
         with torch.no_grad():
             x = self.frozen.inputs(rows, batch)
         return self.fast.tuned(x, batch, self.fast.geometries(batch)), batch.weights
+
+    def pack(self, rows: Sequence[TokenizedExample]) -> Pack:
+        """Return rows as the pack that `losses` computes."""
+        return packing.pack(rows, self.device, share=self.share, multiple=self.fast.token_multiple)
 
     def plain(self) -> LossBackend:
         """Return this backend without shared prefixes and stored activations."""

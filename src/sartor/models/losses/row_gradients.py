@@ -99,9 +99,9 @@ class RowGradientObserver:
         device = batch.ids.device
         counts = torch.tensor(batch.supervised)
         predict_owners = torch.repeat_interleave(torch.arange(len(counts)), counts).to(device)
-        predicting, inverse = torch.unique(batch.predict, return_inverse=True)
-        # the last layer's tail computes only tokens that predict something, in this order
-        by_length = {len(predicting): _Tokens.of(inverse, predict_owners)}
+        # the last layer's tail computes these tokens alone
+        output_rows, places = batch.output_rows
+        by_length = {len(output_rows): _Tokens.of(places, predict_owners)}
         if self.is_masked:
             by_length[batch.tokens] = _Tokens.of(batch.predict, predict_owners)
         else:

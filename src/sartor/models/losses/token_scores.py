@@ -42,7 +42,7 @@ class TopTokens:
 def token_log_probabilities(backend: LossBackend, rows: Sequence[TokenizedExample], ids: torch.Tensor) -> torch.Tensor:
     """Return differentiable log-probabilities (S, K) of the tokens `ids` (S, K) at the supervised tokens of `rows`."""
     if isinstance(backend, FusedBackend):
-        batch = packing.pack(rows, backend.device, share=backend.share)
+        batch = backend.pack(rows)
         return backend.fast.token_scores(_hidden(backend, rows, batch), ids)
     return torch.cat(
         [
@@ -79,7 +79,7 @@ def _predictions(
         targets = packing.pack(rows, _transformers(backend).device).targets[:, None]
         yield from ((logits, part[:, 0]) for logits, part in _logits_with_ids(_transformers(backend), rows, targets))
         return
-    batch = packing.pack(rows, backend.device, share=backend.share)
+    batch = backend.pack(rows)
     normed, _ = backend.fast.norm.forward(_hidden(backend, rows, batch))
     size = backend.fast.rows_at_once(normed)
     for part, targets in zip(normed.split(size), batch.targets.split(size), strict=True):
