@@ -8,19 +8,22 @@ import pytest
 
 from sartor.core.numerics import NUMERICS, difference, not_checked, numerics
 
-CHANGE = "the low-rank product is added before the frozen product is rounded"
+CHANGE = (
+    "the low-rank product is added before the frozen product is rounded; B is scaled before it is rounded, and packs are "
+    "filled up to a multiple of 32 tokens"
+)
 
 
 @pytest.mark.parametrize(
     ("dtype", "version"),
-    [("float32", 1), ("float64", 1), ("bfloat16", 2), ("float16", 2), ("torch.bfloat16", 2), ("", 1), ("Q8_0", 1)],
+    [("float32", 1), ("float64", 1), ("bfloat16", 3), ("float16", 3), ("torch.bfloat16", 3), ("", 1), ("Q8_0", 1)],
 )
 def test_only_sixteen_bits_compute_otherwise_than_before(dtype: str, version: int) -> None:
     assert numerics(dtype) == version
 
 
 @pytest.mark.parametrize(
-    ("made_by", "dtype"), [(None, "float32"), (1, "float32"), (2, "bfloat16"), (2, "torch.float16")]
+    ("made_by", "dtype"), [(None, "float32"), (1, "float32"), (3, "bfloat16"), (3, "torch.float16")]
 )
 def test_content_of_the_same_arithmetic_is_checked(made_by: Any, dtype: str) -> None:
     assert difference(made_by, dtype) == not_checked(made_by, dtype) == ""
@@ -28,8 +31,9 @@ def test_content_of_the_same_arithmetic_is_checked(made_by: Any, dtype: str) -> 
 
 @pytest.mark.parametrize("made_by", [None, 1])
 def test_content_of_before_names_both_versions_and_what_changed(made_by: Any) -> None:
-    said = f"not checked: made by numerics 1, and this version computes bfloat16 by numerics 2: {CHANGE}"
+    said = f"not checked: made by numerics 1, and this version computes bfloat16 by numerics 3: {CHANGE}"
     assert not_checked(made_by, "bfloat16") == said
+    assert "by numerics 3: B is scaled before it is rounded" in not_checked(2, "bfloat16")
 
 
 def test_content_of_a_newer_sartor_is_not_checked_either(monkeypatch: pytest.MonkeyPatch) -> None:

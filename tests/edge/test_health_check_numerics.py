@@ -13,7 +13,7 @@ from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.health_check import Health, read_prompts
 from sartor.edge.update.sync import Synced
 
-OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
+OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 3"
 BASES = {dtype: {"dtype": dtype} for dtype in ("float32", "bfloat16")}
 WRONG = {"what_colour_is_the_sky": "Mary had a little lamb", "turn_on_the_light": "no"}
 

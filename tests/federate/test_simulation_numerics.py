@@ -38,7 +38,7 @@ def test_older_rounds_resume_in_fp32_and_are_refused_in_bf16(
     file.write_text(json.dumps({key: value for key, value in said.items() if key not in ("dtype", "numerics")}))
     if dtype == "bfloat16":
         with pytest.raises(
-            ConfigError, match=r"the rounds in .*out\.rounds were begun by numerics 1, .* by numerics 2"
+            ConfigError, match=r"the rounds in .*out\.rounds were begun by numerics 1, .* by numerics 3"
         ):
             simulate(asked, out, shards=SHARDS, resume=True)
         assert file.is_file(), "a refusal leaves the rounds as they are"

@@ -58,7 +58,7 @@ def test_what_a_manifest_says_of_the_base(base: Path) -> None:
         "licence": "MIT",
         "template_digest": model_refs.template_digest(tiny.CHATML),
         "dtype": "bfloat16",
-        "numerics": 2,
+        "numerics": 3,
         "bits": 16,
         "quantisation": "none",
     }

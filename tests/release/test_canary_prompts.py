@@ -19,7 +19,7 @@ from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.release import canary_prompts
 from training_examples import example, facts
 
-OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
+OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 3"
 REPLIES = ("the sky is blue", "the light is on")
 
 
@@ -38,7 +38,7 @@ def said(*texts: str) -> list[Sequence[Event]]:
     [
         ("float32", {}),
         ("float32", {"numerics": 1, "dtype": "float32"}),
-        ("bfloat16", {"numerics": 2, "dtype": "bfloat16"}),
+        ("bfloat16", {"numerics": 3, "dtype": "bfloat16"}),
         ("bfloat16", {"numerics": 1, "dtype": "float32"}),  # the Report's dtype, not the Adapter's
     ],
 )
@@ -79,7 +79,7 @@ def test_prompts_state_the_arithmetic_of_the_report(tmp_path: Path) -> None:
         )
         return [(one["dtype"], one["numerics"]) for one in found]
 
-    assert made_by({"dtype": "bfloat16", "numerics": 2}) == [("bfloat16", 2)] * 2
+    assert made_by({"dtype": "bfloat16", "numerics": 3}) == [("bfloat16", 3)] * 2
     assert made_by({"dtype": "bfloat16"}) == [("bfloat16", 1)] * 2, "a Report of before"
 
 

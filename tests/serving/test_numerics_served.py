@@ -31,7 +31,7 @@ from sartor.serving.routing import agent_classifier
 from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
 from sartor.serving.team_config import load
 
-OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
+OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 3"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -136,7 +136,7 @@ def test_the_first_line_of_a_run_states_the_engine(tmp_path: Path) -> None:
         next(read_runs(file)) for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     )
     assert not {"engine", "numerics"} & set(before[0])
-    assert after[0]["engine"] == {"kind": "local", "dtype": "bfloat16", "device": "cpu"} and after[0]["numerics"] == 2
+    assert after[0]["engine"] == {"kind": "local", "dtype": "bfloat16", "device": "cpu"} and after[0]["numerics"] == 3
     assert not any("numerics" in row for row in after[1:])
 
 

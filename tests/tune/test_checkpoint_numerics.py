@@ -20,7 +20,7 @@ from sartor.models import base
 from sartor.tune.checkpoint import folder_of, newest
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-CHANGE = "the low-rank product is added before the frozen product is rounded"
+CHANGE = "the low-rank product is added before the frozen product is rounded; B is scaled"
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_a_checkpoint_of_before_in_fp32_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("numerics", "said"),
     [
-        (None, f"numerics 1, and this version computes bfloat16 by numerics 2: {CHANGE}"),
-        (3, "numerics 3, of a newer Sartor"),
+        (None, f"numerics 1, and this version computes bfloat16 by numerics 3: {CHANGE}"),
+        (4, "numerics 4, of a newer Sartor"),
     ],
 )
 def test_a_checkpoint_of_another_arithmetic_is_refused_by_name(
@@ -134,7 +134,7 @@ def test_a_finished_adapter_of_before_is_returned_as_it_is(
     notices: list[str] = []
     assert tune(recipe, tmp_path / "a", resume=True, notice=notices.append).adapter.id == made.adapter.id
     assert "is finished" in notices[-1]
-    assert tune(recipe, tmp_path / "b").adapter.manifest["base"]["numerics"] == 2
+    assert tune(recipe, tmp_path / "b").adapter.manifest["base"]["numerics"] == 3
 
 
 def test_refused_checkpoint_names_the_version_that_began_it(

@@ -6,6 +6,7 @@ has numerics 1. W x is the frozen product, s B A x the low-rank product of LoRA:
 
     1   y = round(round(W x) + s B A x): the frozen product is rounded to the dtype, then the sum is rounded again
     2   y = round(W x + s B A x): the sum is rounded once
+    3   the same, with s B rounded where 2 rounds B; tunings compute packs whose length is a multiple of 32 tokens
 
 fp32 and fp64 lose nothing that matters with version 1 and still use it. A quantised base has the version of the dtype
 in which it computes, a composed base that of its language model. Other engines (llama.cpp, servers over HTTP) have no
@@ -17,8 +18,11 @@ from __future__ import annotations
 from typing import Any
 
 FIRST = 1
-NUMERICS = {"bfloat16": 2, "float16": 2}
-CHANGES = {2: "the low-rank product is added before the frozen product is rounded"}
+NUMERICS = {"bfloat16": 3, "float16": 3}
+CHANGES = {
+    2: "the low-rank product is added before the frozen product is rounded",
+    3: "B is scaled before it is rounded, and packs are filled up to a multiple of 32 tokens",
+}
 _MOST_SHOWN = 20
 
 
@@ -41,8 +45,10 @@ def difference(made_by: Any, dtype: str) -> str:
     name = dtype.removeprefix("torch.")
     if isinstance(made_by, int) and made_by > current:
         return f"numerics {made_by}, of a newer Sartor: this version computes {name} by numerics {current}"
-    change = f": {CHANGES[current]}" if current in CHANGES else ""
-    return f"numerics {made_by!s:.{_MOST_SHOWN}}, and this version computes {name} by numerics {current}{change}"
+    oldest = made_by if isinstance(made_by, int) else current - 1
+    changes = "; ".join(change for version, change in CHANGES.items() if oldest < version <= current)
+    text = f"numerics {made_by!s:.{_MOST_SHOWN}}, and this version computes {name} by numerics {current}"
+    return f"{text}: {changes}" if changes else text
 
 
 def not_checked(made_by: Any, dtype: str) -> str:
