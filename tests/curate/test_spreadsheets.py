@@ -148,6 +148,19 @@ def test_character_that_the_code_page_lacks_drops_its_row(tmp_path: Path) -> Non
     assert isinstance(found[1], Drop) and found[1].reason == "not_utf8"
 
 
+def test_declared_code_page_leaves_unicode_files_of_a_folder_as_they_are(tmp_path: Path) -> None:
+    """One of a folder's files is in a code page, as an older program exported it."""
+    folder = tmp_path / "exports"
+    folder.mkdir()
+    for name, code_page in (("a.csv", "utf-8"), ("b.csv", "cp1252"), ("c.csv", "utf-8-sig"), ("d.csv", "utf-16")):
+        (folder / name).write_bytes(table([(f"Wie öffne ich {name}?", "Mühelos.")]).encode(code_page))
+    found = examples(folder, fields=FIELDS, encoding="cp1252")
+    texts = [row.messages[0].text for row in found if isinstance(row, Example)]
+    assert texts == [f"Wie öffne ich {name}?" for name in ("a.csv", "b.csv", "c.csv", "d.csv")]
+    plan = plan_reading([SourceOptions(path=str(folder), fields=FIELDS, encoding="cp1252")], 1 << 20)
+    assert [file.encoding for file in plan.files] == ["", "cp1252", "", "utf-16"]
+
+
 def test_encoding_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="no encoding 'cp9999'"):
         SourceOptions(path="x.csv", encoding="cp9999")

@@ -103,14 +103,40 @@ def detect_encoding(stream: BinaryIO) -> str:
 
     Raises MalformedRow if the encoding is ambiguous.
     """
-    stream.seek(0)
-    head = stream.read(4)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        stream.seek(0)
+    if _is_marked_utf16(stream):
         return "utf-16"
     sample = _lines_that_are_not_utf8(stream)
     stream.seek(0)
     return _code_page(sample) if sample else ""
+
+
+def certain_encoding(stream: BinaryIO) -> str:
+    """Return `utf-16` for a file with its mark, `utf-8` for one that can be no code page, and empty text otherwise.
+
+    The latter has characters that are not ASCII, and all of it is valid UTF-8, which text in a code page is not by the
+    second byte of such a character. The stream is at its start afterwards.
+    """
+    if _is_marked_utf16(stream):
+        return "utf-16"
+    decoder, is_ascii = codecs.getincrementaldecoder(UTF8)(), True
+    try:
+        while block := stream.read(_BLOCK_BYTES):
+            is_ascii = is_ascii and block.isascii()
+            decoder.decode(block)
+        decoder.decode(b"", True)
+    except UnicodeDecodeError:
+        return ""
+    finally:
+        stream.seek(0)
+    return "" if is_ascii else UTF8
+
+
+def _is_marked_utf16(stream: BinaryIO) -> bool:
+    """Return whether a file begins with UTF-16's byte order mark, with the stream at its start."""
+    stream.seek(0)
+    head = stream.read(4)
+    stream.seek(0)
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:

@@ -243,11 +243,15 @@ def _head_rows(
 
 
 def _encoding(stream: BinaryIO, kind: str, source: SourceOptions | None) -> str:
-    """Return the encoding of a text file, empty for UTF-8: that of its source's options, or the detected one."""
+    """Return the encoding of a text file, empty for UTF-8: that of its source's options, or the detected one.
+
+    An option names the code page of a folder's files that are in one: UTF-8 and UTF-16 are read as what they are.
+    """
     if kind not in (*_TABLE_KINDS, "text", "markdown") or kind == "parquet":
         return ""
     if source is not None and source.encoding:
-        return "" if source.encoding == encodings.UTF8 else source.encoding
+        encoding = encodings.certain_encoding(stream) or source.encoding
+        return "" if encoding == encodings.UTF8 else encoding
     return encodings.detect_encoding(stream)
 
 
