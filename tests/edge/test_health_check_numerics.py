@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from health_fakes import CANARIES, ROWS, answering, lines, version  # noqa: F401
+from sartor.core.numerics import NUMERICS
 from sartor.edge import device_commands
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.health_check import Health, read_prompts
 from sartor.edge.update.sync import Synced
 
-OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 3"
+BF16 = NUMERICS["bfloat16"]
+OLD = f"not checked: made by numerics 1, and this version computes bfloat16 by numerics {BF16}"
 BASES = {dtype: {"dtype": dtype} for dtype in ("float32", "bfloat16")}
 WRONG = {"what_colour_is_the_sky": "Mary had a little lamb", "turn_on_the_light": "no"}
 
@@ -23,7 +25,7 @@ def stated(dtype: str, numerics: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "canaries", [CANARIES, stated("float32", 1), stated("bfloat16", 2)], ids=["none", "fp32", "bf16"]
+    "canaries", [CANARIES, stated("float32", 1), stated("bfloat16", BF16)], ids=["none", "fp32", "bf16"]
 )
 def test_replies_of_the_same_numerics_decide_about_the_version(
     canaries: Any,
@@ -43,7 +45,7 @@ def test_replies_of_the_same_numerics_decide_about_the_version(
     [
         (CANARIES, OLD),
         (stated("bfloat16", 1), OLD),
-        (stated("bfloat16", 3), "not checked: made by numerics 3, of a newer"),
+        (stated("bfloat16", BF16 + 1), f"not checked: made by numerics {BF16 + 1}, of a newer"),
     ],
 )
 def test_replies_of_another_arithmetic_refuse_no_version(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sartor.core.artifacts import write_artifact
+from sartor.core.numerics import NUMERICS
 from sartor.evaluate.evaluation import VersionScores
 from sartor.learn import retrain
 
@@ -21,7 +22,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def measure(adapter: Path, *, out: Path, replace: bool, **_: Any) -> None:
         found.append(replace)
-        report(out, replace=replace, dtype="bfloat16", numerics=2)
+        report(out, replace=replace, dtype="bfloat16", numerics=NUMERICS["bfloat16"])
 
     monkeypatch.setattr(retrain, "measure", measure)
     monkeypatch.setattr(retrain, "compare_with_live", lambda *_: VersionScores("f1", []))
@@ -37,7 +38,7 @@ def report(out: Path, *, replace: bool = False, **base: Any) -> None:
 
 
 def job(tmp_path: Path, notices: list[str]) -> Any:
-    report(tmp_path / "live" / "report", dtype="bfloat16", numerics=2)
+    report(tmp_path / "live" / "report", dtype="bfloat16", numerics=NUMERICS["bfloat16"])
     work = SimpleNamespace(
         facts=lambda stage: {"adapter": "a"}, record=SimpleNamespace(live=SimpleNamespace(release=tmp_path / "live"))
     )
@@ -50,9 +51,9 @@ def job(tmp_path: Path, notices: list[str]) -> Any:
     ("base", "is_replaced"),
     [
         ({"dtype": "float32"}, False),
-        ({"dtype": "bfloat16", "numerics": 2}, False),
+        ({"dtype": "bfloat16", "numerics": NUMERICS["bfloat16"]}, False),
         ({"dtype": "bfloat16"}, True),
-        ({"dtype": "bfloat16", "numerics": 3}, True),
+        ({"dtype": "bfloat16", "numerics": NUMERICS["bfloat16"] + 1}, True),
     ],
 )
 def test_a_report_of_another_arithmetic_is_made_anew(

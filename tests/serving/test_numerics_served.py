@@ -31,7 +31,7 @@ from sartor.serving.routing import agent_classifier
 from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
 from sartor.serving.team_config import load
 
-OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 3"
+OLD = f"not checked: made by numerics 1, and this version computes bfloat16 by numerics {NUMERICS['bfloat16']}"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -47,7 +47,9 @@ def seal(tmp_path: Path) -> TeamSigner:
     return TeamSigner.of(state)
 
 
-@pytest.mark.parametrize(("kind", "dtype", "wanted"), [("local", "bfloat16", 2), ("local", "float32", 1)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "wanted"), [("local", "bfloat16", NUMERICS["bfloat16"]), ("local", "float32", 1)]
+)
 def test_a_receipt_of_the_own_engine_states_its_arithmetic(
     kind: str, dtype: str, wanted: int, seal: TeamSigner
 ) -> None:
@@ -136,7 +138,10 @@ def test_the_first_line_of_a_run_states_the_engine(tmp_path: Path) -> None:
         next(read_runs(file)) for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     )
     assert not {"engine", "numerics"} & set(before[0])
-    assert after[0]["engine"] == {"kind": "local", "dtype": "bfloat16", "device": "cpu"} and after[0]["numerics"] == 3
+    assert (
+        after[0]["engine"] == {"kind": "local", "dtype": "bfloat16", "device": "cpu"}
+        and after[0]["numerics"] == NUMERICS["bfloat16"]
+    )
     assert not any("numerics" in row for row in after[1:])
 
 
