@@ -387,6 +387,36 @@ def test_code_page_may_be_named(tmp_path: Path, tiny_base: Path, quick: None) ->
     assert "ερώτηση" in example.messages[0].text and made.dataset.manifest["sources"][0]["encoding"] == "iso8859-7"
 
 
+def test_personal_data_is_said_and_masked_on_request(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    file = tmp_path / "rows.csv"
+    rows = [f"Who helps with part {number}?;Ask clerk{number}@firm-example.com.\r\n" for number in range(24)]
+    file.write_text("Frage;Antwort\r\n" + "".join(rows))
+    said: list[str] = []
+
+    def made(**options: Any) -> list[str]:
+        result = sartor.tailor(
+            file,
+            name="help",
+            base=str(tiny_base),
+            out=tmp_path / "help",
+            fields=FIELDS,
+            licence="own",
+            show=False,
+            notice=said.append,
+            **options,
+        )
+        return [row.messages[-1].text for row in sartor.read_examples(result.dataset)]
+
+    assert all("@firm-example.com" in reply for reply in made())
+    (warning,) = [line for line in said if line.startswith("warning  24 of 24 rows may hold personal data")]
+    assert "email in 24" in warning and "--personal-data mask" in warning
+    with pytest.raises(ConfigError, match="made with other options: personal_data"):
+        made(personal_data="mask")
+    said.clear()
+    assert all("<EMAIL_1>" in reply for reply in made(personal_data="mask", replace=True))
+    assert not [line for line in said if "personal data" in line]
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_what_no_call_has_made_is_never_removed(replace: bool, tmp_path: Path) -> None:
     """Rows in a folder `data` of the project, recipes of `sartor init`, an Adapter of somebody's own."""

@@ -73,6 +73,7 @@ def tailor(
     licence: str = "",
     test: Path | None = None,
     encoding: str = "",
+    personal_data: Literal["keep", "mask", "drop"] = "keep",
     minutes: float = 0.0,
     key: Path | None = None,
     require_release: REPLACE = False,
@@ -94,6 +95,7 @@ def tailor(
         licence: of the rows: own, or an SPDX licence; without one there is no release
         test: a file of rows to measure on, instead of held-out rows
         encoding: code page of the files (cp1252, utf-16), if it is not detected
+        personal_data: mask it in the rows (<EMAIL_1>), or drop rows that hold any; kept, it is counted by a warning
         minutes: time limit in minutes; 0 takes what the settings need
         key: private key that signs, or its directory; by default one of this machine, made once
         require_release: exit 5 if the gate holds the release back
@@ -110,6 +112,7 @@ def tailor(
             licence=licence,
             test=test,
             encoding=encoding,
+            personal_data=personal_data,
             minutes=minutes,
             notice=notice,
         )
@@ -123,6 +126,7 @@ def tailor(
         licence=licence,
         test=test,
         encoding=encoding,
+        personal_data=personal_data,
         minutes=minutes,
         key=key,
         require_release=require_release,

@@ -44,7 +44,7 @@ from sartor.curate.shards import Shard, ShardTask, execute
 from sartor.curate.sources import planner, python_rows
 from sartor.curate.sources.source_files import ROWS
 from sartor.curate.steps import makes_copies
-from sartor.curate.steps.personal_data import PersonalData
+from sartor.curate.steps.personal_data import PersonalData, personal_data_warning
 
 FILES_LISTED = 20
 
@@ -63,7 +63,11 @@ class Curated(ShownResult):
     @functools.cached_property
     def warnings(self) -> list[DataWarning]:
         """Deficits of the rows as training and evaluation data."""
-        return dataset_warnings(parquet_io.read_own_examples(self.dataset))
+        warnings = dataset_warnings(parquet_io.read_own_examples(self.dataset))
+        if PersonalData.kind not in self.dataset.manifest["steps"]:
+            personal = personal_data_warning(parquet_io.read_own_examples(self.dataset))
+            warnings += [personal] if personal else []
+        return warnings
 
     @property
     def counts(self) -> dict[str, Any]:

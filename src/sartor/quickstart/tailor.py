@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -40,7 +40,7 @@ from sartor.core.progress import WholeProgress
 from sartor.core.records import Example
 from sartor.core.result_display import ShownResult
 from sartor.core.splits import LEAST_GROUPS
-from sartor.curate.pipeline import curate
+from sartor.curate.pipeline import Curated, curate
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources import python_rows
 from sartor.curate.sources.planner import columns_of, plan_reading, read_all
@@ -62,6 +62,7 @@ from sartor.tune.training_log import OnStep
 
 Notice = Callable[[str], None]
 Ask = Callable[[str], str]
+PersonalDataChoice = Literal["keep", "mask", "drop"]
 VERSION = "1.0"
 _FACTS, _FORECAST, _SCHEMA = "tailor.json", "forecast.json", 1
 # Results of a call, beside OUT/tailor.json. A call that starts over removes everything under these names
@@ -197,6 +198,7 @@ class _Job:
     licence: str
     test: str
     encoding: str = ""
+    personal_data: PersonalDataChoice = "keep"
 
     def sources(self) -> list[dict[str, Any]]:
         """Return the sources of the curation recipe."""
@@ -223,6 +225,7 @@ def tailor(
     licence: str = "",
     test: Path | str | None = None,
     encoding: str = "",
+    personal_data: PersonalDataChoice = "keep",
     minutes: float = 0.0,
     key: Path | str | None = None,
     require_release: bool = False,
@@ -239,9 +242,10 @@ def tailor(
     or validation are `test`. out: directory of all results, `./NAME` by
     default. fields: Sartor's field -> the column. system: the system prompt of every row. licence: `own`, or an SPDX
     expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held
-    out. encoding: code page of the files, if it is not detected. minutes: for the whole command; 0 takes what the
-    settings need. key: signs; by default a key of this machine. ask: asks the user a question (columns, licence); None
-    if there is no user. on_step: as in `tune`. require_release: a held-back Release is an error.
+    out. encoding: code page of the files, if it is not detected. personal_data: mask it in the rows, drop rows that
+    hold any, or keep it, which a warning says. minutes: for the whole command; 0 takes what the settings need. key:
+    signs; by default a key of this machine. ask: asks the user a question (columns, licence); None if there is no
+    user. on_step: as in `tune`. require_release: a held-back Release is an error.
 
     Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with
     `require_release`, and the errors of the verbs. Called again with the same options, it continues where it was
@@ -256,7 +260,7 @@ def tailor(
     if rows is not None:
         data, test = _written_rows(out, rows, data=data, test=test, name=name, replace=replace, notice=notice)
     job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
-    job = changed(job, encoding=encoding)
+    job = changed(job, encoding=encoding, personal_data=personal_data)
     _check_place(out, job)
     is_first_call = not (out / _FACTS).exists()
     job = _recall(out, job, ask=ask, notice=notice, replace=replace)
@@ -320,6 +324,7 @@ def plan_tailor(
     licence: str = "",
     test: Path | str | None = None,
     encoding: str = "",
+    personal_data: PersonalDataChoice = "keep",
     minutes: float = 0.0,
     notice: Notice = lambda line: None,
 ) -> TailorForecast:
@@ -330,11 +335,12 @@ def plan_tailor(
     """
     start_time = time.monotonic()
     job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
-    job = _answered(changed(job, encoding=encoding), None, notice)
+    job = _answered(changed(job, encoding=encoding, personal_data=personal_data), None, notice)
     for asset in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
         assets.install(asset, notice=notice)
     with tempfile.TemporaryDirectory() as scratch:
         curated = curate(_curation(job), Path(scratch) / "data", notice=notice)
+        _show_warnings(curated, notice)
         _check_held_out(curated.dataset, job)
         notice(_PLAN_NOTICE)
         tuning = plan({"base": job.base, "data": str(curated.dataset.path)}, notice=notice)
@@ -477,9 +483,13 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
     notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped: {dropped}")
     if curated.dropped:
         notice(f"         sartor show {curated.dataset.path} --split dropped lists them, with file, line and reason")
+    _show_warnings(curated, notice)
+    return curated.dataset
+
+
+def _show_warnings(curated: Curated, notice: Notice) -> None:
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
-    return curated.dataset
 
 
 def _dropped_text(dropped: Mapping[str, int]) -> str:
@@ -673,6 +683,8 @@ def _curation(job: _Job) -> dict[str, Any]:
                 rows += sum(isinstance(row, Example) for row in read)
         fraction = _FRACTION if rows * _FRACTION <= _HELD_OUT_ROWS else round(_HELD_OUT_ROWS / rows, 4)
     recipe["split"] = {"eval_fraction": fraction}
+    if job.personal_data != "keep":
+        recipe["steps"] = [{"kind": "personal_data", "action": job.personal_data}]
     return recipe
 
 

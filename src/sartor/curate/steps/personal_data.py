@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from typing import Literal, get_args
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import TEXT_KEPT, Drop, Example
+from sartor.core.row_warnings import DataWarning
 from sartor.curate.step import RowFunction
 from sartor.text.pii.entities import ENTITIES, EntityName, PiiEntity
 from sartor.text.pii.example_layout import FieldName, TextSlot
@@ -27,6 +29,8 @@ from sartor.text.pii.masking import (
 from sartor.text.pii.scanner import Scanner
 
 Action = Literal["mask", "drop", "keep"]
+# rows that a Dataset made without the step is searched in
+MOST_SEARCHED = 5_000
 # reliable detection of names needs a model; detection by patterns must be selected explicitly
 DEFAULT: tuple[EntityName, ...] = tuple(name for name in get_args(EntityName) if name != "person")
 
@@ -211,3 +215,29 @@ class Masking:
         if "drop" in fields:
             return "drop"
         return "mask" if fields else self._step.action
+
+
+def personal_data_warning(examples: Iterable[Example]) -> DataWarning | None:
+    """Return a warning of personal data in the messages of rows, as the step finds it by default; None without any.
+
+    Only the first MOST_SEARCHED rows are read.
+    """
+    scanner = PersonalData()._scanner()
+    found: Counter[str] = Counter()
+    rows = with_findings = 0
+    for example in itertools.islice(examples, MOST_SEARCHED):
+        rows += 1
+        entities = find_in_row(scanner, example)
+        kinds = {hit.finding.entity for hit in entities.hits if entities.slot(hit).location[0] != "group"}
+        found.update(kinds)
+        with_findings += bool(kinds)
+    if not with_findings:
+        return None
+    kinds_text = ", ".join(f"{kind} in {count}" for kind, count in found.most_common())
+    first = "the first " if rows == MOST_SEARCHED else ""
+    return DataWarning(
+        "personal_data",
+        f"{with_findings:,} of {first}{rows:,} rows may hold personal data, and a model can learn it by heart: "
+        f"{kinds_text}",
+        "steps: [{kind: personal_data}] in the curation recipe masks it, or sartor tailor ... --personal-data mask",
+    )
