@@ -443,7 +443,7 @@ class _ScoresNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, decoder: FusedDecoder, ids: torch.Tensor) -> torch.Tensor:
         normed, rstd = decoder.norm.forward(hidden)
-        size = decoder.scored_at_once(normed)
+        size = decoder.scored_at_once
         scores = [
             decoder.capped_logits(part).log_softmax(-1).gather(1, part_ids)
             for part, part_ids in zip(normed.split(size), ids.split(size), strict=True)
@@ -455,13 +455,13 @@ class _ScoresNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> Any:
         hidden, normed, rstd, ids = ctx.saved_tensors
-        decoder, size = ctx.fast, ctx.fast.scored_at_once(normed)
+        decoder, size = ctx.fast, ctx.fast.scored_at_once
         slopes = []
         for part, part_ids, part_d in zip(normed.split(size), ids.split(size), d.split(size), strict=True):
             logits = decoder.capped_logits(part)
             # s_k = z_{i_k} - logsumexp(z):  ds/dz = onehot(i_k) - softmax(z), so
             # dz (n, V) = scatter(d) - softmax(z) sum_k d_k
-            slope = logits.softmax(-1) * -part_d.sum(-1, keepdim=True)
+            slope = logits.softmax(-1).mul_(-part_d.sum(-1, keepdim=True))
             slope.scatter_add_(1, part_ids, part_d)
             if decoder.softcap:
                 # z = c tanh(y / c):  dz/dy = 1 - (z / c)^2
@@ -591,12 +591,14 @@ class FusedDecoder:
         """Return how many of the hidden states (N, D) get their logits at once."""
         return max(1, self.logits_bytes // (self.head.shape[0] * hidden.element_size()))
 
-    def scored_at_once(self, hidden: torch.Tensor) -> int:
-        """Return how many of the hidden states (N, D) get their log-probabilities at once.
+    @property
+    def scored_at_once(self) -> int:
+        """Number of hidden states that get their log-probabilities at once.
 
-        They are fewer, since logits, probabilities and gradient are in fp32 and in memory together.
+        They are fewer than of `rows_at_once`, since logits, probabilities and gradient are in fp32 and in memory
+        together.
         """
-        return max(1, self.rows_at_once(hidden) // 4)
+        return max(1, self.logits_bytes // (self.head.shape[0] * torch.float32.itemsize) // 4)
 
     def capped_logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, V), at least fp32, of normed hidden states (n, D), soft-capped where the family is."""
