@@ -234,7 +234,8 @@ def test_new_shows_rows_and_starts_tailor(site: Site) -> None:
     page = site.page(chosen)
     assert "Was kostet 0?" in page and 'said learnt" dir=auto>Nichts 0.' in page
     fields = {"file": "uploads/Häufige-Fragen.csv", "prompt": "Frage", "completion": "Antwort", "base": "starter"}
-    answer = site.post("/new", from_page="/new", name="faq", licence="own", system="-s", minutes="3", **fields)
+    sent_fields = {"licence": "own", "system": "-s", "personal_data": "mask", "minutes": "3"}
+    answer = site.post("/new", from_page="/new", name="faq", **sent_fields, **fields)
     assert answer.status_code == 303, answer.text
     ran = ended(site, answer.headers["location"]).result["ran"]
     out = site.folder.resolve() / "faq"
@@ -252,6 +253,7 @@ def test_new_shows_rows_and_starts_tailor(site: Site) -> None:
         "--fields=prompt=Frage,completion=Antwort",
         "--system=-s",
         "--licence=own",
+        "--personal-data=mask",
         "--minutes=3",
         "--json",
     ]

@@ -416,6 +416,17 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
     return read_manifest_document(path, kinds)[0]
 
 
+def adapter_manifest(artifact: Artifact) -> dict[str, Any]:
+    """Return the manifest of an Adapter, or of the Adapter that a Release was made from; empty if it has none."""
+    if artifact.kind == "adapter":
+        return artifact.manifest
+    file = MANIFESTS["adapter"]
+    if file not in artifact.manifest["files"]:
+        return {}
+    manifest: dict[str, Any] = strict_json.loads((artifact.path / file).read_bytes(), takes_infinity=True)
+    return manifest
+
+
 def _elsewhere(path: Path, kinds: Sequence[str]) -> str:
     """Return where to look for an artefact that is not at `path`."""
     aside = replaced_versions(path.absolute()) if not path.exists() else []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sartor.core import parquet_io, records, reply_markup
-from sartor.core.artifacts import Artifact
+from sartor.core.artifacts import Artifact, adapter_manifest
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
@@ -34,8 +34,7 @@ from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.media_tokens import blank
 from sartor.models.multimodal.native_media import is_native
 from sartor.models.packing import TokenizedExample
-from sartor.models.tuned_model import adapter_manifest
-from sartor.tune.reasoning_rules import with_reasoning_rule
+from sartor.models.reasoning_rules import with_reasoning_rule
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
 class TrainingForm:
     """How the rows of a tuning were written: a held-out row is written alike.
 
-    reasoning: the rule for reasoning (`tune/reasoning_rules.py`). empty_think: whether a template's empty thinking
+    reasoning: the rule for reasoning (`models/reasoning_rules.py`). empty_think: whether a template's empty thinking
     block is kept.
     """
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from sartor.core import strict_json
 from sartor.core.adapter_methods import method_of
-from sartor.core.artifacts import MANIFESTS, Artifact
+from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
 from sartor.models import adapters, composed_model
 from sartor.models.base import Base, open_base
@@ -61,17 +60,6 @@ def open_bound_base(
         names = {kind: tower.name for kind, tower in towers.items()}
         base = composed_model.compose_base(base, composed_model.open_towers(names, base.device, notice))
     return base
-
-
-def adapter_manifest(artifact: Artifact) -> dict[str, Any]:
-    """Return the manifest of an Adapter, or of the Adapter that a Release was made from; empty if it has none."""
-    if artifact.kind == "adapter":
-        return artifact.manifest
-    file = MANIFESTS["adapter"]
-    if file not in artifact.manifest["files"]:
-        return {}
-    manifest: dict[str, Any] = strict_json.loads((artifact.path / file).read_bytes(), takes_infinity=True)
-    return manifest
 
 
 def _is_full(adapter: Artifact) -> bool:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, parquet_io, records, trace_store
-from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.artifacts import Artifact, adapter_manifest, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import TEST, hold_out
 from sartor.media import content_parts
-from sartor.models.tuned_model import adapter_manifest
 from sartor.trace import stored_rows
 from sartor.trace.stored_rows import StoredExamples
 from sartor.tune.recipe import ResolvedRecipe

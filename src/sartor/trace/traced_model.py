@@ -19,13 +19,13 @@ from sartor.models.base import Base
 from sartor.models.losses.loss_backend import PACK_TOKENS, LossBackend, LossOptions
 from sartor.models.losses.row_gradients import RowGradientObserver
 from sartor.models.packing import SoftTargets, TokenizedExample
+from sartor.models.reasoning_rules import with_reasoning_rule
 from sartor.models.tuned_model import open_tuned
 from sartor.trace.query_encoding import encode_query
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow
 from sartor.tune.dataset_encoding import encode_preference
 from sartor.tune.gradient_features import GradientSketcher, Moments, SketchLayout, factor_moments, lora_factors
 from sartor.tune.model_setup import open_recipe_base
-from sartor.tune.reasoning_rules import with_reasoning_rule
 from sartor.tune.recipe import SAMPLED, Objective, Sft
 from sartor.tune.rehearsal import with_soft_targets
 from sartor.tune.tokenized_dataset import PreferenceExample

@@ -15,8 +15,8 @@ from sartor.core.records import Example
 from sartor.core.splits import TEST, group_of, hold_out
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
+from sartor.models.reasoning_rules import with_reasoning_rule
 from sartor.tune import preflight
-from sartor.tune.reasoning_rules import with_reasoning_rule
 from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Rehearsal, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 

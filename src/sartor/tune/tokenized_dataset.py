@@ -67,7 +67,7 @@ class TokenizedDataset:
 
     lengths: tokens of every sequence that the template accepted, including those that are too long.
     held_out_groups: (held-out rows,) the group of each.
-    reasoning: rows that the rules for reasoning concern, by what they do (`reasoning_rules.py`).
+    reasoning: rows that the rules for reasoning concern, by what they do (`models/reasoning_rules.py`).
     rehearsal: rows of another Dataset, read with the training rows. Neither epochs nor `lengths` count them.
     rehearsal_factor: by which their weights were multiplied.
     """

@@ -37,6 +37,7 @@ def new(
     name: str = "",
     base: str = STARTER,
     licence: str = "",
+    personal_data: str = "keep",
     minutes: str = "",
     forecast: str = "",
 ) -> Response:
@@ -75,6 +76,7 @@ def new(
         name=name or _proposed_name(studio.folder, path.stem),
         base=base,
         licence=licence,
+        personal_data=personal_data,
         minutes=minutes,
         forecasts=plan_view(studio, "", forecast) if forecast else [],
         forecast_path=f"/new/forecast/{forecast}",
@@ -148,7 +150,8 @@ def start_forecast(request: Request, visitor: Owner, form: PostedForm) -> Respon
     studio = studio_of(request)
     arguments, name = _tailor_arguments(studio.folder, form)
     job = studio.jobs.start([*arguments, "--plan"], title=name, by=visitor.user.name, cwd=studio.folder.root)
-    sent = ("file", "prompt", "completion", "system", "encoding", "name", "base", "licence", "minutes")
+    columns = ("file", "prompt", "completion", "system", "encoding")
+    sent = (*columns, "name", "base", "licence", "personal_data", "minutes")
     query = {field: value for field in sent if (value := text_field(form, field))}
     return redirect(request, "/new", **query, forecast=job.id)
 
@@ -172,9 +175,9 @@ def _tailor_arguments(folder: StudioFolder, form: FormData) -> tuple[list[str], 
     if fields:
         pairs = [f"{key}={column.replace(',', ',,')}" for key, column in fields.items()]
         arguments.append(f"--fields={','.join(pairs)}")
-    for flag in ("system", "licence", "encoding"):
+    for flag in ("system", "licence", "encoding", "personal_data"):
         if value := text_field(form, flag):
-            arguments.append(f"--{flag}={value}")
+            arguments.append(f"--{flag.replace('_', '-')}={value}")
     if minutes := text_field(form, "minutes", max_chars=10):
         arguments.append(f"--minutes={_minutes(minutes):g}")
     return arguments, name

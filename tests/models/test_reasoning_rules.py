@@ -18,8 +18,8 @@ from sample_data import write_jsonl
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.models.chat import ChatTokenizer
+from sartor.models.reasoning_rules import with_reasoning_rule
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.reasoning_rules import with_reasoning_rule
 from tool_prompts import TEMPLATES
 
 
