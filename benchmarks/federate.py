@@ -42,7 +42,7 @@ from sartor.core import assets, config
 from sartor.core import parquet_io as stored
 from sartor.demo import home_intents
 from sartor.evaluate.bootstrap import paired_bootstrap
-from sartor.evaluate.predictions import HeldOut, fitting, replies, reply_limit
+from sartor.evaluate.predictions import HeldOut, TrainingForm, fitting, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
 from sartor.federate import updates as arrays
 from sartor.federate.recipe import FederateRecipe, PersonalRanks, RoundSettings, load
@@ -132,7 +132,7 @@ class Homes:
         dataset = sartor.open(self.work / "dataset")
         examples = list(stored.read_examples(dataset, "eval"))[: self.asked.most_held_out]
         base = self.clients.resident.base
-        return fitting(base, HeldOut(examples, dataset.path), reply_limit(base, examples))
+        return fitting(base, HeldOut(examples, dataset.path), TrainingForm())
 
     def data(self) -> dict[str, Any]:
         """Rows of the grammar as a Dataset, held out by template."""
