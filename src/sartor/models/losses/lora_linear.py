@@ -276,7 +276,7 @@ class Projection:
             return dy @ self.weight()
         # dx = mask * (lowered A) + dy W, (N, sum of R) (sum of R, D) + (N, outs) (outs, D); the small term first
         if rounds(self.dtype) or dropout_mask is not None:
-            a, _ = self._narrowed or self._narrow()
+            a = self._stacked() if self._narrowed is None else self._narrowed[0]
             dx = lowered @ a
             if dropout_mask is not None:
                 dx *= dropout_mask
@@ -315,7 +315,7 @@ class Projection:
         return gradients
 
     def _narrow(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all A stacked, (sum of R, D), and all scale B on a diagonal of blocks, (outs, sum of R), narrow."""
+        """Return all A stacked, (sum of R, D), and all scale B on a diagonal of blocks, (outs, sum of R)."""
         outs = sum(base.out_features for base in self.modules)
         a = self._stacked()
         b, rank = a.new_zeros(outs, len(a)), 0
