@@ -301,6 +301,7 @@ def test_contrary_decision_of_another_person_stops_the_fix(door: dict[str, Any],
         ({"corrected": ""}, "the regression case lacks --corrected"),
         ({"prompt": "", "reply": ""}, "lacks --prompt and --reply"),
         ({"corrected": "0."}, "equals the bad one"),
+        ({"reply": "on " * 2000}, "no version could be asked this case"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(door: dict[str, Any], change: dict[str, Any], problem: str) -> None:
@@ -340,6 +341,11 @@ def test_rows_and_key_that_cannot_be_used_are_refused(door: dict[str, Any], made
         (b'{"id": "aa", "reply": "1"}\n{"reply": "1"}\n', "names the rows of 1 of 2"),
         (b'{"id": 3, "reply": "1"}\n{"reply": "1"}\n', "line 1: 3 names no row"),
         (b"\xff\xfe\n{}\n", "line 1 is no JSON"),
+        (b'{"reply": "1"}\n{"reply": null}\n', "line 2: the reply of an edit is None"),
+        (b'{"prompt": 7}\n{"reply": "1"}\n', "line 1: the prompt of an edit is 7"),
+        (b'{"turns": 5}\n{"reply": "1"}\n', "line 1: the turns of an edit are 5"),
+        (b'{"turns": [{"role": "user"}]}\n{"reply": "1"}\n', "line 1: the turns of an edit are"),
+        (b'{"turns": {"0": ["x"]}}\n{"reply": "1"}\n', "line 1: the turns of an edit are"),
     ],
 )
 def test_corrections_that_cannot_be_used_are_named(tmp_path: Path, content: bytes, problem: str) -> None:

@@ -410,11 +410,16 @@ def test_personal_data_is_said_and_masked_on_request(tmp_path: Path, tiny_base: 
     assert all("@firm-example.com" in reply for reply in made())
     (warning,) = [line for line in said if line.startswith("warning  24 of 24 rows may hold personal data")]
     assert "email in 24" in warning and "--personal-data mask" in warning
+
+    def shown() -> list[str]:
+        return [line for line in sartor.show(tmp_path / "help" / "data").as_json()["warnings"] if "personal" in line]
+
+    assert len(shown()) == 1
     with pytest.raises(ConfigError, match="made with other options: personal_data"):
         made(personal_data="mask")
     said.clear()
     assert all("<EMAIL_1>" in reply for reply in made(personal_data="mask", replace=True))
-    assert not [line for line in said if "personal data" in line]
+    assert not [line for line in said if "personal data" in line] and not shown()
 
 
 @pytest.mark.parametrize("replace", [False, True])

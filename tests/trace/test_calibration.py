@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sartor.core.errors import ArtifactError, ConfigError, StoppedError
+from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.trace_store import trace_folder
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.calibration import (
@@ -118,13 +118,15 @@ def test_ctrl_c_keeps_the_finished_retrains(
     assert len(retrains) == 6
 
 
-def test_damaged_retrain_is_refused_by_name(traced: TracedAdapter) -> None:
+def test_damaged_retrain_is_made_again(traced: TracedAdapter) -> None:
     queries = held_out_queries(traced, 1)
-    calibrate(traced, queries, runs=5, scorers=SCORERS)
+    first = calibrate(traced, queries, runs=5, scorers=SCORERS)
     file = trace_folder(traced.artifact.id) / RUNS / "0002.json"
     file.write_text("{")
-    with pytest.raises(ArtifactError, match="0002.json cannot be read"):
-        calibrate(traced, queries, runs=5, scorers=SCORERS)
+    again = calibrate(traced, queries, runs=5, scorers=SCORERS)
+    assert (again.changes == first.changes).all() and json.loads(file.read_text())["losses"]
+    lines = dict(again.table())
+    assert lines["retrieval"].startswith("LDS ") and lines["retrains"].startswith("5 ")
 
 
 def test_method_that_cannot_score_has_no_figure(traced: TracedAdapter) -> None:

@@ -13,7 +13,7 @@ import pytest
 import sartor
 from sample_data import write_jsonl
 from sartor.core import trace_store
-from sartor.core.errors import ArtifactError, ConfigError, RequestError
+from sartor.core.errors import ArtifactError, ConfigError, RequestError, StoppedError
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import ensemble, gradient
 from sartor.trace import prepare as preparation
@@ -68,7 +68,7 @@ def test_prepare_goes_on_where_it_was_killed(traced: TracedAdapter, monkeypatch:
         return real(model, items, sketcher)
 
     monkeypatch.setattr(TracedModel, "sketches", sketches)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError, match="final has 16 of"):
         preparation.prepare(traced)
     monkeypatch.setattr(TracedModel, "sketches", real)
     lines: list[str] = []
@@ -77,6 +77,8 @@ def test_prepare_goes_on_where_it_was_killed(traced: TracedAdapter, monkeypatch:
     assert "about" in lines[0] and "epochs" in lines[0], "the time is said beforehand"
     killed = SketchMatrix.open(folder_of(traced) / "final")
     assert killed is not None and killed.written().all()
+    preparation.prepare(traced, notice=lines.append)
+    assert "epochs" not in lines[-1], "nothing is computed"
     values = killed.read(slice(None))
     (folder_of(traced) / "final" / "header.json").unlink()
     preparation.prepare(traced, labels=["final"])

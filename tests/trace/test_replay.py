@@ -180,7 +180,9 @@ def test_difference_above_the_limit_is_approximate() -> None:
     near = ReplayDifference((1.0, 2.0), (1.0, 2.0 + MAX_DIFFERENCE_NATS / 2), "bfloat16")
     far = ReplayDifference((1.0, 2.0), (1.0, 2.0 + 2 * MAX_DIFFERENCE_NATS), "bfloat16")
     assert near.approximate == ""
-    assert "bfloat16" in far.approximate and "0.040 nats" in far.approximate
+    assert "bfloat16" in far.approximate and "0.0400 nats" in far.approximate
+    unlike = ReplayDifference((1.0,), (4.0,), "float32")
+    assert "not repeated exactly" in unlike.approximate and "--method gradient" in unlike.approximate
 
 
 @pytest.mark.parametrize(

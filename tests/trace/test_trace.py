@@ -143,9 +143,14 @@ def test_matrix_has_a_row_for_each_query(tmp_path: Path, adapter: Path, capsys: 
     assert ids == [row.example.id for row in traced.rows]
     assert stat.S_IMODE((tmp_path / "scores.npy").stat().st_mode) == 0o600
     assert command(capsys, adapter, "--queries", queries, "--scores", tmp_path / "scores.npy")[0] == 2
+    (tmp_path / "mine.ids.json").write_text("precious")
+    assert command(capsys, adapter, "--queries", queries, "--scores", tmp_path / "mine.npy")[0] == 2
+    assert (tmp_path / "mine.ids.json").read_text() == "precious"
     queries.write_text('{"prompt": "a", "reply": "b"}\n{"prompt": "a"}\n')
     code, said = command(capsys, adapter, "--queries", queries, "--scores", tmp_path / "other.npy")
-    assert code == 2 and "line 2" in said["error"]["problem"]
+    assert code == 2 and "line 2" in said["error"]["problem"] and "reply is missing" in said["error"]["problem"]
+    queries.write_text('{"prompt": null, "reply": "b"}\n')
+    assert command(capsys, adapter, "--queries", queries, "--scores", tmp_path / "other.npy")[0] == 2
 
 
 def error_of(call: Any) -> SartorError:
@@ -203,12 +208,38 @@ def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
         ({"prompt": [], "media": [Part("image", media="data:,")]}, ConfigError, "turns"),
         ({"target": None}, ConfigError, "no Release or Adapter"),
         ({"prompt": [{"role": "user"}]}, ConfigError, "no message"),
+        ({"prompt": [{"role": "robot", "content": "x"}]}, ConfigError, "the role 'robot'"),
+        ({"prompt": {"messages": [{"role": "user", "content": "x"}], "tools": 7}}, ConfigError, "tools"),
+        ({"prepare": True, "calibrate": True}, ConfigError, "prepares or calibrates"),
+        ({"prepare": True, "html": "x.html"}, ConfigError, "--prepare ends without"),
     ],
 )
 def test_wrong_options_are_errors(adapter: Path, options: dict[str, Any], kind: type, word: str) -> None:
     given = {"target": adapter, "prompt": "switch office on", "reply": "on:office", "likelihood": False, **options}
     error = error_of(lambda: sartor.trace(**given))
     assert isinstance(error, kind) and word in error.problem and error.remedy
+
+
+def test_request_with_tool_calls_is_the_prompt_that_was_served(adapter: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": '{"room": "office"}'}}
+    turns = [
+        {"role": "user", "content": "switch office on"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "done", "tool_call_id": "c1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
+    result = sartor.trace(adapter, {"messages": turns, "tools": tools}, "on:office", likelihood=False)
+    _, asked, answered = result.query.prompt[-3:]
+    assert json.loads(asked.tool_calls)[0]["function"] == {"name": "lamp", "arguments": {"room": "office"}}
+    assert answered.tool_call_id == "c1" and json.loads(result.query.tools) == tools
+    assert result.examples[0].reply == "on:office"
+
+
+def test_tuning_that_began_from_another_says_so(tmp_path: Path, adapter: Path, tune_recipe: dict[str, Any]) -> None:
+    method = {**tune_recipe["method"], "start": str(adapter)}
+    sartor.tune({**tune_recipe, "method": method}, tmp_path / "second", show=False)
+    assert any(f"began from {adapter}" in note for note in words(tmp_path / "second").notes)
+    assert not any("began from" in note for note in words(adapter).notes)
 
 
 def test_ids_that_no_row_has_are_named(adapter: Path) -> None:

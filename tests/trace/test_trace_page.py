@@ -28,7 +28,9 @@ def result_of(examples: list[Example], query: TraceQuery, **changes: Any) -> Tra
     """A result of retrieval over these rows, of an adapter that is a name alone."""
     dataset = Artifact(Path("/data/faq"), {"kind": "dataset", "id": "d" * 64})
     rows = tuple(TrainingRow(example, dataset) for example in examples)
-    traced = TracedAdapter(Artifact(Path("/adapters/faq"), {"kind": "adapter", "id": "a" * 64}), dataset, rows)
+    stated = {"run": {"updates": 3, "micro_batch_tokens": 64}, "recipe": {}, "fingerprint": {}, "base": {}}
+    adapter = Artifact(Path("/adapters/faq"), {"kind": "adapter", "id": "a" * 64, **stated})
+    traced = TracedAdapter(adapter, dataset, rows)
     matches = RetrievalIndex.of(examples).matches(query, range(len(rows)))
     shown = [
         TracedRow(item, match.score, match, RowHistory(2, ("Ada",)), ("c" * 32,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 from media_files import png
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ArtifactError
 from sartor.trace import unrolling
 from sartor.trace.attribution import Method
-from sartor.trace.replay import Replay
+from sartor.trace.replay import Replay, _recorded_rates
 from sartor.trace.replay_run import UpdateRecord
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import Adjoint, reverse_update, unroll, unrolled_scores
@@ -199,6 +203,40 @@ def test_dropout_clipping_and_decay_are_unrolled(
     replay, queries, rows = Replay.open(traced), queries_of(traced, 2), list(range(6))
     scores = unroll(replay, queries).scores[:, rows]
     assert correlation(scores, measured_slopes(replay, queries, rows)) > 0.9
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize("method", [{"kind": "miss", "rank": 4}, {"kind": "oft", "block_size": 8}])
+def test_parameters_that_begin_at_zero_are_unrolled(
+    tmp_path: Path, tune_recipe: dict[str, Any], method: dict[str, Any]
+) -> None:
+    traced = tuned({**tune_recipe, "optimizer": SMOOTH}, tmp_path / "a", method=method)
+    replay, queries, rows = Replay.open(traced), queries_of(traced, 2), list(range(6))
+    scores = unroll(replay, queries).scores[:, rows]
+    assert correlation(scores, measured_slopes(replay, queries, rows)) > 0.9
+
+
+@pytest.mark.usefixtures("fp32")
+def test_scores_beyond_the_whole_reply_are_called_approximate(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    assert unrolling._divergence(np.array([[3.0, -1.0], [0.1, 0.2]]), np.array([2.0, 5.0])) == ""
+    reason = unrolling._divergence(np.array([[3.0, -1.0], [0.1, -400.0]]), np.array([2.0, 5.0]))
+    assert "a row's score is 400.0 nats" in reason and "--calibrate" in reason
+
+
+@pytest.mark.usefixtures("fp32")
+def test_release_of_a_tuning_by_minutes_needs_the_adapters_log(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    """Its learning rates followed the clock of the run, and a Release has no log."""
+    budget = {"minutes": 0.05, "updates": None, "epochs": None}
+    traced = tuned({**tune_recipe, "budget": budget}, tmp_path / "a")
+    parent = {"kind": "adapter", "id": traced.artifact.id, "path": str(tmp_path / "a")}
+    manifest = {**traced.artifact.manifest, "id": "r" * 64, "parents": [parent]}
+    release = dataclasses.replace(traced, artifact=Artifact(tmp_path / "r", {**manifest, "kind": "release"}))
+    object.__setattr__(release, "manifest", traced.manifest)
+    object.__setattr__(release, "recipe", traced.recipe)
+    assert _recorded_rates(release) == _recorded_rates(traced) != {}
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="budget in minutes"):
+        _recorded_rates(release)
 
 
 @pytest.mark.usefixtures("fp32")

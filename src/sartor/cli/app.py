@@ -23,6 +23,7 @@ app = App(
     # no `--empty-waive` beside `--waive`
     default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
     name="sartor",
+    suppress_keyboard_interrupt=False,  # `main` says what became of the work
     help="Tailor an open model to your own data, and prove what you made.",
     help_epilogue="Every command takes `--json` (one JSON object on the last line of stdout), `-q` (errors and "
     "results alone), "

@@ -113,8 +113,8 @@ def _reply(reply: str, file: Path | None) -> str:
         raise ConfigError(f"{file} cannot be read as text: {error}", "--reply-file FILE, in UTF-8") from None
 
 
-def _turns(file: Path) -> list[Any]:
-    """Return the turns in a JSON file, a list or the body of a request. Raises ConfigError for other content."""
+def _turns(file: Path) -> Any:
+    """Return the turns in a JSON file, or the request's body that it holds. Raises ConfigError for other content."""
     try:
         document = strict_json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -122,4 +122,4 @@ def _turns(file: Path) -> list[Any]:
     turns = document.get("messages") if isinstance(document, dict) else document
     if not isinstance(turns, list):
         raise ConfigError(f"{file} holds no list of messages", '[{"role": "user", "content": "..."}]')
-    return turns
+    return document

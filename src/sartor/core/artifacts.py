@@ -330,12 +330,16 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
             raise
 
 
-def check_output_free(path: Path, *, replace: bool) -> None:
-    """Raise ConfigError if an output path is taken; call it before long work starts."""
+def check_output_free(path: Path, *, replace: bool | None) -> None:
+    """Raise ConfigError if an output path is taken; call it before long work starts.
+
+    replace: None for a command that has no --replace.
+    """
     if path.is_symlink() or path.is_file():
         raise ConfigError(f"the output {path} is a file or a link, not a directory", "choose another --out")
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"the output {path} exists", "choose another --out, or add --replace")
+        remedy = "choose another --out" if replace is None else "choose another --out, or add --replace"
+        raise ConfigError(f"the output {path} exists", remedy)
     if (
         path.is_dir()
         and replace

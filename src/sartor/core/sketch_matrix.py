@@ -46,6 +46,14 @@ class SketchMatrix:
 
     def __post_init__(self) -> None:
         count, size = len(self.ids), int(self.header["size"])
+        for name, row_bytes in ((SKETCHES, 2 * size), (SCALES, 4)):  # a mapping would fill a short file up with zeros
+            file, stated = self.folder / name, count * row_bytes
+            found = file.stat().st_size if file.is_file() else 0
+            if found != stated:
+                raise ArtifactError(
+                    f"the sketches in {self.folder} are damaged: {name} has {found:,} bytes of {stated:,}",
+                    f"rm -r {self.folder}; they are computed again",
+                )
         self._sketches: Any = np.memmap(self.folder / SKETCHES, np.float16, "r+", shape=(count, size))
         self._scales: Any = np.memmap(self.folder / SCALES, np.float32, "r+", shape=(count,))
 

@@ -60,9 +60,9 @@ def read_trace_json(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}", f"rm -r {file.parent}; it is computed again") from None
+        raise ArtifactError(f"{file} cannot be read: {error}", f"rm {file}; it is computed again") from None
     if not isinstance(fields, dict):
-        raise ArtifactError(f"{file} holds no JSON object", f"rm -r {file.parent}; it is computed again")
+        raise ArtifactError(f"{file} holds no JSON object", f"rm {file}; it is computed again")
     return fields
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import config, parquet_io, records
-from sartor.core.artifacts import Dataset, check_output_free, kind_of, open_artifact
+from sartor.core.artifacts import Artifact, Dataset, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, SartorError, SourceError, StoppedError, missing_package
 from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
 from sartor.core.licences.spdx import UNKNOWN
@@ -49,6 +49,15 @@ from sartor.curate.steps.personal_data import PersonalData, personal_data_warnin
 FILES_LISTED = 20
 
 
+def find_warnings(dataset: Artifact) -> list[DataWarning]:
+    """Return the deficits of a Dataset's rows as training and evaluation data."""
+    warnings = dataset_warnings(parquet_io.read_own_examples(dataset))
+    if PersonalData.kind not in dataset.manifest.get("steps", {}):
+        personal = personal_data_warning(parquet_io.read_own_examples(dataset))
+        warnings += [personal] if personal else []
+    return warnings
+
+
 @dataclass(frozen=True, repr=False)
 class Curated(ShownResult):
     """Result of `curate`.
@@ -63,11 +72,7 @@ class Curated(ShownResult):
     @functools.cached_property
     def warnings(self) -> list[DataWarning]:
         """Deficits of the rows as training and evaluation data."""
-        warnings = dataset_warnings(parquet_io.read_own_examples(self.dataset))
-        if PersonalData.kind not in self.dataset.manifest["steps"]:
-            personal = personal_data_warning(parquet_io.read_own_examples(self.dataset))
-            warnings += [personal] if personal else []
-        return warnings
+        return find_warnings(self.dataset)
 
     @property
     def counts(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ is removed from the Dataset: updates then hold other rows than before, where an 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +21,21 @@ from typing import Any, Literal
 
 from sartor.core import catalogue, signing, strict_json
 from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact, read_manifest
-from sartor.core.errors import ArtifactError, ConfigError, ConflictError, GateError, LicenceError, StoppedError
+from sartor.core.errors import (
+    ArtifactError,
+    ConfigError,
+    ConflictError,
+    GateError,
+    LicenceError,
+    SartorError,
+    SourceError,
+    StoppedError,
+)
 from sartor.core.filesystem import PRIVATE, make_parent, write_file_atomic, writer_lock
 from sartor.core.home import home
 from sartor.core.lineage import ancestry
 from sartor.curate.review.review_commands import Opinion, review_add, review_apply, review_decide
-from sartor.curate.review.review_items import CHANGES, ReviewItem
+from sartor.curate.review.review_items import CHANGES, ReviewItem, check_change
 from sartor.curate.review.row_edits import STEP, apply_edit
 from sartor.evaluate.case_measurement import measure_cases
 from sartor.evaluate.evaluation import compare_reports
@@ -211,7 +221,13 @@ def _requested_record(
     if options.correct:
         changes = read_corrections(options.correct, ids)
         for row, change in zip(rows, changes, strict=True):
-            apply_edit(row.example, change)
+            try:
+                apply_edit(row.example, change)
+            except SartorError as error:
+                raise ConfigError(
+                    f"{options.correct}: {error.problem}",
+                    f"another correction of row {row.example.id[:12]}, or leave it out of --examples",
+                ) from None
     case = None
     if options.prompt.strip():
         query = traced.query(options.prompt, options.reply)
@@ -251,6 +267,10 @@ def read_corrections(file: Path, ids: Sequence[str]) -> tuple[Mapping[str, Any],
         if not isinstance(entry, dict) or not set(entry) & set(CHANGES) or set(entry) - {"id", *CHANGES}:
             raise ConfigError(f"{file}, line {number} is no change ({', '.join(CHANGES)})", remedy)
         change = {name: value for name, value in entry.items() if name != "id"}
+        try:
+            check_change(change)
+        except SourceError as error:
+            raise ConfigError(f"{file}, line {number}: {error.problem}", f"{error.remedy}; {remedy}") from None
         ordered.append(change)
         if "id" not in entry:
             continue
@@ -267,9 +287,14 @@ def _begin(out: Path, live: Artifact, requested: FixRecord, notice: Notice) -> F
     """Return the record of the fix in `out`, begun now or by an earlier call. Raises ConfigError for another one."""
     file = out / FILE
     if not file.is_file():
-        check_output_free(out, replace=False)
+        check_output_free(out, replace=None)
         if requested.case:
             (before,) = measure_cases(live, [requested.case], notice)
+            if before.not_asked:
+                raise ConfigError(
+                    f"no version could be asked this case: {before.not_asked}",
+                    "a shorter --prompt and --reply, or leave them and --corrected out: then no case is kept",
+                )
             requested = replace(requested, before=before.as_json())
             if not before.faults:
                 notice(f"{live.path.name} does not fail the case: it says {before.reply!r:.80}")
@@ -343,10 +368,12 @@ class FixRun:
             opinion = Opinion(verdict, record.by, record.reason, change=change)
             (decided,) = review_decide(dataset.path, [item.id], opinion, queue)["decisions"]
             if decided["holds"] != verdict:
-                command = "sartor review edit" if record.changes else "sartor review reject"
+                command = f"sartor review {verdict} {shlex.quote(str(dataset.path))} {item.id} --by NAME --settle"
+                if change:
+                    command += f" --change {shlex.quote(json.dumps(change, ensure_ascii=False))}"
                 raise ConflictError(
                     f"another person decided otherwise about the row {record.examples[index]} (item {item.id})",
-                    f"{command} {dataset.path} {item.id} --by NAME --settle, then the same command",
+                    f"{command}, then the same command",
                 )
         summary = review_apply(dataset.path, out, queue)
         if (more := summary["rows_dropped"] + summary["rows_changed"] - len(items)) > 0:

@@ -18,8 +18,8 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, ArtifactPath, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Message
-from sartor.core.row_warnings import dataset_warnings
 from sartor.core.terminal import printable
+from sartor.curate.pipeline import find_warnings
 from sartor.curate.sources.row_readers import read_rows
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 
@@ -91,7 +91,7 @@ def _dataset(dataset: Artifact, count: int, split: str) -> ArtifactPreview:
         "licence": manifest["licence"],
         "dropped": dict(reasons.most_common()),
         "sources": [f"{text}: {count:,} files" if count > 1 else text for text, count in files.items()],
-        "warnings": [warning.problem for warning in dataset_warnings(parquet_io.read_own_examples(dataset))],
+        "warnings": [warning.problem for warning in find_warnings(dataset)],
     }
     if split == "dropped":
         drops = itertools.islice(parquet_io.read_drops(dataset), count)

@@ -17,6 +17,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from sartor.core import records, signing, strict_json
 from sartor.core.artifacts import check_output_free, create_output_directory
-from sartor.core.errors import ConfigError, ModelError
+from sartor.core.errors import ConfigError, ModelError, SartorError, StoppedError
 from sartor.core.filesystem import PRIVATE, make_parent, make_private_folder, write_file_atomic, writer_lock
 from sartor.core.home import home
 from sartor.core.progress import Progress
@@ -170,7 +171,7 @@ def ablate(
     began = time.monotonic()
     out = Path(out).absolute()
     private = signing.open_private(_key_path(key), "proof")
-    check_output_free(out, replace=False)
+    check_output_free(out, replace=None)
     traced = open_traced(path)
     query = traced.query(prompt, reply, system=system)
     plan = plan_ablation(traced, query, examples, controls=controls, seeds=seeds)
@@ -181,7 +182,16 @@ def ablate(
     make_parent(out)
     make_private_folder(folder)
     with writer_lock(folder):
-        losses, around = RetrainFolder(folder, plan, notice).complete()
+        try:
+            losses, around = RetrainFolder(folder, plan, notice).complete()
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"stopped; finished retrains are kept in {folder}", "the same command goes on there"
+            ) from None
+        except SartorError:
+            with suppress(OSError):  # nothing is kept of what could not begin
+                folder.rmdir()
+            raise
         fields = _fields(plan, losses, around) | {"wall_s": round(time.monotonic() - began, 1)}
         fields = json.loads(records.canonical(fields))  # as a reader sees it
         with create_output_directory(out) as part:

@@ -40,7 +40,7 @@ import numpy as np
 from scipy.special import nctdtrinc, stdtrit
 
 from sartor.core import signing
-from sartor.core.errors import SignatureError
+from sartor.core.errors import ConfigError, SignatureError
 from sartor.core.signed_document import DocumentForm, read_document
 
 LEVEL = 0.025
@@ -176,6 +176,8 @@ def check_ablation(file: Path | str, key: Path | str | None = None) -> dict[str,
     """
     path = Path(file)
     path = path / FILE if path.is_dir() else path
+    if not path.exists():
+        raise ConfigError(f"there is no proof at {path}", f"give the {FILE} that sartor ablate wrote, or its folder")
     trusted = [signing.open_public(Path(key))] if key else None
     fields = read_document(path, FORM, trusted)
     try:

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from sartor.core import records
-from sartor.core.errors import ConfigError, SartorError, StoppedError
+from sartor.core.errors import ArtifactError, ConfigError, SartorError, StoppedError
 from sartor.core.trace_store import read_trace_json, record_origin, write_trace_file
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.ensemble import ensemble_scores
-from sartor.trace.measured_trust import CALIBRATION
+from sartor.trace.measured_trust import CALIBRATION, LEAST_LDS
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval_store import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples
@@ -94,6 +94,15 @@ class CalibrationResult:
             "left_out_fraction": LEFT_OUT_FRACTION,
             "methods": methods,
         }
+
+    def table(self) -> list[tuple[str, Any]]:
+        """Return the result as a table for the terminal."""
+        lines = [("retrains", f"{self.runs} without a tenth of the rows each"), ("replies", str(self.queries))]
+        for method, trust in self.methods.items():
+            figures = f"LDS {trust.lds:.2f} in [{trust.low:.2f}, {trust.high:.2f}], {trust.seconds:.1f} s"
+            worth = "" if trust.lds >= LEAST_LDS else f"; below {LEAST_LDS}, so that it ranks nothing"
+            lines.append((str(method), trust.problem or f"{figures}{worth}"))
+        return lines
 
 
 def calibrate(
@@ -198,7 +207,10 @@ def _retrained_losses(
     result, is_timed = [], False
     for index, subset in enumerate([[], *subsets]):
         file = folder / f"{index:04d}.json"
-        fields = read_trace_json(file) or {}
+        try:
+            fields = read_trace_json(file) or {}
+        except ArtifactError:  # damaged, and made again
+            fields = {}
         if fields.get("key") == key and fields.get("left_out") == subset:
             result.append(fields["losses"])
             continue

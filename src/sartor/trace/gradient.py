@@ -16,13 +16,13 @@ import numpy as np
 from scipy import special
 from scipy.stats import rankdata
 
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import prepare as preparation
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, rows_folder
 from sartor.trace.traced_model import TracedModel
-from sartor.tune.gradient_features import RECORDED, read_moments
+from sartor.tune.gradient_features import MOMENTS, RECORDED, read_moments
 
 Notice = Callable[[str], object]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -96,7 +96,10 @@ def preparation_bytes(folder: Path, labels: Sequence[str]) -> dict[str, int]:
 def _query_sketches(model: TracedModel, folder: Path, queries: Sequence[TraceQuery]) -> Array:
     """Return the sketches (Q, K) of the replies' gradients at the weights of a folder."""
     preparation.put_weights(model, folder)
-    sketcher = model.sketcher(read_moments(folder))
+    moments = read_moments(folder)
+    if not moments and folder.name != RECORDED:  # rows were preconditioned by them, and replies would not be
+        raise ArtifactError(f"{folder / MOMENTS} is gone", f"rm -r {folder}; the sketches are computed again")
+    sketcher = model.sketcher(moments)
     sketches = model.sketches([model.query(query) for query in queries], sketcher)
     model.put(model.final)
     return sketches

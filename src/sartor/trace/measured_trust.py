@@ -9,6 +9,8 @@ from sartor.trace.attribution import Method
 from sartor.trace.traced_adapter import TracedAdapter
 
 CALIBRATION = "calibration.json"
+# A method whose linear datamodelling score is lower does not rank rows
+LEAST_LDS = 0.2
 
 
 def measured_lds(traced: TracedAdapter) -> dict[Method, float]:

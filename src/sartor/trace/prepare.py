@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.filesystem import make_private_folder, writer_lock
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
@@ -88,7 +88,7 @@ def prepare(
     started_s = time.monotonic()
     folder = rows_folder(traced)
     labels = [FINAL, HIDDEN] if labels is None else labels
-    notice(_estimate(traced, folder, labels))
+    notice(_estimate(traced, folder, [label for label in labels if not _is_there(traced, folder / label)]))
     row_bytes = {}
     make_private_folder(folder)
     with writer_lock(folder / "prepare"):
@@ -168,8 +168,14 @@ def _write_rows(
         chunk = missing[start : start + CHUNK_ROWS]
         if matrix.is_removed:
             raise ConfigError(f"{matrix.folder} was removed meanwhile, by an erasure or by hand", "the command again")
-        matrix.write(chunk, compute(chunk))
-        matrix.flush()
+        try:
+            matrix.write(chunk, compute(chunk))
+            matrix.flush()
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"stopped; {label} has {len(matrix.ids) - len(missing) + start:,} of {len(matrix.ids):,} rows",
+                "the same command goes on there",
+            ) from None
         done = start + len(chunk)
         left_s = (time.monotonic() - started_s) / done * (len(missing) - done)
         notice(f"{label}: {done:,} of {len(missing):,} rows, about {left_s:,.0f} s left")
@@ -178,11 +184,17 @@ def _write_rows(
 
 def _estimate(traced: TracedAdapter, folder: Path, labels: Sequence[str]) -> str:
     """Return a line about the time that a preparation takes, by the speed of the tuning."""
+    if not labels:
+        return f"the sketches of {len(traced.rows):,} rows are in {folder}"
     epochs = sum(_HIDDEN_EPOCHS if label == HIDDEN else _SKETCH_EPOCHS for label in labels)
     line = f"sketches of {len(traced.rows):,} rows in {folder}: {', '.join(labels)}; about {epochs:.1f} epochs' time"
     run = traced.manifest.get("run", {})
-    recipe = traced.manifest.get("recipe", {})
-    total_epochs = recipe.get("budget", {}).get("epochs")
+    total_epochs = traced.manifest.get("recipe", {}).get("budget", {}).get("epochs")
     if not run.get("wall_s") or not total_epochs or not traced.is_own:
         return line
     return f"{line}, about {epochs * run['wall_s'] / total_epochs:,.0f} s on the machine of the tuning"
+
+
+def _is_there(traced: TracedAdapter, folder: Path) -> bool:
+    """Return whether a folder has the sketches of all rows."""
+    return is_complete(traced, SketchMatrix.open(folder))

@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sartor.core import config
+from sartor.core import catalogue, trace_store
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models import adapters
 from sartor.models.base import Base
@@ -27,7 +28,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune import resume
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, start_of
-from sartor.tune.recipe import SAMPLED, ResolvedRecipe, Sft
+from sartor.tune.recipe import ResolvedRecipe, Sft
 from sartor.tune.rehearsal import hold_at_base, rehearsal_of
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
@@ -36,7 +37,6 @@ Notice = Callable[[str], object]
 MAX_DIFFERENCE_NATS = 0.02
 # Micro-batches of up to so many tokens are repeated as they were, whatever the dtype: halves would be slow
 _SMALL_MICRO_BATCH = 512
-_OTHER_METHODS = "--method gradient or --method retrieval, which need no replay"
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,14 @@ class ReplayDifference:
         """Reason why the replay's results hold for the Adapter only about; empty if they differ by little."""
         if self.nats <= MAX_DIFFERENCE_NATS:
             return ""
-        return (
-            f"the tuning ran in {self.recorded_dtype}; its replay in fp32 gives a reply another loss, by up to "
-            f"{self.nats:.3f} nats"
-        )
+        by = f"by up to {self.nats:.4f} nats"
+        if self.recorded_dtype == "float32":
+            return (
+                f"the tuning was not repeated exactly: the replay gives a reply another loss, {by}. It was not "
+                "deterministic, or ran on another machine or with other versions; --method gradient and --method "
+                "retrieval need no replay"
+            )
+        return f"the tuning ran in {self.recorded_dtype}; its replay in fp32 gives a reply another loss, {by}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the losses and likelihoods of each reply, by the replay and by the Adapter."""
@@ -89,6 +93,7 @@ class Replay:
         self.traced, self.base, self.data = traced, base, data
         self.recipe = _fp32_recipe(traced)
         self.recorded: dict[str, Any] = traced.manifest["run"]
+        self._rates = _recorded_rates(traced)
         self.rows, indices = match_rows(traced, data, base)
         self._row_weights = RowWeights(indices, torch.ones(len(self.rows) + 1, device=base.device))
         self.seed = self.recipe.seed
@@ -112,7 +117,7 @@ class Replay:
         recorded = {**current, **traced.manifest["fingerprint"]}
         if differing := resume.differences(recorded, current):
             problem = f"the tuning of {traced.artifact.path} cannot be repeated here: {'; '.join(differing)}"
-            raise ArtifactError(problem, _OTHER_METHODS)
+            raise ArtifactError(problem, _other_methods(traced))
         calibrate(base, data)
         hold_at_base(recipe, base, data)
         for line in describe_differences(traced):
@@ -124,7 +129,7 @@ class Replay:
         """Number of updates and learning rates of the recorded run."""
         updates = int(self.recorded["updates"])
         chosen = int(self.recorded.get("selection", {}).get("update", updates))
-        return Course(chosen, updates, dict(_recorded_rates(self.traced)))
+        return Course(chosen, updates, self._rates)
 
     def _begin(self, seed: int) -> ReplayRun:
         """Inject the adapter and return its run before the first update."""
@@ -241,26 +246,14 @@ class Replay:
 
 def check_replayable(traced: TracedAdapter) -> None:
     """Raise ConfigError, naming the methods that still work, for a tuning that `sartor tune` alone cannot repeat."""
-    manifest = traced.manifest
-    run = manifest.get("run", {})
-    reasons = []
-    if not traced.is_own:
-        reasons.append("the rows are those of a Dataset that was named, and not of its tuning")
-    if "federated" in run:
-        reasons.append("it was tuned by a federation, whose rounds this machine has not seen")
-    if "personal" in run:
-        reasons.append("it was tuned on top of a frozen version, as a personal one")
-    if manifest.get("recipe", {}).get("method", {}).get("kind") == "pissa":
-        reasons.append("its method is pissa, whose file has the start beside what was trained")
-    kind = traced.manifest.get("recipe", {}).get("objective", {}).get("kind")
-    if kind in [config.kind_of(objective) for objective in SAMPLED]:
-        reasons.append(f"its objective is {kind}, whose scores and sampled replies are not repeated")
-    missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
-    missing += [key for key in ("recipe", "fingerprint", "base") if key not in manifest]
-    if missing and not reasons:
-        reasons.append(f"its manifest has no {', '.join(missing)}")
-    if reasons:
-        raise ConfigError(f"the tuning of {traced.artifact.path} cannot be repeated: {reasons[0]}", _OTHER_METHODS)
+    if reason := traced.unrepeatable:
+        problem = f"the tuning of {traced.artifact.path} cannot be repeated: {reason}"
+        raise ConfigError(problem, _other_methods(traced))
+
+
+def _other_methods(traced: TracedAdapter) -> str:
+    """Return the remedy that names the methods without a replay."""
+    return f"sartor trace {traced.artifact.path} with --method gradient or --method retrieval, which need no replay"
 
 
 def describe_differences(traced: TracedAdapter) -> Iterator[str]:
@@ -293,7 +286,7 @@ def match_rows(
                 problem = (
                     f"the tuning read the row {row.example_id}, which is not among the rows of {traced.dataset.path}"
                 )
-                raise ArtifactError(problem, _OTHER_METHODS)
+                raise ArtifactError(problem, _other_methods(traced))
             rows.setdefault(index, row)
             indices |= {id(sequence): index for sequence in all_sequences([row])}
     # a rehearsal row that equals a held-out one is never read
@@ -307,11 +300,29 @@ def _fp32_recipe(traced: TracedAdapter) -> ResolvedRecipe:
     return replace(traced.recipe, base=replace(traced.recipe.base, bits=32))
 
 
-def _recorded_rates(traced: TracedAdapter) -> Iterator[tuple[int, tuple[float, float]]]:
-    """Yield the number of earlier updates and the rates of factors and projectors, of each update in the log."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        for text in (traced.artifact.path / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if "learning_rate" in line:
-                rate = float(line["learning_rate"])
-                yield int(line["update"]) - 1, (rate, float(line.get("projector_rate", rate)))
+def _recorded_rates(traced: TracedAdapter) -> dict[int, tuple[float, float]]:
+    """Return the rates of factors and projectors by the number of earlier updates, as the Adapter's log has them.
+
+    A Release has no log: that of its Adapter is read, if it is here. Raises ArtifactError if the rates are known from
+    no log and depend on the clock of the run.
+    """
+    adapter: Path | None = traced.artifact.path
+    if traced.artifact.kind == "release":
+        adapter = catalogue.locate(
+            trace_store.adapter_id(traced.artifact), str(traced.artifact.path.parent / "adapter")
+        )
+    rates: dict[int, tuple[float, float]] = {}
+    if adapter is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            for text in (adapter / "log.jsonl").read_text(encoding="utf-8").splitlines():
+                line = json.loads(text)
+                if "learning_rate" in line:
+                    rate = float(line["learning_rate"])
+                    rates[int(line["update"]) - 1] = (rate, float(line.get("projector_rate", rate)))
+    if not rates and traced.recipe.budget.minutes is not None:
+        raise ArtifactError(
+            f"the tuning of {traced.artifact.path} had a budget in minutes, and its learning rates stand in log.jsonl "
+            "of its Adapter, which is not on this machine",
+            f"sartor index DIR finds the Adapter; or {_other_methods(traced)}",
+        )
+    return rates

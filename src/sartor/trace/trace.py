@@ -31,7 +31,7 @@ from sartor.core.lazy_import import import_module
 from sartor.core.records import Message, Part
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.credit import RowGroup, RowHistory, SourceCredit, rank_groups, read_histories, sum_by_source
-from sartor.trace.measured_trust import measured_lds
+from sartor.trace.measured_trust import LEAST_LDS, measured_lds
 from sartor.trace.retrieval import RetrievalIndex, RowMatch, prompt_text, reply_text
 from sartor.trace.retrieval_store import open_index, retrieval_scores
 from sartor.trace.served_replies import ServedReply, check_served
@@ -41,7 +41,6 @@ Notice = Callable[[str], object]
 F64 = NDArray[np.float64]
 By = Literal["source"] | None
 
-LEAST_LDS = 0.2
 TOP = 10
 # module and function of each method but retrieval; they import torch, which a look-up does without
 _SCORERS = {
@@ -132,7 +131,8 @@ class TraceResult:
     notes: what else a reader has to know.
     facts: further values of the method.
     rows: number of training rows that were searched.
-    seconds: read (the rows), index (opened, or made by the first trace), retrieval, the method, and wall.
+    seconds: read (the rows), index (opened, or made by the first trace), retrieval, likelihood (by
+        base and adapter), the method, and wall.
     """
 
     traced: TracedAdapter = field(repr=False)
@@ -208,6 +208,11 @@ class TraceResult:
             lines.append(("approximate", self.approximate))
         if self.served:
             lines.append(("receipt", f"{self.served.receipt} of {self.served.agent}, {self.served.compared}"))
+        if replayed := self.facts.get("replay"):
+            losses = (
+                f"{replayed['replay_losses'][0]:.3f} nats by the replay, {replayed['adapter_losses'][0]:.3f} by the"
+            )
+            lines.append(("repeated", f"the reply has {losses} adapter: {replayed['nats']:.4f} apart"))
         lines += [("note", note) for note in self.notes]
         if self.by_source:
             lines.append(("by source", [_cells(credit.as_json()) for credit in self.by_source]))
@@ -224,8 +229,9 @@ class TraceResult:
         """How far the ranking can be trusted, in a sentence."""
         if self.lds is None:
             meaning = "rows that share words, which need not be causes" if self.method is Method.RETRIEVAL else ""
-            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it" if self.traced.is_own else ""
-            return f"not measured ({'; '.join(part for part in (meaning, measure) if part)})"
+            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it"
+            parts = [part for part in (meaning, "" if self.traced.unrepeatable else measure) if part]
+            return f"not measured ({'; '.join(parts)})" if parts else "not measured"
         return f"LDS {self.lds:.2f}: correlation of its predictions with the effect of leaving rows out"
 
     @property
@@ -270,7 +276,7 @@ class ScoreMatrix:
 
 def trace(
     target: Path | str | None = None,
-    prompt: str | Sequence[Mapping[str, Any]] = "",
+    prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any] = "",
     reply: str = "",
     *,
     method: Method | str = Method.RETRIEVAL,
@@ -294,7 +300,8 @@ def trace(
     """Return the training rows behind a reply of an Adapter or Release, as a TraceResult.
 
     target: Adapter, Release or personal adapter; None for the one that `receipt` names.
-    prompt: text, or turns in OpenAI's form. media: images and recordings before the text.
+    prompt: text, turns in OpenAI's form, or the body of a request with `messages` and `tools`.
+    media: images and recordings before the text.
     by: "source" also sums the scores of each source's rows.
     receipt: file of the receipt of a served reply, whose digests the words are compared with. team: its TEAM.yaml, if
         it did not serve on this machine.
@@ -312,18 +319,11 @@ def trace(
     """
     began = time.monotonic()
     chosen = _method(method)
-    for file, flag in ((html, "--html"), (scores, "--scores")):
-        if file is not None and Path(file).exists() and not replace:
-            raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
-    if scores is not None and (queries is None or html is not None):
-        raise ConfigError(
-            "a matrix of scores needs queries, and has no page", "--queries FILE.jsonl --scores FILE.npy alone"
-        )
-    if queries is not None and scores is None and not calibrate:
-        raise ConfigError("queries are for a matrix or a calibration", f"--queries {queries} --scores FILE.npy")
+    tools, turns = (prompt.get("tools"), prompt["messages"]) if isinstance(prompt, Mapping) else (None, prompt)
+    _check_outputs(queries, scores, html, prepare=prepare, calibrate=calibrate, replace=replace)
     served = None
     if receipt is not None:
-        served = _served(Path(receipt), prompt, reply, system=system, media=media, team=Path(team) if team else None)
+        served = _served(Path(receipt), turns, reply, system=system, media=media, team=Path(team) if team else None)
         target = _same_target(served, target)
     if target is None:
         raise ConfigError("there is no Release or Adapter to trace", "sartor trace RELEASE --prompt P --reply R")
@@ -334,7 +334,7 @@ def trace(
         return _prepared(traced, queries, runs=runs, is_calibration=calibrate, notice=notice)
     if scores is not None and queries is not None:
         return _write_scores(traced, Path(queries), Path(scores), chosen, notice)
-    query = traced.query(prompt, reply, system=system, media=media)
+    query = traced.query(turns, reply, system=system, media=media, tools=tools)
     options = TraceOptions(method=chosen, by=by, top=top, likelihood=likelihood)
     result = dataclasses.replace(trace_reply(traced, query, options, notice), served=served)
     result = dataclasses.replace(result, seconds={"read": read_s, **result.seconds, "wall": time.monotonic() - began})
@@ -344,6 +344,33 @@ def trace(
     page = import_module("sartor.trace.trace_page").render(result)
     write_file_atomic(Path(html), page.encode(), mode=_PRIVATE)
     return result
+
+
+def _check_outputs(
+    queries: Path | str | None,
+    scores: Path | str | None,
+    html: Path | str | None,
+    *,
+    prepare: bool,
+    calibrate: bool,
+    replace: bool,
+) -> None:
+    """Raise ConfigError for outputs that exist or that do not fit together."""
+    outputs = [(html, "--html"), (scores, "--scores"), (_ids_file(Path(scores)) if scores else None, "--scores")]
+    for file, flag in outputs:
+        if file is not None and Path(file).exists() and not replace:
+            raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
+    if prepare and calibrate:
+        raise ConfigError("a call prepares or calibrates", "--prepare, then the same command with --calibrate")
+    if (prepare or calibrate) and (html is not None or scores is not None):
+        flag = "--prepare" if prepare else "--calibrate"
+        raise ConfigError(f"{flag} ends without a page or a matrix", f"leave out {'--html' if html else '--scores'}")
+    if scores is not None and (queries is None or html is not None):
+        raise ConfigError(
+            "a matrix of scores needs queries, and has no page", "--queries FILE.jsonl --scores FILE.npy alone"
+        )
+    if queries is not None and scores is None and not calibrate:
+        raise ConfigError("queries are for a matrix or a calibration", f"--queries {queries} --scores FILE.npy")
 
 
 @dataclass(frozen=True)
@@ -374,8 +401,15 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     seconds["retrieval"] = time.monotonic() - start
     if not traced.is_own:
         notes.append(f"rows of {traced.dataset.path}, which need not be those that the adapter was tuned on")
+    elif earlier := traced.start:
+        notes.append(
+            f"the tuning began from {earlier['path']}, and these rows do not explain what that had learnt: "
+            f"sartor trace {earlier['path']}"
+        )
     # before the scores: a reply that does not fit into the base's context ends the command here
+    start = time.monotonic()
     measured, problem = _measure_likelihood(traced, query, options, notice)
+    seconds["likelihood"] = time.monotonic() - start
     if problem:
         notes.append(f"whether the base says it was not measured: {problem}")
     lds, refused = _measured_lds(traced), None
@@ -471,7 +505,11 @@ def _prepared(
     if not is_calibration:
         open_index(traced, notice)
         return import_module("sartor.trace.prepare").prepare(traced, notice=notice)
-    _check_rows(traced, Method.UNROLLED)
+    if not traced.is_own:
+        raise ConfigError(
+            f"a calibration repeats the tuning on its own rows, and those of {traced.dataset.path} were named",
+            "leave --data out; retrieval and gradient rank rows of any Dataset without a calibration",
+        )
     asked = read_queries(Path(queries), traced) if queries is not None else None
     return import_module("sartor.trace.calibration").calibrate(traced, asked, runs=runs, notice=notice)
 
@@ -534,7 +572,7 @@ def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Meth
     lds = _measured_lds(traced).get(method)
     if lds is not None and lds < LEAST_LDS:
         notice(f"{method} has an LDS of {lds:.2f} for this adapter, below {LEAST_LDS}: its scores rank nothing")
-    ids = file.with_suffix(".ids.json")
+    ids = _ids_file(file)
     buffer = io.BytesIO()
     np.save(buffer, attribution.scores, allow_pickle=False)
     write_file_atomic(file, buffer.getvalue(), mode=_PRIVATE)
@@ -548,6 +586,11 @@ def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Meth
         approximate=attribution.approximate,
         wall_s=time.monotonic() - start,
     )
+
+
+def _ids_file(scores: Path) -> Path:
+    """Return the file of the ids beside a matrix of scores."""
+    return scores.with_suffix(".ids.json")
 
 
 def _table_row(row: TracedRow) -> dict[str, Any]:

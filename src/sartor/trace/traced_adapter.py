@@ -14,14 +14,14 @@ from typing import Any
 
 from sartor.core import catalogue, config, parquet_io, records, trace_store
 from sartor.core.artifacts import Artifact, adapter_manifest, open_artifact
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.errors import ArtifactError, ConfigError, RequestError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import TEST, hold_out
-from sartor.media import content_parts
+from sartor.inference.openai_messages import read_message
 from sartor.trace import stored_rows
 from sartor.trace.stored_rows import StoredExamples
-from sartor.tune.recipe import ResolvedRecipe
+from sartor.tune.recipe import SAMPLED, ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,33 @@ class TracedAdapter:
         return list({row.dataset.id: row.dataset for row in self.rows}.values())
 
     @property
+    def unrepeatable(self) -> str:
+        """Reason why `sartor tune` alone cannot repeat the tuning; empty if it can."""
+        run, recipe = self.manifest.get("run", {}), self.manifest.get("recipe", {})
+        if not self.is_own:
+            return "the rows are those of a Dataset that was named, and not of its tuning"
+        if "federated" in run:
+            return "it was tuned by a federation, whose rounds this machine has not seen"
+        if "personal" in run:
+            return "it was tuned on top of a frozen version, as a personal one"
+        if recipe.get("method", {}).get("kind") == "pissa":
+            return "its method is pissa, whose file has the start beside what was trained"
+        objective = recipe.get("objective", {}).get("kind")
+        if objective in [config.kind_of(kind) for kind in SAMPLED]:
+            return f"its objective is {objective}, whose scores and sampled replies are not repeated"
+        missing = [f"run.{key}" for key in ("updates", "micro_batch_tokens") if key not in run]
+        missing += [key for key in ("recipe", "fingerprint", "base") if key not in self.manifest]
+        return f"its manifest has no {', '.join(missing)}" if missing else ""
+
+    @property
+    def start(self) -> Mapping[str, str] | None:
+        """Adapter or Release that the tuning began from, as the manifest names it; None for a fresh adapter."""
+        if not self.manifest.get("recipe", {}).get("method", {}).get("start"):
+            return None
+        parents = self.manifest.get("parents", [])
+        return next((parent for parent in parents if parent["kind"] in ("adapter", "release")), None)
+
+    @property
     def index_folder(self) -> Path:
         """Folder of the stored rows and their index, which need not exist."""
         return _index_folder(self.artifact, self.dataset, self.row_key, is_own=self.is_own)
@@ -165,10 +192,12 @@ class TracedAdapter:
         *,
         system: str | None = None,
         media: Sequence[Part] = (),
+        tools: Sequence[Any] | None = None,
     ) -> TraceQuery:
         """Return a prompt and its reply as a query.
 
         prompt: text of one user turn, or the turns in OpenAI's form.
+        tools: declared tools in OpenAI's form; None for those that most training rows declare.
         system: None for the system prompt that most training rows have, unless the turns begin with one; empty for
             none.
         media: images and recordings before the text.
@@ -182,12 +211,12 @@ class TracedAdapter:
         elif media:
             raise ConfigError("media were given beside turns", "put them into the content of a turn, as data URLs")
         else:
-            messages = [_message_of(turn) for turn in prompt]
+            messages = [_message_of(turn, index) for index, turn in enumerate(prompt)]
         has_system = bool(messages) and messages[0].role == "system"
         system = self.system_prompt if system is None else system
         if system and not has_system:
             messages = [Message.of("system", system), *messages]
-        return TraceQuery(tuple(messages), reply, self.tools)
+        return TraceQuery(tuple(messages), reply, self.tools if tools is None else _tools_text(tools))
 
     @cached_property
     def system_prompt(self) -> str:
@@ -353,35 +382,33 @@ def read_queries(file: Path, traced: TracedAdapter) -> list[TraceQuery]:
 
 def _query(record: Mapping[str, Any], traced: TracedAdapter) -> TraceQuery:
     if "messages" not in record:
-        return traced.query(str(record["prompt"]), str(record["reply"]), system=record.get("system"))
-    messages = [_message_of(turn) for turn in record["messages"]]
+        words = {name: record.get(name) for name in ("prompt", "reply")}
+        system = record.get("system")
+        for name, text in {**words, "system": system or ""}.items():
+            if not isinstance(text, str):
+                raise ValueError(f"its {name} is missing or no text")
+        return traced.query(str(words["prompt"]), str(words["reply"]), system=system)
+    messages = [_message_of(turn, index) for index, turn in enumerate(record["messages"])]
     if not messages or messages[-1].role != "assistant" or not messages[-1].text.strip():
         raise ValueError("the last message is no reply of the assistant")
-    tools = record.get("tools")
-    return TraceQuery(tuple(messages[:-1]), messages[-1].text, json.dumps(tools) if tools else "")
+    return TraceQuery(tuple(messages[:-1]), messages[-1].text, _tools_text(record.get("tools") or []))
 
 
-def _message_of(turn: Mapping[str, Any]) -> Message:
+def _message_of(turn: Any, index: int) -> Message:
     """Return a turn in OpenAI's form as a message. Raises ConfigError for another form."""
     try:
-        content = turn["content"]
-        if isinstance(content, str):
-            return Message.of(str(turn["role"]), content)
-        return Message(str(turn["role"]), tuple(map(_part_of, content)))
-    except (KeyError, TypeError, AttributeError) as error:
+        return read_message(turn, index)
+    except RequestError as error:
+        raise ConfigError(f"a turn of the prompt is no message: {error.problem}", error.remedy) from None
+
+
+def _tools_text(tools: Any) -> str:
+    """Return declared tools in OpenAI's form as JSON; empty for none. Raises ConfigError for another form."""
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ConfigError(
-            f"a turn of the prompt is no message: {error or type(error).__name__}",
-            '{"role": "user", "content": "..."}, or content parts with data URLs',
-        ) from None
-
-
-def _part_of(part: Mapping[str, Any]) -> Part:
-    if part["type"] == "text":
-        return Part("text", str(part["text"]))
-    url = content_parts.url_in(part)
-    if not url:
-        raise TypeError(f"a part of type {part['type']!r} holds no data URL")
-    return Part(content_parts.MEDIA[part["type"]], media=url)
+            "the tools are no list of declarations", '"tools": [{"type": "function", "function": {...}}]'
+        )
+    return json.dumps(list(tools)) if tools else ""
 
 
 def held_out_examples(traced: TracedAdapter) -> list[Example]:

@@ -25,10 +25,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from sartor.core.errors import ModelError
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.replay import Replay
 from sartor.trace.replay_run import ReplayRun, RunState, UpdateRecord
@@ -44,6 +46,8 @@ Evaluation = Callable[[list[torch.Tensor]], tuple[torch.Tensor, list[torch.Tenso
 MAX_STATE_BYTES = 1 << 30
 # Length of the step e lam_G, as a fraction of the length of theta
 RELATIVE_STEP = 1e-3
+# A row's score above this fraction of the reply's whole loss is no effect that a row can have
+MOST_OF_LOSS = 2.0
 # Added to v' in derivatives, as a fraction of its mean over a tensor. An early step is about lr sign(g), whose
 # derivative is 0, although a row that is left out may turn the sign of a small g. With it the derivative is that of
 # g / sqrt(g^2 + sigma^2). On the starter (24 updates of 4 rows, 20 retrains, 6 replies) it raised the LDS from .81 to
@@ -102,6 +106,7 @@ def unroll(
     for query in queries:  # before time is spent on a replay
         replay.encode(query)
     run = replay.restart()
+    untrained = replay.parameters()
     stored = StoredUpdates(run, replay.course.last_update, max_state_bytes)
     backward_start_s = time.monotonic()
     trained = replay.parameters()
@@ -115,16 +120,26 @@ def unroll(
         f"time, and {stored.bytes + min(at_once, len(groups)) * adjoint_bytes:,} bytes beside the memory of tuning"
     )
     scores = np.zeros((len(groups), len(replay.rows)))
+    # parameters that begin at 0 have no length of their own at first
+    length = _norm(list(trained.values()))
     for begin in range(0, len(groups), at_once):
         replay.put(trained)
         adjoints = [Adjoint.of(_gradients(replay, group)) for group in groups[begin : begin + at_once]]
         for record in stored.backwards():
             for index, adjoint in enumerate(adjoints, start=begin):
                 evaluate = _Evaluation(run, record)
-                slopes = reverse_update(record, adjoint, replay.recipe.optimizer, evaluate)
+                slopes = reverse_update(record, adjoint, replay.recipe.optimizer, evaluate, length)
                 scores[index] -= slopes[:-1].cpu().numpy()
     end_s = time.monotonic()
+    if not np.isfinite(scores).all():
+        raise ModelError(
+            f"unrolling the tuning of {replay.traced.artifact.path} overflows: its scores are not finite",
+            f"sartor trace {replay.traced.artifact.path} with --method gradient or --method retrieval",
+        )
     difference = replay.difference(trained, queries)
+    losses = np.maximum(replay.losses(untrained, queries), difference.adapter_losses)
+    most = losses.sum(keepdims=True) if summed else losses
+    reasons = [difference.approximate, _divergence(scores, most)]
     facts = {
         "updates": stored.updates,
         "replay": difference.as_json(),
@@ -134,7 +149,23 @@ def unroll(
         "tunings_a_reply": round((end_s - backward_start_s) / (len(groups) * stored.forward_s), 2),
         "stored_bytes": stored.bytes,
     }
-    return Attribution(Method.UNROLLED, scores, difference.approximate, facts)
+    return Attribution(Method.UNROLLED, scores, "; ".join(reason for reason in reasons if reason), facts)
+
+
+def _divergence(scores: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> str:
+    """Return the reason why derivatives predict nothing for a reply; empty if they may.
+
+    scores: (Q, N). losses: (Q,) of the replies before or after the tuning, the larger.
+    """
+    largest = np.abs(scores).max(1)
+    worst = int((largest / losses).argmax())
+    if largest[worst] <= MOST_OF_LOSS * losses[worst]:
+        return ""
+    return (
+        f"derivatives grew on their way through the tuning: a row's score is {largest[worst]:,.1f} nats, and the "
+        f"whole reply has {losses[worst]:.1f}; a high learning rate does that. --calibrate measures what the ranks "
+        "are worth"
+    )
 
 
 class StoredUpdates:
@@ -234,11 +265,16 @@ def _gradients(replay: Replay, queries: Sequence[TraceQuery]) -> list[torch.Tens
 
 
 def reverse_update(
-    record: UpdateRecord, adjoint: Adjoint, settings: ResolvedOptimizer, evaluate: Evaluation
+    record: UpdateRecord,
+    adjoint: Adjoint,
+    settings: ResolvedOptimizer,
+    evaluate: Evaluation,
+    least_length: float = 0.0,
 ) -> torch.Tensor:
     """Replace the derivatives after an update by those before it, and return (N,) derivatives by the rows' weights.
 
     adjoint: derivatives after the update, overwritten.
+    least_length: of the parameters, from which the step of the differences is computed.
     """
     factor, norm = _clipping(record, settings.clip_norm)
     slopes: list[torch.Tensor | None] = []
@@ -250,7 +286,7 @@ def reverse_update(
     length = _norm(direction)
     if not length:
         return torch.zeros_like(evaluate(record.parameters)[0], dtype=torch.float64)
-    step = RELATIVE_STEP * _norm(record.parameters) / length
+    step = RELATIVE_STEP * (_norm(record.parameters) or least_length) / length
     # derivative of f along lam_G = (f(theta + e lam_G) - f(theta - e lam_G)) / 2 e + O(e^2)
     (shares, gradients), (shares_below, gradients_below) = (
         evaluate([theta + sign * step * slope for theta, slope in zip(record.parameters, direction, strict=True)])

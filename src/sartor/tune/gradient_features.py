@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from sartor.core import records, trace_store
 from sartor.core.artifacts import Artifact
+from sartor.core.errors import ArtifactError
 from sartor.core.filesystem import rename_directory_durably
 from sartor.core.home import home
 from sartor.core.sketch_matrix import SketchMatrix
@@ -347,10 +349,18 @@ def write_moments(folder: Path, moments: Moments) -> None:
 
 
 def read_moments(folder: Path) -> Moments:
-    """Return the factored second moments in a folder of the store; empty if there are none."""
+    """Return the factored second moments in a folder of the store; empty if there are none.
+
+    Raises ArtifactError if they are damaged.
+    """
     if not (folder / MOMENTS).is_file():
         return {}
-    tensors = load_file(folder / MOMENTS)
+    try:
+        tensors = load_file(folder / MOMENTS)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{folder / MOMENTS} is damaged: {error}", f"rm -r {folder}; it is computed again"
+        ) from None
     names = [name.removeprefix("rows.") for name in tensors if name.startswith("rows.")]
     return {name: (tensors[f"rows.{name}"], tensors[f"columns.{name}"]) for name in names}
 

@@ -179,10 +179,18 @@ def decision_of(fields: Mapping[str, Any]) -> Decision:
 
 
 def check_change(change: Mapping[str, Any]) -> None:
-    """Raise SourceError for a change without keys, or with keys other than CHANGES."""
+    """Raise SourceError for a change without keys, with keys other than CHANGES, or with values of another type."""
     if not change or set(change) - set(CHANGES):
         problem = f"an edit says {', '.join(change) or 'nothing'}"
         raise SourceError(problem, f"what it may say: {', '.join(CHANGES)}")
+    for name in ("reply", "prompt", "value", "label"):
+        if name in change and not isinstance(change[name], str):
+            raise SourceError(f"the {name} of an edit is {change[name]!r:.40} and no text", f'"{name}": "..."')
+    turns = change.get("turns") or {}
+    if not isinstance(turns, Mapping) or not all(isinstance(text, str) for text in turns.values()):
+        raise SourceError(
+            f"the turns of an edit are {turns!r:.80}", '"turns": {"0": "...", "2": "..."}, text by number'
+        )
 
 
 def _check_schema(fields: Mapping[str, Any]) -> None:
