@@ -17,6 +17,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.lineage import ancestry
+from sartor.evaluate.predictions import held_out
 
 
 def chat_rows(count: int, reply: str = "", group: str = "") -> list[dict[str, Any]]:
@@ -32,7 +33,56 @@ def test_rows_that_were_all_trained_on_are_refused(adapter: Path, tmp_path: Path
     trained = [row for row in ROWS if row not in held_out_rows(adapter)]
     with pytest.raises(SourceError) as error:
         sartor.evaluate(adapter, data=write_jsonl(tmp_path / "trained.jsonl", trained))
-    assert f"'trained_on': {len(trained)}" in error.value.problem and "not trained on" in error.value.remedy
+    assert f"{len(trained)} of {len(trained)} were trained on" in error.value.problem
+    assert "not trained on" in error.value.remedy
+
+
+def test_rows_that_were_trained_on_in_other_words_are_left_out(tiny_base: Path, tmp_path: Path) -> None:
+    """Masked by a step, with another system prompt, label or white space, or as the better side of a pair."""
+    rows = [
+        {"prompt": f"Who helps with part {n}? Mail clerk{n}@firm.example", "completion": "stock"} for n in range(20)
+    ]
+    source = {"path": write_jsonl(tmp_path / "rows.jsonl", rows), "licence": "own"}
+    steps = [{"kind": "personal_data"}]
+    sartor.curate({"sources": [source], "steps": steps, "split": {"eval_fraction": 0.2}}, tmp_path / "data")
+    recipe = {"base": str(tiny_base), "data": {"path": str(tmp_path / "data")}, "budget": {"updates": 1}}
+    sartor.tune(recipe, tmp_path / "a", show=False)
+    adapter, media = open_artifact(tmp_path / "a"), tmp_path / "media"
+    found = held_out(adapter, write_jsonl(tmp_path / "same.jsonl", rows), 200, media)
+    assert len(found.examples) == 4 and found.left_out == {"trained_on": 16}
+    plain = [{"prompt": f"Who helps with part {n}?", "completion": "stock"} for n in range(20)]
+    source["path"] = write_jsonl(tmp_path / "plain.jsonl", plain)
+    sartor.curate({"sources": [source], "split": {"eval_fraction": 0.2}}, tmp_path / "plain")
+    sartor.tune({**recipe, "data": {"path": str(tmp_path / "plain")}}, tmp_path / "b", show=False)
+    for changed in (
+        [{"prompt": f"  who helps with  PART {n}? ", "completion": "Stock"} for n in range(20)],
+        [{"system": "Be brief.", **row} for row in plain],
+        [{"prompt": row["prompt"], "chosen": "stock", "rejected": "sales"} for row in plain],
+    ):
+        found = held_out(open_artifact(tmp_path / "b"), write_jsonl(tmp_path / "x.jsonl", changed), 200, media)
+        assert len(found.examples) == 4 and found.left_out == {"prompt_trained_on": 16}
+
+
+def test_file_with_the_columns_of_the_training_rows_is_read(tiny_base: Path, tmp_path: Path) -> None:
+    lines = "".join(f"Lager {n} meldet Hitze;kuehlen\n" for n in range(20))
+    (tmp_path / "rows.csv").write_text(f"Meldung;Ursache\n{lines}")
+    source = {
+        "path": str(tmp_path / "rows.csv"),
+        "licence": "own",
+        "fields": {"prompt": "Meldung", "completion": "Ursache"},
+    }
+    sartor.curate({"sources": [source], "split": {"eval_fraction": 0.2}}, tmp_path / "data")
+    recipe = {"base": str(tiny_base), "data": {"path": str(tmp_path / "data")}, "budget": {"updates": 1}}
+    sartor.tune(recipe, tmp_path / "a", show=False)
+    (tmp_path / "new.csv").write_text("Meldung;Ursache\nPumpe 7 steht;reparieren\n")
+    found = held_out(open_artifact(tmp_path / "a"), tmp_path / "new.csv", 200, tmp_path / "media")
+    assert [row.reply for row in found.examples] == ["reparieren"]
+
+
+def test_file_without_usable_rows_names_the_first(adapter: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])
+    with pytest.raises(SourceError, match=r"the first, empty.jsonl:1, is left out as empty_answer: the last reply"):
+        sartor.evaluate(adapter, data=file)
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,13 @@ def measured_sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[bool
     measure = forgetting_probes.measure_losses
 
     def recorded(
-        base: Base, model: Any, rows: Sequence[Any], *, sides: Sequence[bool] = (False, True)
+        base: Base, model: Any, rows: Sequence[Any], *, sides: Sequence[bool] = (False, True), progress: Any
     ) -> list[list[float]]:
         calls.append((len(rows), list(sides)))
-        return measure(base, model, rows, sides=sides)
+        fractions: list[float] = []
+        losses = measure(base, model, rows, sides=sides, progress=fractions.append)
+        assert fractions == sorted(fractions) and fractions[-1] == 1
+        return losses
 
     monkeypatch.setattr(forgetting_probes, "measure_losses", recorded)
     return calls

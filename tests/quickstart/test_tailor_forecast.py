@@ -59,10 +59,10 @@ def test_stages_to_come_are_known_from_the_disk(tmp_path: Path) -> None:
     (tmp_path / "tune.yaml").write_text("base: starter\n")
     assert verb._stage_seconds(tmp_path) == {}
     forecast(tmp_path)
-    assert verb._stage_seconds(tmp_path) == {"tune": 100.0, "evaluate": 40.0, "forgetting": pytest.approx(10.0)}
+    assert verb._stage_seconds(tmp_path) == {"tune": 100.0, "evaluate": 30.0, "forgetting": pytest.approx(10.0)}
     (tmp_path / "tune.yaml").write_text("base: starter\nbudget: {minutes: 0.5}\n")
     forecast(tmp_path, evaluation_s=None)
-    assert verb._stage_seconds(tmp_path) == {"tune": 30.0, "evaluate": 60.0, "forgetting": pytest.approx(10.0)}
+    assert verb._stage_seconds(tmp_path) == {"tune": 30.0, "evaluate": 50.0, "forgetting": pytest.approx(10.0)}
     for damaged in ("", "[]", '{"time_s": null}'):
         (tmp_path / "forecast.json").write_text(damaged)
         assert verb._stage_seconds(tmp_path) == {}

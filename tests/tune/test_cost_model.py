@@ -18,12 +18,15 @@ from sample_data import ROWS, write_jsonl
 from sartor.core import config
 from sartor.core.errors import BudgetError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
+from sartor.evaluate.audit.forgetting_probes import PROBES
 from sartor.models import hardware
+from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import TokenizedExample
 from sartor.tune import cost_model, preflight
 from sartor.tune import plan as plan_module
 from sartor.tune.cost_model import BatchLoad, Interval, MemoryModel, ModelShape, TimedBatch, TimingProbe, load_of
+from sartor.tune.evaluation_forecast import FORGETTING_TOKENS
 from sartor.tune.plan import device_named, hourly
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.training_loop import Counters
@@ -154,7 +157,7 @@ def test_the_command_lists_refusals_and_exits_0(
     assert [refusal["reason"] for refusal in said["refusals"]] == ["nothing_supervised"]
     assert said["time_s"] is None and said["tokens"] == 0
     table = sartor.plan({**tune_recipe, "data": {**tune_recipe["data"], "max_length_tokens": 5}}).table()
-    assert "try: data.max_length_tokens=" in dict(table)["refused"] and dict(table)["time"] == "not forecast"
+    assert "try: --data.max_length_tokens " in dict(table)["refused"] and dict(table)["time"] == "not forecast"
 
 
 # refusals
@@ -188,7 +191,7 @@ def test_a_base_whose_weights_alone_do_not_fit_is_not_opened(
     monkeypatch.setattr(model_setup, "open_base", lambda *args, **options: pytest.fail("it was opened"))
     (refusal,) = sartor.plan(tune_recipe).as_json()["refusals"]
     assert refusal["reason"] == "memory" and "the weights of" in refusal["problem"]
-    assert "base.bits=16 (0.00 GB)" in refusal["remedy"]
+    assert "--base.bits 16 (0.00 GB)" in refusal["remedy"]
     with pytest.raises(BudgetError, match="the weights of"):
         sartor.tune(tune_recipe, tmp_path / "a", show=False)
 
@@ -495,3 +498,11 @@ def test_the_course_of_a_run_ends_where_its_budget_does() -> None:
     updates = cost_model.simulate_updates(recipe_of(budget={"updates": 7}), LOADS, counters)
     assert updates is not None and len(updates) == counters.updates == 7
     assert cost_model.simulate_updates(recipe_of(budget={"minutes": 1}), LOADS, Counters()) is None
+
+
+@pytest.mark.slow
+def test_forecast_of_an_evaluation_knows_the_tokens_of_the_probes() -> None:
+    """`tune` may not import `evaluate`, and holds their number by the starter's tokeniser."""
+    chat = open_base("starter").chat
+    tokens = sum(len(chat.encode(row).ids) for make_rows in PROBES.values() for row in make_rows())
+    assert tokens == pytest.approx(FORGETTING_TOKENS, rel=0.05)

@@ -24,7 +24,7 @@ from sartor.core.config import load_any
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, missing_package
 from sartor.core.lazy_import import import_module
 from sartor.core.lineage import ancestry
-from sartor.core.progress import Progress, whole_progress
+from sartor.core.progress import Progress
 from sartor.core.records import Example
 from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import evaluation_warnings
@@ -265,17 +265,17 @@ def _measure(
     asked_measures = _measures(eval_set, label)
     asked_measures.check(scorer or "exact_match")
     asked_measures.check_all(metrics)
-    warnings = evaluation_warnings(asked_measures.classes_or_references, asked_measures.groups)
-    for warning in warnings:
-        notice(str(warning))
     if audit_options:
         outcomes_of([row.reply for row in eval_set.examples], label, audit_options.favourable)
     base, model = open_tuned(adapter, notice)
-    notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
     form = TrainingForm.of(adapter)
     base = form.base(base)
     eval_set = fitting(base, eval_set, form)
     measures = _measures(eval_set, label)
+    warnings = evaluation_warnings(measures.classes_or_references, measures.groups)
+    for warning in warnings:
+        notice(str(warning))
+    notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
     primary = scorer or _natural_metric(measures)
     if metrics and primary not in metrics:
         primary = next(name for name in metrics if name in measures.names)
@@ -296,9 +296,7 @@ def _measure(
     comparisons = measures.compared(before, after, metrics)
     ablation = ablate(base, model, eval_set, measures=measures, full=after, metric=primary, notice=notice)
     notice("measuring what was forgotten")
-    if whole := whole_progress():
-        whole.show("forgetting", 0.0, "probes of what the base knew")
-    probe_results = forgetting_probes.measure_probes(base, model)
+    probe_results = forgetting_probes.measure_probes(base, model, notice)
     audit: dict[str, Any] = {}
     if audit_options:
         sides = ModelPair(base, model, eval_set.folder)

@@ -67,21 +67,15 @@ def measure_models(
         # an incomplete UTF-8 character decodes to U+FFFD; wait for the rest of it
         return is_decided is not None and not text.endswith("\ufffd") and is_decided(examples[row], text)
 
-    done, total = 0, len(rows) * len(sides)
-
-    def advance(count: int) -> None:
-        """Report the progress after `count` more rows."""
-        nonlocal done
-        done += count
-        progress(done / total)
-
     # a tokenizer that cleans up spaces changes earlier text when more follows; a template that opens the reasoning
     # makes the start of the reply no answer
     is_opened = any(opens_reasoning(chat, prompt) for prompt in prompts)
     has_clean_up = getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
     can_end = is_decided is not None and not has_clean_up and not is_opened
     limits = ReplyLimits(limit, frozenset(chat.stops), is_reply_decided if can_end else None, has_logprobs=bool(field))
-    results = paired_replies.reply_to_rows(decoder, rows, limits, sides=sides, progress=advance)
+    results = paired_replies.reply_to_rows(
+        decoder, rows, limits, sides=sides, progress=_counted(len(rows) * len(sides), progress)
+    )
     tokens = [example.supervised_tokens for example in encoded]
     outputs = []
     for side in results:
@@ -94,9 +88,16 @@ def measure_models(
 
 
 def measure_losses(
-    base: Base, model: Any, encoded: Sequence[TokenizedExample], *, sides: Sequence[bool] = (False, True)
+    base: Base,
+    model: Any,
+    encoded: Sequence[TokenizedExample],
+    *,
+    sides: Sequence[bool] = (False, True),
+    progress: Callable[[float], object] = lambda fraction: None,
 ) -> list[list[float]]:
     """Return nats per supervised token of each row under each side (whether tuned).
+
+    progress: called with the fraction done, 0..1.
 
     The loss of a row without such tokens is 0. Both sides share one batch where the compiled kernels apply, as in
     `measure_models`; ModelError is raised there if logits are not finite.
@@ -105,12 +106,26 @@ def measure_losses(
     decoder = paired_replies.open_pair(model, rows, 0) if rows else None
     if decoder is None:
         side_losses = []
-        for tuned in sides:
+        for count, tuned in enumerate(sides, 1):
             with model_side(model, tuned=tuned):
                 side_losses.append(losses(base, model, encoded)[0] if rows else [])
+            progress(count / len(sides))
         return side_losses
-    results = paired_replies.reply_to_rows(decoder, rows, ReplyLimits(0, frozenset()), sides=sides)
+    advance = _counted(len(rows) * len(sides), progress)
+    results = paired_replies.reply_to_rows(decoder, rows, ReplyLimits(0, frozenset()), sides=sides, progress=advance)
     return [[math.fsum(row.nats) / max(len(row.nats), 1) for row in side_rows] for side_rows in results]
+
+
+def _counted(total: int, progress: Callable[[float], object]) -> Callable[[int], None]:
+    """Return a function that adds up numbers of finished rows and calls `progress` with their fraction of `total`."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done / total)
+
+    return advance
 
 
 def _paired_rows(

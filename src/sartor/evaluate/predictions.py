@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from sartor.core import parquet_io, records, reply_markup
+from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact, adapter_manifest
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
-from sartor.core.records import Drop, Example
-from sartor.core.splits import TEST, split_group
-from sartor.curate.sources.planner import read_all
-from sartor.curate.sources.types import SourceOptions
+from sartor.core.records import Example
+from sartor.core.splits import LEAST_GROUPS, TEST, split_group
+from sartor.evaluate.file_rows import rows_of_file
 from sartor.evaluate.metrics import ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
 from sartor.inference.engine import Sampling
@@ -56,10 +55,11 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
     split: of the Dataset; it applies only without `data`.
     media: a folder of the caller's, into which the media of `data` are copied.
 
-    Rows that were trained on are never among them. Where a Dataset is missing this cannot be checked, and `left_out`
-    says so. An Adapter of many clients has a Dataset of each: a row that one holds out and another trained on is left
-    out. Rows that were rated bad are left out too. Raises ConfigError if `most_rows` is below 1, ArtifactError if no
-    Dataset is found and no `data` given, and SourceError if no row is left.
+    Rows that were trained on are never among them, those of `data` by the rule of `file_rows.py`. Where a Dataset is
+    missing this cannot be checked, and `left_out` says so. An Adapter of many clients has a Dataset of each: a row
+    that one holds out and another trained on is left out. Rows that were rated bad are left out too. Raises
+    ConfigError if `most_rows` is below 1, ArtifactError if no Dataset is found and no `data` given, and SourceError if
+    no row is left.
     """
     datasets = ancestry.find_parents(adapter, "dataset")
     left_out: dict[str, int] = {}
@@ -84,7 +84,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
             # the entry itself tells that the Dataset is missing; no row was left out for it
             left_out["not_compared_with_training_rows"] = 0
         folder = media
-        examples, refused = _rows_of(data, ancestry.training_datasets(adapter), media)
+        examples, refused = rows_of_file(data, datasets, ancestry.training_datasets(adapter), media)
         left_out |= refused
     if bad_count := sum(example.rating < 0 for example in examples):
         left_out["rated_bad"] = bad_count  # such a reply is no reference
@@ -129,8 +129,10 @@ def _nothing_held_out_error(datasets: Sequence[Artifact], split: str, alternativ
             f"{folder} holds out no row in the split {split}: its {rows} rows are in one group, which is never parted"
         )
         return SourceError(problem, f"add rows of other groups, {alternative}")
-    # `held_out_groups` takes a group as soon as half of its size is wanted
-    fraction = math.ceil(100 * min(groups.values()) / rows) / 100
+    # the smallest groups that give an interval, or one where these would be most of the rows
+    sizes = sorted(groups.values())
+    wanted = sum(sizes[:LEAST_GROUPS])
+    fraction = math.ceil(100 * (wanted if 2 * wanted <= rows else sizes[0]) / rows) / 100
     problem = f"{folder} holds out no row in the split {split}, of {rows} rows in {len(groups)} groups"
     return SourceError(problem, f"curate with split.{split}_fraction of {min(fraction, 0.5):g} or more, {alternative}")
 
@@ -138,23 +140,6 @@ def _nothing_held_out_error(datasets: Sequence[Artifact], split: str, alternativ
 def _trained_on(datasets: Sequence[Artifact]) -> set[str]:
     """Return the ids of the training rows of Datasets."""
     return {example.id for dataset in datasets for example in parquet_io.read_examples(dataset, "train")}
-
-
-def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[list[Example], dict[str, int]]:
-    """Return the rows of a file that were not trained on. Raises SourceError if none is left."""
-    trained_on = _trained_on(datasets)
-    # read as for a Dataset, so that a row has the same id as there
-    rows = list(read_all(SourceOptions(str(data)), 4 << 20, folder / "media"))
-    all_examples = [row for row in rows if isinstance(row, Example)]
-    examples = [example for example in all_examples if example.id not in trained_on]
-    left_out = records.count_values(row.reason for row in rows if isinstance(row, Drop))
-    if trained_count := len(all_examples) - len(examples):
-        left_out["trained_on"] = trained_count
-    if not examples:
-        reads = "were not trained on" if trained_count else "have a form that sartor curate reads"
-        remedy = f"--data FILE with rows that {reads}"
-        raise SourceError(f"no row of {data} can be used ({left_out or 'it is empty'})", remedy)
-    return examples, left_out
 
 
 @dataclass(frozen=True)

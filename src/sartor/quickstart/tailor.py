@@ -560,14 +560,15 @@ def _stage_seconds(out: Path) -> dict[str, float]:
         forecast = json.loads((out / _FORECAST).read_bytes())
         tuning_s = float(forecast["time_s"]["estimate"])
         evaluation_s = float((forecast["evaluation_s"] or {}).get("estimate", _EVALUATION_S))
-        # a forward pass costs FORWARD_FRACTION of an update's tokens
+        # a forward pass costs FORWARD_FRACTION of an update's tokens; replies and losses take a tenth of it at least
         probes_s = _PROBE_TOKENS * FORWARD_FRACTION * tuning_s / max(int(forecast["tokens"]), 1)
+        probes_s = min(probes_s, 0.9 * evaluation_s)
         budget = read_yaml(out / "tune.yaml").get("budget", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
         return {}
     if isinstance(budget, dict) and "minutes" in budget:
         tuning_s = min(tuning_s, 60 * float(budget["minutes"]))
-    return {"tune": tuning_s, "evaluate": evaluation_s, "forgetting": probes_s}
+    return {"tune": tuning_s, "evaluate": evaluation_s - probes_s, "forgetting": probes_s}
 
 
 def _absolute(path: Path | str) -> str:

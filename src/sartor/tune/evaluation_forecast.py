@@ -21,13 +21,17 @@ EVALUATED_ROWS = 200
 _SPARE_TOKENS, _MAX_REPLY_TOKENS = 8, 512
 _SIDES = 2
 _PROBE_ROWS, _PROBE_TOKENS = 16, 4
+# Tokens of the three probes of forgetting (evaluate/audit/forgetting_probes.py) by the starter's tokeniser, and the
+# range of other tokenisers
+FORGETTING_TOKENS = 15_865
+_FEWER, _MORE = 0.7, 1.4
 
 
 def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count: int) -> Interval | None:
-    """Return the seconds for replies and losses of base and tuned model on `count` such rows.
+    """Return the seconds for replies and losses of base and tuned model on `count` such rows, and for forgetting.
 
-    None if the compiled kernels do not support the model, or if no row has a prompt. Opening the base, forgetting and
-    an audit are not included.
+    None if the compiled kernels do not support the model, or if no row has a prompt. Opening the base and an audit are
+    not included.
     """
     rows = [paired_row(example, example.last_reply[0]) for example in examples]
     references = [len(row.ids) + 1 - row.prompt_tokens for row in rows if row.prompt_tokens]
@@ -50,6 +54,8 @@ def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count:
         share * tokens for tokens in (paired_replies.read_tokens(rows), sum(references), len(references) * limit)
     )
     # assumes that the tuned model's replies are as long as the references and that the base writes up to the limit:
-    # tokens = 2 read + short + long; low: both sides write short replies; high: both write long ones
-    estimate = Interval(2 * read + short + long, 2 * read + 2 * short, 2 * read + 2 * long) * token_s + opening_s
+    # tokens = 2 read + short + long; low: both sides write short replies; high: both write long ones.
+    # Forgetting reads its rows with both sides; with the tuned one alone where the base's losses are known
+    low, high = 2 * read + 2 * short + _FEWER * FORGETTING_TOKENS, 2 * read + 2 * long + 2 * _MORE * FORGETTING_TOKENS
+    estimate = Interval(2 * read + short + long + 2 * FORGETTING_TOKENS, low, high) * token_s + opening_s
     return Interval(estimate.estimate, estimate.low * (1 - TIME_ALLOWANCE), estimate.high * (1 + TIME_ALLOWANCE))

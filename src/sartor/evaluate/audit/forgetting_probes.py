@@ -32,6 +32,7 @@ import torch
 from sartor.core.errors import AssetError, SourceError
 from sartor.core.filesystem import PRIVATE, write_file_atomic
 from sartor.core.home import folder
+from sartor.core.progress import Progress
 from sartor.core.records import Example, Message, Origin, canonical, digest
 from sartor.core.splits import group_of
 from sartor.evaluate import bootstrap
@@ -122,11 +123,13 @@ PROBES: Mapping[str, Callable[[], list[Example]]] = {
 }
 
 
-def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
+def measure_probes(
+    base: Base, model: Any, notice: Callable[[str], object] = lambda line: None
+) -> dict[str, dict[str, Any]]:
     """Return the number of rows and the five numbers of a Comparison of each probe.
 
     `skipped` gives the reason if a probe was not measured. The rows of all probes go through base and tuned model
-    together, or through the tuned one alone if the base's losses are cached.
+    together, or through the tuned one alone if the base's losses are cached. notice: receives the progress.
     """
     results: dict[str, dict[str, Any]] = {}
     encoded_by_probe: dict[str, list[TokenizedExample]] = {}
@@ -145,7 +148,8 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
         encoded_by_probe[name] = encoded
         groups[name] = [group_by_id[row.example_id] for row in encoded]
     all_rows = [row for encoded in encoded_by_probe.values() for row in encoded]
-    before, after = _measure_sides(base, model, all_rows)
+    with Progress("forgetting", len(all_rows), "rows", notice) as progress:
+        before, after = _measure_sides(base, model, all_rows, lambda fraction: progress.show(fraction * len(all_rows)))
     start = 0
     for name, encoded in encoded_by_probe.items():
         part = slice(start, start + len(encoded))
@@ -156,8 +160,13 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
     return {name: results[name] for name in PROBES}
 
 
-def _measure_sides(base: Base, model: Any, encoded: Sequence[TokenizedExample]) -> tuple[list[float], list[float]]:
-    """Return the losses of the base, cached by an earlier evaluation if possible, and of the tuned model."""
+def _measure_sides(
+    base: Base, model: Any, encoded: Sequence[TokenizedExample], progress: Callable[[float], object]
+) -> tuple[list[float], list[float]]:
+    """Return the losses of the base, cached by an earlier evaluation if possible, and of the tuned model.
+
+    progress: called with the fraction done, 0..1.
+    """
     key = _losses_key(base, encoded)
     try:
         file = folder("probes") / f"{key}.json"
@@ -167,8 +176,8 @@ def _measure_sides(base: Base, model: Any, encoded: Sequence[TokenizedExample]) 
     except (OSError, ValueError, KeyError, TypeError):  # missing or unreadable: measured again
         is_known = False
     if is_known:
-        return losses, measure_losses(base, model, encoded, sides=[True])[0]
-    before, after = measure_losses(base, model, encoded)
+        return losses, measure_losses(base, model, encoded, sides=[True], progress=progress)[0]
+    before, after = measure_losses(base, model, encoded, progress=progress)
     with contextlib.suppress(OSError):  # without a writable home the next evaluation measures again
         write_file_atomic(folder("probes") / f"{key}.json", canonical({"key": key, "losses": before}), mode=PRIVATE)
     return before, after
