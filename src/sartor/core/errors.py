@@ -121,7 +121,7 @@ class SourceError(InputError):
 
 
 class MediaError(SourceError):
-    """An image or a recording cannot be decoded, or exceeds a limit.
+    """An image or a recording cannot be decoded, exceeds a limit, or is none that the base reads.
 
     reason: the word under which a Drop counts it.
     """

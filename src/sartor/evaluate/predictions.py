@@ -174,31 +174,31 @@ def fitting(base: Base, rows: HeldOut, form: TrainingForm) -> HeldOut:
 
     Raises SourceError if the base refuses all rows.
     """
-    formed, refused, problem = [], Counter(rows.left_out), ""
+    formed, refused, problem, remedy = [], Counter(rows.left_out), "", "give rows in its chat template's form"
     for example in rows.examples:
         try:
             formed.append(form.example(example, base.chat))
         except SourceError as error:
-            problem = error.problem
+            problem, remedy = error.problem, error.remedy
             refused[error.reason or "template"] += 1
     limit, fitting = reply_limit(base, formed), []
     for example in formed:
-        reason, detail = ask_refusal(base, example, rows.folder, limit)
+        reason, *detail = ask_refusal(base, example, rows.folder, limit)
         if reason:
-            problem = detail
+            problem, remedy = detail
             refused[reason] += 1
         else:
             fitting.append(example)
     if not fitting:
         raise SourceError(
             f"the base can read none of the {len(rows.examples)} rows: {problem}",
-            "give rows in its chat template's form",
+            remedy,
         )
     return HeldOut(fitting, rows.folder, dict(refused))
 
 
-def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
-    """Return why a row cannot be asked as (reason, problem); both are empty if it can.
+def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str, str]:
+    """Return why a row cannot be asked as (reason, problem, remedy); all are empty if it can.
 
     limit: tokens of the reply.
     """
@@ -208,11 +208,12 @@ def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple
         if not example.is_document:
             tokens = max(tokens, len(base.chat.prompt_ids(example.prompt, example.tools, folder)) + limit)
     except SourceError as error:
-        return error.reason or "template", error.problem
+        return error.reason or "template", error.problem, error.remedy
     context = context_tokens(base.model)
     if context and tokens > context:
-        return "too_long", f"a row of {tokens} tokens with its reply; the model has {context} positions"
-    return "", ""
+        problem = f"a row of {tokens} tokens with its reply; the model has {context} positions"
+        return "too_long", problem, "give shorter rows, or tune on a base with a longer context"
+    return "", "", ""
 
 
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import model_refs
-from sartor.core.errors import ModelError, SourceError
+from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.content_shielding import (
     Piece,
@@ -220,8 +220,12 @@ class ChatTokenizer:
         if not parts:
             return ()
         if self.media is None:
-            raise SourceError(
-                f"a text-only base cannot read {parts[0].kind} parts", "use a base with a tower for them"
+            kind = parts[0].kind
+            tower = {"image": "efficientnet-lite0", "audio": "whisper-tiny-en"}[kind]
+            raise MediaError(
+                "no_tower",
+                f"a text-only base cannot read {kind} parts",
+                f"sartor tune RECIPE --base.{kind} {tower} gives it a tower that does",
             )
         if any(
             message.role == "assistant" and part.kind != "text" for message in messages for part in message.content

@@ -419,11 +419,14 @@ class TrainingRun:
         rest = f" and {len(rows) - IDS_NAMED} more" if len(rows) > IDS_NAMED else ""
         over = f" (over the limit of {limit:.3g})" if loss > limit else ""
         brief = f"update {self.counters.updates + 1}: the loss is {loss:.6g}{over}, the gradient's norm {norm:.6g}"
+        problem = f"{brief}; the state before it is saved in {self.saver.folder}; rows {ids}{rest}"
+        if not self.counters.updates and not math.isfinite(loss):  # nothing has been learnt yet
+            remedy = "the base itself computes no finite loss: base: starter, or another; or look at these rows"
+            raise ModelError(problem, remedy, brief)
+        rate = self.recipe.optimizer.learning_rate
         raise ModelError(
-            f"{brief}; the state before it is saved in {self.saver.folder}; rows {ids}{rest}",
-            f"look at these rows; or lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}) and "
-            "start "
-            "over with --replace",
+            problem,
+            f"look at these rows; or lower optimizer.learning_rate (now {rate:g}) and start over with --replace",
             brief,
         )
 
