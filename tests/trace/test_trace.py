@@ -189,6 +189,18 @@ def test_adapter_tuned_elsewhere_has_retrieval_alone(tmp_path: Path, adapter: Pa
     assert words(other, data=dataset).examples[0].reply == "on:office"
 
 
+def test_adapter_of_peft_alone_has_retrieval(tmp_path: Path, adapter: Path, dataset: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "peft").mkdir(exist_ok=True)
+        shutil.copyfile(adapter / name, tmp_path / "peft" / name)
+    error = error_of(lambda: words(tmp_path / "peft"))
+    assert "tuned elsewhere" in error.problem and "--data DATASET" in error.remedy
+    result = sartor.trace(tmp_path / "peft", "switch office on", "on:office", data=dataset)
+    assert result.examples[0].reply == "on:office" and result.base_says_it is None
+    error = error_of(lambda: words(tmp_path / "peft", data=dataset, method="gradient"))
+    assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
+
+
 def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
     facts = {"recipe": {"base": "tiny"}, "run": {"federated": {}}, "parents": []}
     made = write_artifact(tmp_path / "shared", "adapter", lambda part: facts).path

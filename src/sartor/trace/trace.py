@@ -454,6 +454,12 @@ def _method(method: Method | str) -> Method:
 
 def _check_rows(traced: TracedAdapter, method: Method) -> None:
     """Raise ConfigError if a method needs the tuning's own rows and another Dataset's were named."""
+    if method is not Method.RETRIEVAL and "base" not in traced.manifest:
+        raise ConfigError(
+            f"{traced.artifact.path} was tuned elsewhere, and {method} computes with a base and states that are not "
+            "known",
+            "--method retrieval, which needs rows alone",
+        )
     if method is Method.UNROLLED and not traced.is_own:
         raise ConfigError(
             f"{method} needs the rows of the tuning in their order, and those of {traced.dataset.path} were named",
@@ -536,6 +542,8 @@ def _measure_likelihood(
     """
     if not options.likelihood:
         return None, ""
+    if "base" not in traced.manifest:
+        return None, "the adapter was tuned elsewhere, and its base is not known"
     try:
         return import_module("sartor.trace.base_likelihood").reply_likelihood(traced, query, notice), ""
     except SartorError as error:

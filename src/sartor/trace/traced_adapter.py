@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, parquet_io, records, trace_store
-from sartor.core.artifacts import Artifact, adapter_manifest, open_artifact
+from sartor.core.artifacts import Artifact, adapter_manifest, kind_of, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, RequestError
+from sartor.core.filesystem import file_digest
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import TEST, hold_out
@@ -239,7 +240,7 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
     data: a Dataset whose training rows are taken instead, where those of the tuning are unknown or on another machine.
     Raises ArtifactError if it, or the Dataset it was tuned on, is damaged, changed or not on this machine.
     """
-    artifact = open_artifact(path, ("adapter", "release"))
+    artifact = _foreign_adapter(Path(path), data) or open_artifact(path, ("adapter", "release"))
     if data is not None:
         return _with_rows(dataset_rows(artifact, open_artifact(data, "dataset")))
     recipe, manifest = _recipe_of(artifact), adapter_manifest(artifact)
@@ -260,6 +261,23 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
 
     choices = [recipe.data.eval_fraction, recipe.seed, sorted(left_out)]
     return _with_rows(_open_rows(artifact, parts, choices, learnt, is_own=True))
+
+
+def _foreign_adapter(path: Path, data: Path | str | None) -> Artifact | None:
+    """Return an adapter that peft wrote and Sartor has no record of; None for any other path.
+
+    Only retrieval can trace it: it needs rows alone. Raises ArtifactError without `data`.
+    """
+    config_file, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
+    if kind_of(path) is not None or not config_file.is_file() or not weights.is_file():
+        return None
+    if data is None:
+        raise ArtifactError(
+            f"{path} was tuned elsewhere: its rows, their order and the states of its tuning are not known",
+            f"sartor trace {path} --data DATASET ranks the rows of a Dataset by retrieval; no other method works",
+        )
+    id = records.digest([file_digest(config_file), file_digest(weights)])
+    return Artifact(path.absolute(), {"kind": "adapter", "id": id, "parents": []})
 
 
 def dataset_rows(artifact: Artifact, dataset: Artifact) -> TracedAdapter:
