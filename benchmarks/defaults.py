@@ -17,7 +17,8 @@ sets; the next one goes on. banking77 and construction-faq are those that the ru
 (docs/decisions/028-defaults.md).
 
 sets {name: {default, best, fraction, seeds}}   means over the seeds; fraction: default over best, of losses best over
-                                                default; seeds: {default: [...], best: [...]}
+                                                default; not measured where both are 0 (`absent` names the sets);
+                                                seeds: {default: [...], best: [...]}
                 also `measure`, `settings` (what `auto` came to), `grid` (the value of each point), `rows`
 """
 
@@ -251,9 +252,11 @@ def measure(name: str, options: Options) -> dict[str, Any]:
             seeds["best"].append(runs.value(best, {**shared, "learning_rate": rate, "batch_tokens": batch}, seed))
     means = {side: fmean(values) for side, values in seeds.items()}
     over, under = (means["best"], means["default"]) if is_loss else (means["default"], means["best"])
+    # 0 over 0 says nothing of the defaults: such a set has no fraction
+    fraction = {"fraction": over / under if under else 1.0} if over or under else {}
     return {
         **means,
-        "fraction": over / under if under else float(over >= under),
+        **fraction,
         "seeds": seeds,
         "measure": measure_name,
         "best_point": best,
@@ -447,6 +450,8 @@ def main() -> None:
     absent = {name: f"not asked for: --sets {name}" for name in SETS if name not in names}
     late = {name: result for name, result in results.items() if isinstance(result, str)}
     sets = {name: result for name, result in results.items() if isinstance(result, dict)}
+    if of_nothing := [name for name, figures in sets.items() if "best" in figures and "fraction" not in figures]:
+        absent["fraction"] = f"both values are 0: {', '.join(of_nothing)}"
     result = {"sets": sets, "absent": absent | late, "unfinished": list(late), "machine": machine_facts()}
     print_result(result, indent=None if arguments.json else 1)
 

@@ -259,6 +259,37 @@ def test_defaults_out_of_time_are_unfinished(
     assert "minutes are over" in result["absent"]["textile"] and "not asked for" in result["absent"]["documents"]
 
 
+@pytest.mark.parametrize(("values", "fraction"), [((0.0, 0.0), None), ((0.25, 0.5), 0.5), ((0.2, 0.0), 1.0)])
+def test_defaults_of_nothing_over_nothing_are_not_measured(
+    values: tuple[float, float],
+    fraction: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """values: exact match of the default, and of each point of the grid."""
+    import defaults
+
+    class Runs:
+        def __init__(self, training_set: Any, folder: Path, options: Any) -> None:
+            settings = {name: {"value": {}} for name in ("budget", "data.rehearsal")}
+            settings |= {"optimizer.learning_rate": {"value": 1}, "optimizer.batch_tokens": {"value": 1}}
+            (folder / "default-0.json").write_text(json.dumps({"settings": settings}))
+
+        def value(self, name: str, settings: dict[str, Any], seed: int) -> float:
+            return values[name != "default"]
+
+        def counts(self) -> dict[str, int]:
+            return {}
+
+    monkeypatch.setattr(defaults, "Runs", Runs)
+    begin(monkeypatch, defaults, tmp_path, "--sets", "snips")
+    defaults.main()
+    result = json.loads(capsys.readouterr().out)
+    assert result["sets"]["snips"].get("fraction") == pytest.approx(fraction)
+    assert result["absent"].get("fraction") == (None if fraction is not None else "both values are 0: snips")
+
+
 def target(**changes: Any) -> Any:
     import scoreboard
 

@@ -44,6 +44,25 @@ def test_damaged_ledger_is_an_error(text: str, call: Callable[[], object]) -> No
     assert error.value.remedy and ledger_file().read_text() == damaged
 
 
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("{\n", "line 3, column 2: "),
+        ("[1]\n", "line 3: "),
+        ('{"schema": 1}\n', "line 3 lacks 'rows'"),
+        ('{"schema": 1, "rows": {}}\n', "line 3 lacks a value"),
+        ('{"schema": 2}\n', "schema 2 in line 3"),
+    ],
+)
+def test_error_names_the_damaged_line(text: str, detail: str) -> None:
+    for adapter in "ab":
+        record_evaluation(adapter, ["1"], "eval")
+    ledger_file().write_text(ledger_file().read_text() + text)
+    with pytest.raises(ArtifactError) as error:
+        evaluation_ledger.check_ledger()
+    assert detail in error.value.problem
+
+
 def test_home_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     record_evaluation("a", ["1"], "eval")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import sartor
 from sample_data import write_jsonl
 from sartor.core.row_warnings import DataWarning, evaluation_warnings, reply_warnings
+from sartor.curate.pipeline import Curated
 
 LABELS = ["refund", "delivery", "complaint"]
 
@@ -40,7 +42,73 @@ def test_five_rows_are_too_few(tmp_path: Path) -> None:
 def test_few_held_out_groups_name_the_fraction_that_does(tmp_path: Path) -> None:
     (warning,) = curate_warnings(tmp_path, LABELS * 10, eval_fraction=0.1)
     assert warning.reason == "few_groups" and "3 groups of 30" in warning.problem
-    assert "split.eval_fraction: 0.2" in warning.remedy
+    assert "split.eval_fraction: 0.19" in warning.remedy
+
+
+def curate_groups(folder: Path, sizes: list[int], split: dict[str, float], declared: str = "") -> Curated:
+    """Curate groups of these numbers of rows. declared: split of the source."""
+    rows = []
+    for group, size in enumerate(sizes):
+        for number in range(size):
+            rows.append(
+                {
+                    "question": f"question {number} of {group}",
+                    "answer": LABELS[(group + number) % 3],
+                    "group": f"g{group}",
+                }
+            )
+    file = write_jsonl(folder / "rows.jsonl", rows)
+    recipe = {"sources": [{"path": str(file), "licence": "CC0-1.0", "split": declared}], "split": split}
+    return sartor.curate(recipe, folder / "dataset", replace=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [
+        ([30, *[1] * 12], {"eval_fraction": 0.1}),
+        ([1] * 60, {"eval_fraction": 0.005}),
+        ([1] * 60, {"test_fraction": 0.05}),
+        ([1] * 60, {"eval_fraction": 0.02, "test_fraction": 0.05}),
+        ([7, 5, 1] * 12, {"eval_fraction": 0.02, "test_fraction": 0.01}),
+    ],
+)
+def test_fractions_of_the_remedy_do_when_typed(tmp_path: Path, sizes: list[int], split: dict[str, float]) -> None:
+    """Each split then has six groups, and half of the rows remain for training."""
+    remedies = {warning.remedy for warning in curate_groups(tmp_path, sizes, split).warnings}
+    (remedy,) = remedies
+    typed = {name: float(value) for name, value in re.findall(r"split\.(\w+): ([\d.]+)", remedy)}
+    assert typed
+    curated = curate_groups(tmp_path, sizes, {**split, **typed})
+    assert curated.warnings == [] and 2 * curated.counts["splits"]["train"] >= sum(sizes)
+
+
+def test_split_without_a_row_is_warned_of(tmp_path: Path) -> None:
+    """A fraction of 0 asks for no split."""
+    (warning,) = curate_groups(tmp_path, [1] * 60, {"eval_fraction": 0.005}).warnings
+    assert warning.reason == "few_groups" and "0 groups of 60 held out" in warning.problem
+    assert curate_groups(tmp_path, [1] * 60, {"eval_fraction": 0.0}).warnings == []
+
+
+def test_small_test_split_is_warned_of(tmp_path: Path) -> None:
+    (warning,) = curate_groups(tmp_path, [1] * 60, {"test_fraction": 0.05}).warnings
+    assert warning.reason == "few_groups" and "3 groups of 60 in the test split" in warning.problem
+
+
+def test_remedy_without_a_fraction_names_groups_to_add(tmp_path: Path) -> None:
+    """Two splits of six groups and half of the rows need 24 groups of equal size; 16 are there."""
+    split = {"eval_fraction": 0.1, "test_fraction": 0.1}
+    remedies = {warning.remedy for warning in curate_groups(tmp_path, [1] * 16, split).warnings}
+    (remedy,) = remedies
+    assert remedy.startswith("add rows of about 8 more groups")
+
+
+def test_declared_split_gets_no_fraction_as_remedy(tmp_path: Path) -> None:
+    (warning,) = curate_groups(tmp_path, [1] * 60, {"eval_fraction": 0.1}, "train").warnings
+    assert warning.reason == "few_groups" and warning.remedy.startswith("add held-out rows of 6 groups or more")
+
+
+def test_dataset_for_evaluation_alone_is_not_warned_of(tmp_path: Path) -> None:
+    assert curate_groups(tmp_path, [1] * 12, {"eval_fraction": 0.1}, "eval").warnings == []
 
 
 def test_one_class_teaches_nothing(tmp_path: Path) -> None:

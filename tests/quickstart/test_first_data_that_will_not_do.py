@@ -67,7 +67,7 @@ def csv(folder: Path, rows: list[tuple[str, str]]) -> Path:
             [(f"Question {n}?", ("Refund", "refund")[n % 2]) for n in range(60)],
             "1 label stands in more than one spelling",
         ),
-        ([("Lorem ipsum dolor sit amet " * 600, f"Answer {n % 4}.") for n in range(60)], "data.max_length_tokens="),
+        ([("Lorem ipsum dolor sit amet " * 600, f"Answer {n % 4}.") for n in range(60)], "--data.max_length_tokens "),
     ],
     ids=["two-rows", "five-rows", "one-class", "two-spellings", "too-long"],
 )

@@ -15,6 +15,20 @@ COST = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.2, "high": 0.6}
 NONE = {**COST, "difference": 0.1, "low": -0.1}
 
 
+@pytest.mark.parametrize(
+    ("metric", "groups", "needed"),
+    [
+        ({"base": 0.5, "tuned": 0.5, "difference": 0.0, "low": -1.0, "high": 1.0}, 3, "6 groups or more"),
+        ({"base": 0.1, "tuned": 0.3, "difference": 0.2, "low": 0.0, "high": 0.4}, 22, "about 23 groups"),
+    ],
+)
+def test_gain_remedy_with_a_test_split_enlarges_it(metric: dict[str, float], groups: int, needed: str) -> None:
+    """No other rows replace the test split, so `--data FILE` is no remedy there."""
+    remedy = gate.check_gain("exact_match", metric, groups=groups, has_test_split=True).remedy
+    assert "larger split.test_fraction" in remedy and needed in remedy and "--data" not in remedy
+    assert "--data FILE" in gate.check_gain("exact_match", metric, groups=groups).remedy
+
+
 def modality(report: dict[str, Any], *towers: str) -> limits.Check | None:
     return gate.check_modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get(
         "modality"

@@ -20,6 +20,7 @@ from sartor.evaluate.predictions import held_out
 from sartor.learn import training_data
 from sartor.models.base import open_chat
 from sartor.release.gate import check_test
+from sartor.release.release import gate
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
 
@@ -100,6 +101,13 @@ def test_release_needs_a_report_on_the_test_split(split_adapter: Path, keys: Pat
     released = sartor.release(split_adapter, **terms)
     gate = released.release.manifest["gate"]["test"]
     assert gate["outcome"] == "pass" and "at least 1 evaluation of these rows" in gate["detail"]
+
+
+def test_gain_remedy_of_the_gate_names_the_test_split(split_adapter: Path) -> None:
+    metric = {"base": 0.5, "tuned": 0.5, "difference": 0.0, "low": -1.0, "high": 1.0}
+    facts = {"primary": "f1", "metrics": {"f1": metric}, "groups": 3, "forgetting": {"skipped": ""}, "split": "test"}
+    checks = gate(open_artifact(split_adapter), Artifact(split_adapter, {**facts, "rows": 3}), ())
+    assert "larger split.test_fraction" in checks["gain"].remedy
 
 
 def test_dataset_without_a_test_split_says_so(adapter: Path) -> None:

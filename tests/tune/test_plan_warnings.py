@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import sartor
 from sample_data import write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
+from sartor.text.language_id import DetectedLanguage
 from sartor.tune import plan_warnings
 from sartor.tune.plan_warnings import LEAST_UPDATES, few_updates
 from sartor.tune.recipe import ResolvedRecipe
@@ -94,11 +96,38 @@ def test_sampled_texts_span_the_dataset_without_rehearsal(tmp_path: Path) -> Non
 
 def test_language_is_the_majority_and_only_its_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tie gives no language and no texts."""
-    monkeypatch.setattr(
-        plan_warnings.language_id, "detector", lambda: lambda text: type("Found", (), {"code": text.partition(" ")[0]})
-    )
+
+    def detect(text: str) -> DetectedLanguage:
+        return DetectedLanguage(text.partition(" ")[0], 0.4 if "code" in text else 0.9, len(text))
+
+    monkeypatch.setattr(plan_warnings.language_id, "detector", lambda: detect)
+    monkeypatch.setattr(plan_warnings, "PIECE_CHARACTERS", 1)
     assert plan_warnings._language(["sv a", "en b", "sv c"]) == ("sv", ["sv a", "sv c"])
     assert plan_warnings._language(["sv a", "en b"]) == ("", [])
+    assert plan_warnings._language(["et code", "et code"]) == ("", [])
+
+
+def test_rows_of_a_template_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined, they would predict each other, and an unknown language would look known."""
+    measured: list[Sequence[str]] = []
+
+    def nats_per_letter(texts: Sequence[str], *_: object) -> float:
+        measured.append(texts)
+        return 1.0
+
+    rows = [f"Stroj číslo {index} hlásí chybu ložiska, co má obsluha udělat?" for index in range(100)]
+    monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: rows)
+    czech = DetectedLanguage("cs", 0.99, 300)
+    monkeypatch.setattr(plan_warnings.language_id, "detector", lambda: lambda text: czech)
+    monkeypatch.setattr(plan_warnings, "_nats_per_letter", nats_per_letter)
+    anything: Any = None
+    assert list(plan_warnings.unknown_language(anything, anything, anything)) == []
+    sample, reference = measured
+    assert set(sample) <= set(rows) and len(sample) > 10
+    longest = max(map(len, reference))
+    assert longest <= max(map(len, rows))
+    most = plan_warnings.MEASURED_CHARACTERS + plan_warnings.ROW_CHARACTERS
+    assert all(sum(map(len, texts)) < most for texts in measured)
 
 
 @pytest.mark.parametrize(

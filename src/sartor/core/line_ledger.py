@@ -35,18 +35,30 @@ class LineLedger:
         if not file.exists():
             return []
         try:
-            lines = [dict(json.loads(text)) for text in file.read_text(encoding="utf-8").splitlines()]
-            schemas = {line["schema"] for line in lines}
-            if schemas - {self.schema}:
-                problem = f"{file} has lines of schema {sorted(schemas)}; this reads {self.schema}"
+            texts = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise self._damage(file, str(error)) from None
+        return [self._parse_line(file, number, text) for number, text in enumerate(texts, 1)]
+
+    def _parse_line(self, file: Path, number: int, text: str) -> Line:
+        """Return the line; number counts from 1. Raises ArtifactError, which names it."""
+        try:
+            line = dict(json.loads(text))
+            if line["schema"] != self.schema:
+                problem = f"{file} has schema {line['schema']!r} in line {number}; this reads {self.schema}"
                 raise ArtifactError(problem, upgrade_command())
-            if not all(self.is_whole(line) for line in lines):
-                raise ValueError("a line lacks a value")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{file} is no whole {self.noun}: {error}", self.remedy_template.format(file=file)
-            ) from None
-        return lines
+            if not self.is_whole(line):
+                raise self._damage(file, f"line {number} lacks a value")
+        except json.JSONDecodeError as error:
+            raise self._damage(file, f"line {number}, column {error.colno}: {error.msg}") from None
+        except KeyError as error:
+            raise self._damage(file, f"line {number} lacks {error}") from None
+        except (ValueError, TypeError) as error:
+            raise self._damage(file, f"line {number}: {error}") from None
+        return line
+
+    def _damage(self, file: Path, detail: str) -> ArtifactError:
+        return ArtifactError(f"{file} is no whole {self.noun}: {detail}", self.remedy_template.format(file=file))
 
     def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace the file by these lines atomically. Raises OSError."""

@@ -7,6 +7,7 @@ since a Parquet column cannot hold text in one row and a list in the next, and a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -117,6 +118,20 @@ def read_own_examples(dataset: Artifact, split: str | None = None) -> Iterator[E
             yield example
 
 
+def count_own_groups(dataset: Artifact) -> Counter[tuple[str, str]]:
+    """Return the number of rows of each (group, split), without rows that come only from rehearsal sources.
+
+    A row without a group is its own group, named by its id. Raises ArtifactError.
+    """
+    rehearsal = rehearsal_sources(dataset)
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in _read(dataset, "examples/", ["id", "group", "split", *(["origins"] if rehearsal else [])]):
+        origins = row.get("origins")
+        if not origins or any(origin["source"] not in rehearsal for origin in origins):
+            counts[row["group"] or row["id"], row["split"]] += 1
+    return counts
+
+
 def rehearsal_sources(dataset: Artifact) -> set[str]:
     """Return the rehearsal sources of a Dataset: rows against forgetting, not for its own task."""
     return {source["source"] for source in dataset.manifest.get("sources", []) if source.get("rehearsal")}
@@ -128,20 +143,21 @@ def read_drops(dataset: Artifact) -> Iterator[Drop]:
         yield Drop(**row)
 
 
-def _read(dataset: Artifact, folder: str) -> Iterator[dict[str, Any]]:
+def _read(dataset: Artifact, folder: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     names = [name for name in dataset.manifest["files"] if name.startswith(folder) and name.endswith(".parquet")]
     for name in sorted(names):
-        yield from read_file(dataset.path / name)
+        yield from read_file(dataset.path / name, columns=columns)
 
 
-def read_file(path: Path, content: bytes | None = None) -> Iterator[dict[str, Any]]:
+def read_file(path: Path, content: bytes | None = None, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file as mappings. Raises ArtifactError.
 
     content: the file's bytes, if the caller has read and checked them.
+    columns: columns to read; None for all.
     """
     try:
         with pq.ParquetFile(path if content is None else pa.BufferReader(content)) as file:
-            for batch in file.iter_batches(ROWS_PER_GROUP):
+            for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(

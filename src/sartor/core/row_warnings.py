@@ -8,17 +8,28 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sartor.core.records import Example
-from sartor.core.splits import FEW_GROUPS, LEAST_GROUPS, split_group
+from sartor.core.splits import (
+    FEW_GROUPS,
+    HELD_OUT_SPLITS,
+    LEAST_GROUPS,
+    TEST,
+    drawn_splits,
+    held_out_groups,
+)
 
 # replies count as labels if none is longer
 MAX_LABEL_CHARS = 60
-# only the first rows of a larger set are checked: a label with two spellings recurs
+# only the first replies of a larger set are checked: a label with two spellings recurs
 MAX_ROWS = 20_000
 _LISTED = 3
+# most groups that a remedy asks for: half of 4 * LEAST_GROUPS groups of equal size fill both splits
+MAX_ADDED_GROUPS = 4 * LEAST_GROUPS
+_SPLIT_PHRASES = {"eval": "held out", TEST: "in the test split"}
 
 
 @dataclass(frozen=True)
@@ -38,32 +49,109 @@ class DataWarning:
         return f"warning: {self.problem}; {self.remedy}"
 
 
-def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
-    """Return the warnings about a Dataset's rows; only the first MAX_ROWS are checked."""
-    rows = list(itertools.islice(examples, MAX_ROWS))
-    groups = {split_group(row) for row in rows}
-    held_out = {split_group(row) for row in rows if row.split == "eval"}
-    warnings = []
-    if rows and len(groups) < 2 * LEAST_GROUPS:
-        problem = f"{_count(len(rows), 'row')} of {_count(len(groups), 'group')} cannot both teach and measure"
+def dataset_warnings(
+    examples: Iterable[Example], counts: Mapping[tuple[str, str], int], recipe: Mapping[str, Any]
+) -> list[DataWarning]:
+    """Return the warnings about a Dataset's rows; the replies of only the first MAX_ROWS are checked.
+
+    counts: number of rows of each (group, split), of the whole Dataset.
+    recipe: curation recipe of the manifest.
+    """
+    replies = []
+    for row in itertools.islice(examples, MAX_ROWS):
+        if not row.is_document:
+            last = row.messages[-1]
+            replies.append(f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text)
+    return group_warnings(counts, recipe) + reply_warnings(replies)
+
+
+def group_warnings(counts: Mapping[tuple[str, str], int], recipe: Mapping[str, Any]) -> list[DataWarning]:
+    """Return the warnings about too few groups: of a Dataset, or of a split that its recipe asks for.
+
+    counts: number of rows of each (group, split), of the whole Dataset.
+    recipe: curation recipe of the manifest.
+    """
+    groups = {group for group, _ in counts}
+    if not groups:
+        return []
+    if len(groups) < 2 * LEAST_GROUPS:
+        problem = (
+            f"{_count(sum(counts.values()), 'row')} of {_count(len(groups), 'group')} cannot both teach and measure"
+        )
         remedy = (
             f"add rows: an interval needs {LEAST_GROUPS} held-out groups, a useful one {FEW_GROUPS}, beside those to "
             "learn from"
         )
-        warnings.append(DataWarning("few_rows", problem, remedy))
-    elif rows and 0 < len(held_out) < LEAST_GROUPS:
+        return [DataWarning("few_rows", problem, remedy)]
+    held_out = {split: {group for group, other in counts if other == split} for split in HELD_OUT_SPLITS}
+    fractions = {split: float(recipe.get("split", {}).get(f"{split}_fraction", 0.0)) for split in HELD_OUT_SPLITS}
+    short = [
+        split for split, members in held_out.items() if len(members) < LEAST_GROUPS and (members or fractions[split])
+    ]
+    remedy = _split_remedy(counts, held_out, fractions, recipe) if short else ""
+    warnings = []
+    for split in short:
         problem = (
-            f"{_count(len(held_out), 'group')} of {len(groups)} held out: no interval excludes anything below "
-            f"{LEAST_GROUPS}"
+            f"{_count(len(held_out[split]), 'group')} of {len(groups)} {_SPLIT_PHRASES[split]}: no interval excludes "
+            f"anything below {LEAST_GROUPS}"
         )
-        fraction = min(0.5, -(-100 * LEAST_GROUPS // len(groups)) / 100)
-        warnings.append(DataWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
-    replies = []
-    for row in rows:
-        if not row.is_document:
-            last = row.messages[-1]
-            replies.append(f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text)
-    return warnings + reply_warnings(replies)
+        warnings.append(DataWarning("few_groups", problem, remedy))
+    return warnings
+
+
+def _split_remedy(
+    counts: Mapping[tuple[str, str], int],
+    held_out: Mapping[str, set[str]],
+    fractions: Mapping[str, float],
+    recipe: Mapping[str, Any],
+) -> str:
+    """Return the fractions with which each split has LEAST_GROUPS groups, or the number of groups to add."""
+    sizes: Counter[str] = Counter()
+    for (group, _), count in counts.items():
+        sizes[group] += count
+    seed = int(recipe.get("seed", 0))
+    # rows that their source puts in a split are not drawn, so the effect of a fraction is not known
+    if any(source.get("split") and not source.get("rehearsal") for source in recipe.get("sources", ())):
+        return f"add held-out rows of {LEAST_GROUPS} groups or more, or leave out `split` of the sources"
+    if drawn_splits(sizes, fractions["eval"], fractions[TEST], seed) != held_out:
+        return f"add held-out rows of {LEAST_GROUPS} groups or more"
+    if found := _sufficient_fractions(sizes, fractions, seed):
+        changes = [f"split.{split}_fraction: {found[split]:g}" for split in found if found[split] != fractions[split]]
+        return f"{' and '.join(changes)}, or add rows"
+    # groups of the median size are added until a fraction would do
+    median = sorted(sizes.values())[len(sizes) // 2]
+    larger = Counter(sizes)
+    for extra in range(1, MAX_ADDED_GROUPS + 1):
+        larger[f"added:{extra}"] = median
+        if _sufficient_fractions(larger, fractions, seed):
+            break
+    return (
+        f"add rows of about {_count(extra, 'more group')}: with these, no fraction holds out {LEAST_GROUPS} groups a "
+        "split and leaves half of the rows to learn from"
+    )
+
+
+def _sufficient_fractions(sizes: Counter[str], fractions: Mapping[str, float], seed: int) -> dict[str, float]:
+    """Return the smallest sufficient fraction of each split; empty if there are none.
+
+    Fractions are sufficient if each split has LEAST_GROUPS groups and half of the rows remain for training. A present
+    fraction is kept where that is possible. The test split's draw does not depend on the other fraction.
+    """
+    steps = [index / 100 for index in range(1, 50)]
+    candidates = {split: [present, *steps] if present else [present] for split, present in fractions.items()}
+    for test_fraction in candidates[TEST]:
+        test_groups = held_out_groups(sizes, test_fraction, f"{TEST}:{seed}")
+        if test_fraction and len(test_groups) < LEAST_GROUPS:
+            continue
+        for eval_fraction in candidates["eval"]:
+            if test_fraction + eval_fraction >= 1:
+                continue
+            drawn = drawn_splits(sizes, eval_fraction, test_fraction, seed)
+            has_groups = len(drawn["eval"]) >= LEAST_GROUPS or not eval_fraction
+            held_out_rows = sum(sizes[group] for members in drawn.values() for group in members)
+            if has_groups and 2 * held_out_rows <= sizes.total():
+                return {"eval": eval_fraction, TEST: test_fraction}
+    return {}
 
 
 def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[DataWarning]:

@@ -123,7 +123,7 @@ def is_of_groups(row: Example, groups: Collection[str]) -> bool:
 def held_out_groups(groups: Iterable[str], fraction: float, seed: int | str) -> set[str]:
     """Return groups that together hold about `fraction` of the rows.
 
-    groups: the group of each row.
+    groups: the group of each row, or a Counter of the rows of each group.
 
     At least one group stays for training. A group that would overshoot the target by more than it helps is skipped, so
     that a few large groups cannot take most of the training rows.
@@ -142,6 +142,19 @@ def held_out_groups(groups: Iterable[str], fraction: float, seed: int | str) -> 
             chosen.add(group)
             count += sizes[group]
     return chosen
+
+
+def drawn_splits(
+    sizes: Mapping[str, int], eval_fraction: float, test_fraction: float, seed: int
+) -> dict[str, set[str]]:
+    """Return the groups of the splits eval and test that `curate` draws if no source declares a split.
+
+    sizes: rows of each group. The test split is drawn first, and both fractions are of all rows.
+    """
+    test_groups = held_out_groups(Counter(sizes), test_fraction, f"{TEST}:{seed}")
+    rest = Counter({group: count for group, count in sizes.items() if group not in test_groups})
+    fraction = eval_fraction * sum(sizes.values()) / max(rest.total(), 1)
+    return {"eval": held_out_groups(rest, fraction, seed), TEST: test_groups}
 
 
 def hold_out(examples: list[Example], eval_fraction: float, seed: int) -> list[Example]:

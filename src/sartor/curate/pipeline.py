@@ -51,7 +51,11 @@ FILES_LISTED = 20
 
 def find_warnings(dataset: Artifact) -> list[DataWarning]:
     """Return the deficits of a Dataset's rows as training and evaluation data."""
-    warnings = dataset_warnings(parquet_io.read_own_examples(dataset))
+    warnings = dataset_warnings(
+        parquet_io.read_own_examples(dataset),
+        parquet_io.count_own_groups(dataset),
+        dataset.manifest.get("recipe") or {},
+    )
     if PersonalData.kind not in dataset.manifest.get("steps", {}):
         personal = personal_data_warning(parquet_io.read_own_examples(dataset))
         warnings += [personal] if personal else []

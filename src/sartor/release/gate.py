@@ -422,10 +422,18 @@ _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does 
 _NOUNS = {"image": "a picture", "audio": "a recording"}
 
 
-def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLimits.gain, groups: int = 0) -> Check:
+def check_gain(
+    name: str,
+    metric: Mapping[str, float],
+    limit: GainLimit = GateLimits.gain,
+    groups: int = 0,
+    *,
+    has_test_split: bool = False,
+) -> Check:
     """Check whether the whole confidence interval of the primary metric's gain is above the limit.
 
     name: the metric. groups: number of groups of rows; 0 in Reports of older versions.
+    has_test_split: whether the release must be measured on a test split; then no other rows can replace it.
     """
     detail = (
         f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
@@ -441,12 +449,24 @@ def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLi
     needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not min_gain else 0
     remedy = ""
     if needed and (difference < 0) == is_lower:
-        remedy = (
-            f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate "
-            "again"
-        )
+        if has_test_split:
+            remedy = (
+                f"curate again with a larger split.test_fraction, for about {needed} groups in the test split if the "
+                "gain stays as it is, and tune again"
+            )
+        else:
+            remedy = (
+                f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or "
+                "curate again"
+            )
     elif few_text and not difference:
-        remedy = f"evaluate on {LEAST_GROUPS} groups of rows or more (--data FILE); or tune or curate again"
+        if has_test_split:
+            remedy = (
+                f"curate again with a larger split.test_fraction, for {LEAST_GROUPS} groups or more in the test "
+                "split, and tune again"
+            )
+        else:
+            remedy = f"evaluate on {LEAST_GROUPS} groups of rows or more (--data FILE); or tune or curate again"
     return Check("cannot tell" if few_text else "fail", f"{detail}{shortfall}{groups_text}{few_text}", remedy)
 
 

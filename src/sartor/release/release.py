@@ -239,7 +239,13 @@ def gate(
     primary = manifest["primary"]
     dataset = ancestry.find_parent(adapter, "dataset")
     result = {
-        "gain": checks.check_gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
+        "gain": checks.check_gain(
+            primary,
+            manifest["metrics"][primary],
+            limits.gain,
+            manifest.get("groups", 0),
+            has_test_split=bool(ancestry.test_datasets(adapter)),
+        ),
         "forgetting": checks.check_forgetting(manifest["forgetting"], limits.forgetting),
         "licence": checks.check_licence(adapter, use, name),
         **checks.check_test(adapter, manifest),

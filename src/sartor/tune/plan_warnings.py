@@ -34,8 +34,12 @@ SMALLEST_BATCH = 64
 # Ratio of nats per letter on the rows to those on English small talk, from which a language counts as unknown
 UNKNOWN_RATIO = 1.5
 REFERENCE_LANGUAGE = "en"
-# Characters of a piece of text, and number of pieces to measure; pieces give short rows a context too
-PIECE_CHARACTERS, PIECES = 300, 4
+# Least characters of a piece, for fastText alone; it detects the language of single short rows badly
+PIECE_CHARACTERS = 300
+# A piece with a less probable language has none: lists of product codes get about 0.4, rows of prose 0.9
+MIN_CONFIDENCE = 0.6
+# Most characters of a measured row, and of all measured rows; each row has a context of its own
+ROW_CHARACTERS, MEASURED_CHARACTERS = 300, 1200
 # ROWS_READ rows are read, at even distances among the first ROWS_WALKED
 ROWS_READ, ROWS_WALKED = 200, 20_000
 # English letters with the content of one character (ratio of the sentence lengths in FLORES-200)
@@ -109,14 +113,17 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
     path: loss backend of the model before its first update.
     fastText identifies the language. Without that package, and for English, there is no warning.
     """
-    code, pieces = _language(_pieces(_texts(dataset)))
+    code, texts = _language(_texts(dataset))
     if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
         return
     small_talk = []
     for line in (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines():
         small_talk += [str(message["content"]) for message in json.loads(line)["messages"]]
-    rows = _nats_per_letter(_spread(pieces), chat, path)
-    reference = _nats_per_letter(_spread(_pieces(small_talk)), chat, path)
+    sample = _spread(texts)
+    rows = _nats_per_letter(sample, chat, path)
+    # the first tokens of a text cost most, so short rows are compared with texts as short
+    mean_characters = round(sum(map(len, sample)) / max(len(sample), 1))
+    reference = _nats_per_letter(_spread(small_talk, mean_characters), chat, path)
     if rows < UNKNOWN_RATIO * reference:
         return
     problem = (
@@ -143,31 +150,39 @@ def _texts(dataset: Artifact) -> list[str]:
     return texts
 
 
-def _pieces(texts: Sequence[str]) -> list[str]:
-    """Return the joined texts in pieces of PIECE_CHARACTERS to 2 * PIECE_CHARACTERS characters.
+def _pieces(texts: Sequence[str]) -> list[list[str]]:
+    """Return the texts in groups of PIECE_CHARACTERS or more.
 
-    A longer piece is cut. A shorter last piece is dropped, unless it is the only one.
+    A shorter last group is dropped, unless it is the only one.
     """
-    pieces, piece = [], ""
+    pieces: list[list[str]] = []
+    piece: list[str] = []
     for text in texts:
-        piece = f"{piece}\n{text}" if piece else text
-        if len(piece) >= PIECE_CHARACTERS:
-            pieces.append(piece[: 2 * PIECE_CHARACTERS])
-            piece = ""
+        piece.append(text)
+        if sum(map(len, piece)) >= PIECE_CHARACTERS:
+            pieces.append(piece)
+            piece = []
     if piece and not pieces:
         pieces.append(piece)
     return pieces
 
 
-def _spread(pieces: Sequence[str]) -> list[str]:
-    """Return at most PIECES of the pieces, at even distances."""
-    if len(pieces) <= PIECES:
-        return list(pieces)
-    return [pieces[len(pieces) * index // PIECES] for index in range(PIECES)]
+def _spread(texts: Sequence[str], max_characters: int = ROW_CHARACTERS) -> list[str]:
+    """Return texts at even distances, cut to `max_characters`, of at most about MEASURED_CHARACTERS together."""
+    cut = [text[: max(max_characters, 1)] for text in texts]
+    count = min(math.ceil(MEASURED_CHARACTERS * len(cut) / max(sum(map(len, cut)), 1)), len(cut))
+    chosen, characters = [], 0
+    for index in range(count):
+        text = cut[len(cut) * index // count]
+        chosen.append(text)
+        characters += len(text)
+        if characters >= MEASURED_CHARACTERS:
+            break
+    return chosen
 
 
-def _language(pieces: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the language of more than half of the pieces, and its pieces.
+def _language(texts: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the language of more than half of the pieces, and the texts of its pieces.
 
     Both are empty if there is no such language, or no package to detect it.
     """
@@ -175,23 +190,28 @@ def _language(pieces: Sequence[str]) -> tuple[str, list[str]]:
         detect = language_id.detector()
     except ExtraError:
         return "", []
-    codes = [detect(piece).code for piece in pieces]
+    pieces = _pieces(texts)
+    detected = [detect("\n".join(piece)) for piece in pieces]
+    codes = [language.code if language.confidence >= MIN_CONFIDENCE else "" for language in detected]
     code, count = max(Counter(codes).items(), key=lambda item: item[1], default=("", 0))
-    if 2 * count <= len(pieces):
+    if not code or 2 * count <= len(pieces):
         return "", []
-    return code, [piece for piece, spoken in zip(pieces, codes, strict=True) if spoken == code]
+    return code, [text for piece, spoken in zip(pieces, codes, strict=True) if spoken == code for text in piece]
 
 
 @torch.no_grad()
-def _nats_per_letter(pieces: Sequence[str], chat: ChatTokenizer, path: LossBackend) -> float:
-    """Return the loss of all tokens but each piece's first, divided by the number of letters."""
+def _nats_per_letter(texts: Sequence[str], chat: ChatTokenizer, path: LossBackend) -> float:
+    """Return the loss of all tokens but each text's first, divided by the number of letters.
+
+    No text is in another's context: rows of one template would predict each other.
+    """
     rows = []
-    for piece in pieces:
-        ids = chat.tokenizer(piece, add_special_tokens=False)["input_ids"]
+    for text in texts:
+        ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
         rows.append(TokenizedExample(list(ids), [True] * len(ids)))
     rows = [row for row in rows if len(row.ids) > 1]
     loss = float(path.losses(rows)[0].sum()) if rows else 0.0
-    return loss / max(sum(map(letters, pieces)), 1)
+    return loss / max(sum(map(letters, texts)), 1)
 
 
 def letters(text: str) -> int:
