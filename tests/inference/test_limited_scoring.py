@@ -60,6 +60,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def large(reply, reference, prompt):
         return 2.0
 
+    def rounded(reply, reference, prompt):
+        return {"a": 1.0000000000000002, "b": -2.2e-16, "c": 0.5}[reply]
+
     def leaves(reply, reference, prompt):
         os._exit(0)
 
@@ -100,6 +103,10 @@ def test_unit_tests_reward_right_code_and_survive_hostile_code() -> None:
 
 def test_function_is_called_with_reply_reference_and_prompt(module: Path) -> None:
     assert rewards("equal", "a", "b", "a") == [1.0, 0.0, 1.0]
+
+
+def test_rounding_beyond_the_limits_is_cut(module: Path) -> None:
+    assert rewards("rounded", "a", "b", "c") == [1.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize(

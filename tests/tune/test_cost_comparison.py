@@ -79,6 +79,26 @@ def test_full_costs_more_than_lora_and_qlora_holds_less(planned: dict[str, Any])
     assert all(line for line in comparison.assumptions) and any("not calibrated" in x for x in comparison.assumptions)
 
 
+def test_the_objective_s_own_passes_are_counted(planned: dict[str, Any]) -> None:
+    """A forward pass of the reference beside the two of an update; of sampled replies no time is stated."""
+    grid = {"bases": ["SmolLM2-135M"], "gpus": ["h100=2.50"]}
+    plain = compare_costs(planned, **grid)
+    for objective, factor in (({"kind": "dpo"}, 3 / 2), ({"kind": "kto"}, 4 / 2), ({"kind": "simpo"}, 1)):
+        other = compare_costs({**planned, "objective": objective}, **grid)
+        for device in (HERE, "h100"):
+            first, second = (row(each, "SmolLM2-135M", Method.LORA, device).time_s for each in (plain, other))
+            assert first and second and second.estimate == pytest.approx(factor * first.estimate)
+        assert any(line.startswith(objective["kind"]) for line in other.assumptions) == (factor > 1)
+    for objective in (
+        {"kind": "distil", "teacher": "base"},
+        {"kind": "grpo", "verifier": {"kind": "json_fields"}},
+    ):
+        sampled = compare_costs({**planned, "objective": objective}, **grid)
+        assert all(each.time_s is None and each.cost is None and each.devices for each in sampled.rows)
+        assert {each.cells()["time"] for each in sampled.rows} == {"not foreseen"}
+        assert any(line.startswith("time: not foreseen") for line in sampled.assumptions)
+
+
 def test_without_gpus_nothing_is_said_of_them_and_no_price_means_no_cost(planned: dict[str, Any]) -> None:
     comparison = compare_costs(planned, bases=["SmolLM2-1.7B"])
     assert not any("GPU" in line for line in comparison.assumptions)

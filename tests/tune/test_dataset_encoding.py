@@ -58,7 +58,7 @@ def test_rehearsal_of_which_nothing_fits_is_named(tmp_path: Path, tiny_base: Pat
     own, talk = curated(tmp_path, "own", ["yes"] * 10), curated(tmp_path, "talk", ["a long story " * 60] * 20)
     with pytest.raises(SourceError, match="of the rehearsal no training row") as error:
         encode_rows(own, recipe(64), open_chat(tiny_base), talk)
-    assert error.value.remedy.endswith("or data.rehearsal=none")
+    assert error.value.remedy.endswith("or --data.rehearsal none")
 
 
 def test_every_held_out_row_has_its_group(tmp_path: Path, tiny_base: Path) -> None:

@@ -299,6 +299,54 @@ def test_an_endpoint_without_logprobs_of_a_prompt_is_named(
         assert server.url in caught.value.problem and "objective.teacher" in caught.value.remedy
 
 
+def echoes(
+    top: str, value: float = -3.0, token: Callable[[int], str] = lambda token: f"token_id:{token}"
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """An endpoint's answers that give each token of the prompt the log-probability `value`, and `top` beside it."""
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        ids, beside = body["prompt"], len(body["prompt"]) - 1
+        tokens, tops = [token(each) for each in ids], [None, *[{top: -4.0}] * beside]
+        fields = {"tokens": tokens, "token_logprobs": [None, *[value] * beside], "top_logprobs": tops}
+        return {"choices": [{"text": "", "logprobs": fields}]}
+
+    return answer
+
+
+@pytest.mark.parametrize("top", ["token_id:zz", "token_id:", "token_id:999999999", "token_id:-4", "token_id:7"])
+def test_tokens_that_an_endpoint_misspells_are_no_bins(tmp_path: Path, recipe: dict[str, Any], top: str) -> None:
+    with serving(EndpointServer()) as server:
+        server.completion = echoes(top)
+        assert tune(changed(recipe, endpoint(server), budget={"updates": 1}), tmp_path / "a")["updates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [(2.0, "is 2.0; they must be at most 0"), (float("inf"), "is inf"), (-float("inf"), "-inf")]
+)
+def test_log_probabilities_above_0_are_refused(
+    tmp_path: Path, recipe: dict[str, Any], value: float, problem: str
+) -> None:
+    with serving(EndpointServer()) as server:
+        server.completion = echoes("token_id:7", value)
+        with pytest.raises(ModelError, match=problem):
+            tune(changed(recipe, endpoint(server)), tmp_path / "a")
+
+
+def test_an_endpoint_with_another_tokenizer_is_refused(
+    tmp_path: Path, recipe: dict[str, Any], tiny_base: Path
+) -> None:
+    """Its echo has the texts of the ids that were sent. Spaces and marks of word beginnings are not compared."""
+    tokenizer = open_base(str(tiny_base)).chat.tokenizer
+    with serving(EndpointServer()) as server:
+        server.completion = echoes("token_id:7", token=lambda token: "w")
+        with pytest.raises(ModelError, match="another tokenizer than the student") as caught:
+            tune(changed(recipe, endpoint(server)), tmp_path / "a")
+        assert "objective.teacher.tokenizer: BASE" in caught.value.remedy
+        for spelling in (tokenizer.convert_ids_to_tokens, lambda token: " " + tokenizer.decode([token])):
+            server.completion = echoes("token_id:7", token=spelling)
+            tune(changed(recipe, endpoint(server), budget={"updates": 1}), tmp_path / "a", replace=True)
+
+
 def test_an_endpoint_that_answers_nothing_is_asked_again_and_then_named(
     tmp_path: Path, recipe: dict[str, Any]
 ) -> None:
@@ -392,6 +440,21 @@ def test_options_that_cannot_be_are_refused(
     with pytest.raises(error):
         tune(changed(recipe, objective), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "option"),
+    [
+        ("/nowhere", "objective.teacher"),
+        ({"url": "http://127.0.0.1:9/v1", "model": "m", "tokenizer": "/nowhere"}, "objective.teacher.tokenizer"),
+    ],
+)
+def test_a_missing_teacher_is_named_by_its_option(
+    tmp_path: Path, recipe: dict[str, Any], teacher: Any, option: str
+) -> None:
+    with pytest.raises(ModelError, match="there is no base '/nowhere'") as caught:
+        tune(changed(recipe, {"teacher": teacher}), tmp_path / "a")
+    assert caught.value.remedy == f"{option}: starter"
 
 
 def test_recorded_gradients_are_refused(recipe: dict[str, Any]) -> None:

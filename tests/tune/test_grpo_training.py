@@ -16,6 +16,7 @@ from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError, SourceError
 from sartor.core.filesystem import file_digest
+from sartor.inference.generate import generate
 from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.inference.verifiers.submission import Submission
 from sartor.models.base import open_base
@@ -23,6 +24,7 @@ from sartor.tune.checkpoint import folder_of
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.grpo_training import SILENT_UPDATES, open_grpo
 from sartor.tune.recipe import ResolvedRecipe
+from sartor.tune.resume import differences
 from sartor.tune.training_loop import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -228,11 +230,50 @@ def test_function_of_a_user_rewards_in_a_child(
         tune(changed(recipe, hanging), tmp_path / "c")
 
 
+def test_longer_time_resumes_a_run_that_a_timeout_ended(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that is ended ends the run, so its time limit decides no reward; code of a reply gets 0 then."""
+    begin = "def hangs(reply, reference, prompt):\n"
+    end = "    return 1 if reply == reference else reply.count('o') / (2 * len(reply) + 2)\n"
+    module = tmp_path / "slowly.py"
+    module.write_text(begin + "    while reply[:1] not in 'oud': pass\n" + end)
+    monkeypatch.chdir(tmp_path)
+    verifier = {"kind": "python", "function": "slowly:hangs", "time_s": 0.5}
+    asked = changed(recipe, {"verifier": verifier}, budget={"updates": 1})
+    with pytest.raises(BudgetError, match="took more than 0.5 s") as caught:
+        tune(asked, tmp_path / "a")
+    assert caught.value.remedy.startswith("--objective.verifier.time_s 1, and --resume")
+    module.write_text(begin + end)
+    longer = changed(asked, {"verifier": {**verifier, "time_s": 1.0}})
+    assert tune(longer, tmp_path / "a", resume=True)["updates"] == 1
+    old, new = ({"recipe": {"objective": {"verifier": {"kind": "unit_tests", "time_s": s}}}} for s in (1, 2))
+    assert differences(old, new) == ["recipe objective.verifier.time_s: 1 -> 2"]
+
+
 def test_plan_counts_replies_and_passes(recipe: dict[str, Any]) -> None:
     plans = [sartor.plan(changed(recipe, {"group_size": size})) for size in (2, 400)]
     assert [plan.counters.updates for plan in plans] == [3, 3] and not plans[0].refusals
     few, many = (plan.time_s.estimate for plan in plans if plan.time_s)
     assert many > few
+
+
+def test_plan_times_the_batches_of_a_run(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch has the replies of an update, up to 64; the interval is that of replies of any length."""
+    batches = []
+
+    def watched(model: Any, prompts: Any, **options: Any) -> Any:
+        batches.append(len(prompts))
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr("sartor.tune.distil_cost.generate", watched)
+    times = []
+    for size, longest in ((2, 8), (400, 8), (400, 64)):
+        plan = sartor.plan(changed(recipe, {"group_size": size, "max_reply_tokens": longest}))
+        assert plan.time_s is not None and 0 <= plan.time_s.low < plan.time_s.estimate < plan.time_s.high
+        times.append(plan.time_s)
+    assert batches[0] < 32 and all(32 < rows <= 64 for rows in batches[3:])
+    assert times[2].high > 2 * times[1].high and times[2].high > 8 * times[2].low
 
 
 def test_trace_names_what_it_does_not_support(tmp_path: Path, recipe: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from method_rows import FAMILIES, IDS, ROWS, MethodRow, base_of, logits, placed,
 from sample_data import recipe_on
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import AdmissionError, ConfigError, ModelError, SartorError
+from sartor.core.errors import AdmissionError, BudgetError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import file_digest
 from sartor.federate.recipe import FederateRecipe
 from sartor.inference.local.lora_stacks import read_pairs
@@ -130,6 +131,37 @@ def test_start_goes_on_from_its_own_method_alone(row: MethodRow, written: dict[s
     other = written["ia3" if row.kind != "ia3" else "oft"]
     with pytest.raises(ConfigError, match=f"another method: kind {other.name} there, {row.stored} here"):
         adapters.load_start(model, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("lora", {"kind": "full"}),
+        ("full", {"kind": "oft"}),
+        ("full", {"targets": ["q_proj"]}),
+        ("oft", {"kind": "lora"}),
+        ("ia3", {"kind": "pissa"}),
+        ("miss", {"rank": 3}),
+        ("dora", {"targets": {"modules": ["q_proj"], "layers": "top-1"}}),
+        ("lora", {"kind": "pissa", "rank": 11}),
+        ("pissa", {"rank": 3, "alpha": 3.0}),
+    ],
+    ids=str,
+)
+def test_remedy_of_a_start_can_be_typed(kind: str, changes: dict[str, Any], written: dict[str, Path]) -> None:
+    """Another kind, rank or targets: the flags of the remedy are those with which the start is taken."""
+    options = {"kind": kind, **changes, "start": str(written[kind])}
+    recipe = load({"base": "x", "data": "y", "method": options})
+    with pytest.raises(ConfigError) as caught:
+        adapters.load_start(placed(recipe.method, base_of("llama")), written[kind], recipe.method.kind)
+    flags = shlex.split(caught.value.remedy.partition("; or ")[0])
+    taken = load(recipe, flags).method
+    is_taken_over = (kind, changes.get("kind")) == ("lora", "pissa")
+    assert (taken.kind, taken.start) == ("pissa" if is_taken_over else kind, str(written[kind]))
+    model = placed(taken, base_of("llama"))
+    adapters.load_start(model, written[kind], taken.kind)
+    if "kind" in changes and not is_taken_over:
+        assert f"kind {kind} there, {changes['kind']} here" in caught.value.problem
 
 
 @each_family
@@ -254,6 +286,7 @@ def test_wrong_options_are_refused_by_name(changes: dict[str, Any], problem: str
     [
         ({"kind": "oft", "block_size": 24}, "block_size is 24, and .* has 32 inputs"),
         ({"kind": "miss", "rank": 33}, "rank is 33, and .* has 32 inputs"),
+        ({"kind": "pissa", "rank": 33}, "rank is 33, and the smaller side of .*k_proj is 16"),
         ({"kind": "ia3", "targets": ["kproj"]}, "'kproj' names no module"),
         ({"kind": "full", "targets": ["kproj"]}, "'kproj' names no module"),
         ({"kind": "pissa", "targets": {"layers": "top-9"}}, "top-9, and the base has 2 layers"),
@@ -333,9 +366,24 @@ def test_memory_of_full_is_foreseen(tiny_base: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(hardware, "available_bytes", lambda device=None, free=free: FreeMemory(free, "a test"))
         refusals = list(preflight.of_base(recipe))
         assert len(refusals) == count
-    assert "tuning all weights" in refusals[0].problem and "method.kind=lora" in refusals[0].remedy
+    assert "tuning all weights" in refusals[0].problem and "--method.kind lora" in refusals[0].remedy
     shape = cost_model.shape_of(placed(recipe.method, base_of("llama")), recipe)
     assert shape.state_bytes == 12 * weights
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "miss"])
+def test_rank_above_the_memory_is_refused(
+    kind: str, dataset: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted before anything is allocated: a refusal of the plan, and an error of the run."""
+    monkeypatch.setattr(adapters, "inject", lambda *arguments, **options: pytest.fail("allocated"))
+    monkeypatch.setattr(adapters, "inject_lora", lambda *arguments, **options: pytest.fail("allocated"))
+    recipe = {**recipe_on(dataset, tiny_base), "method": {"kind": kind, "rank": 99999999}}
+    (refusal,) = sartor.plan(recipe).refusals
+    assert refusal.reason == preflight.MEMORY and "method.rank is 99,999,999" in refusal.problem
+    assert refusal.remedy == "--method.rank 32"
+    with pytest.raises(BudgetError, match="method.rank is 99,999,999"):
+        sartor.tune(recipe, tmp_path / "a", show=False)
 
 
 def test_full_keeps_a_tied_head_tied() -> None:

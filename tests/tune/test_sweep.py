@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import sartor
+from sample_data import write_jsonl
 from sartor.core import evaluation_ledger
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import ConfigError, ModelError, StoppedError
+from sartor.core.errors import BudgetError, BusyError, ConfigError, ModelError, StoppedError
 from sartor.tune import sweep as sweeping
 from sartor.tune.recipe import Recipe
 from sartor.tune.sweep import Sweep, SweepTrial, parse_grid, sweep
@@ -142,6 +143,103 @@ def test_what_cannot_be_compared_is_refused(
     assert not (tmp_path / "a.sweep" / "sweep.jsonl").exists()
 
 
+PAIRS = [
+    {"prompt": f"switch {place} {word}", "chosen": f"{word}:{place}", "rejected": f"{place}, {word}"}
+    for word in ("on", "off", "up", "dim")
+    for place in ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch")
+]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of dpo on pairs, a quarter of them held out."""
+    source = {"path": str(write_jsonl(tmp_path / "pairs.jsonl", PAIRS)), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}, "workers": 1}, tmp_path / "pairs")
+    return {**recipe, "data": {"path": str(tmp_path / "pairs")}, "objective": {"kind": "dpo"}}
+
+
+def test_preferences_are_compared_by_agreement(tmp_path: Path, pairs: dict[str, Any]) -> None:
+    """The losses of two values of beta differ by beta itself. Each trial has the weights of its own objective."""
+    result = sartor.sweep(pairs, {"objective.beta": ["0.01", "0.5"]}, tmp_path / "a", show=False)
+    assert {trial.metric for trial in result.trials} == {"agreement"}
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    agreement = [line["eval_agreement"] for line in lines if "eval_agreement" in line]
+    assert result.winner.score == agreement[-1] and result.corrected_interval() is None
+    first = result.trials[0]
+    assert first.rank == (first.score, 0.0)
+
+
+def test_weights_are_chosen_by_each_trial_s_objective(
+    tmp_path: Path, pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+
+    def refuses(recipe: Recipe, out: Path, **options: Any) -> Any:
+        weights.append((recipe.objective.kind, recipe.weights))
+        raise ModelError("the loss is inf", "lower it")
+
+    monkeypatch.setattr(sweeping, "tune", refuses)
+    asked = {**pairs, "objective": "sft"}
+    with pytest.raises(ModelError, match="all 3 trials"):
+        sweep(asked, {"objective.kind": ["orpo", "simpo", "dpo"]}, tmp_path / "a")
+    assert weights == [("orpo", "last"), ("simpo", "last"), ("dpo", "last")]
+
+
+@pytest.mark.parametrize(
+    ("objective", "grid", "words"),
+    [
+        ({"kind": "sft"}, {"objective.kind": ["sft", "dpo"]}, "trials of dpo, sft cannot be compared"),
+        ({"kind": "dpo"}, {"objective.kind": ["kto", "dpo"]}, "trials of dpo, kto cannot be compared"),
+        ({"kind": "distil", "teacher": "base"}, {"objective.top_k": ["4", "8"]}, "objective.top_k cannot be swept"),
+        (
+            {"kind": "grpo", "verifier": {"kind": "json_fields"}},
+            {"objective.verifier.kind": ["json_fields", "numeric"]},
+            "objective.verifier.kind cannot be swept",
+        ),
+    ],
+)
+def test_scores_of_different_measures_are_refused(
+    tmp_path: Path, recipe: dict[str, Any], objective: dict[str, Any], grid: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        sweep({**recipe, "objective": objective}, grid, tmp_path / "a")
+    assert "--sweep" in error.value.remedy and not (tmp_path / "a.sweep").exists()
+
+
+def test_bases_are_compared_by_replies_alone(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fake: FakeTune
+) -> None:
+    grid = {"base.name": [str(recipe["base"]), f"{recipe['base']}/."]}
+    recipe["optimizer"]["learning_rate"] = 1e-3
+    assert sweep(recipe, grid, tmp_path / "a").winner.metric == "exact_match"
+    monkeypatch.setattr(sweeping, "natural_metric", lambda rows: "loss")
+    with pytest.raises(ConfigError, match="base.name cannot be swept"):
+        sweep(recipe, grid, tmp_path / "b")
+
+
+def test_a_trial_that_is_refused_is_out(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that do not fit the base or the memory; but a busy endpoint ends the sweep, which resumes there."""
+    errors: dict[float, Exception] = {
+        1e-5: ConfigError("method.block_size is 48", "--method.block_size 32"),
+        1e-3: BudgetError("a micro-batch needs 9 GB", "--method.rank 4"),
+    }
+
+    def refuses(recipe: Recipe, out: Path, **options: Any) -> Any:
+        if error := errors.get(float(recipe.optimizer.learning_rate)):
+            raise error
+        return fake(recipe, out, **options)
+
+    monkeypatch.setattr(sweeping, "tune", refuses)
+    result = sweep(recipe, RATES, tmp_path / "a", factor=2)
+    problems = [trial.problem for trial in result.trials if trial.problem]
+    assert problems == ["method.block_size is 48", "a micro-batch needs 9 GB"]
+    errors[1e-5] = BusyError("the teacher is busy", "later")
+    with pytest.raises(BusyError):
+        sweep(recipe, RATES, tmp_path / "b", factor=2)
+
+
 def test_some_of_a_large_grid_are_drawn_by_the_seed(tmp_path: Path, recipe: dict[str, Any], fake: FakeTune) -> None:
     grid = {"method.rank": [str(rank) for rank in range(1, 10)], "optimizer.learning_rate": ["1e-3", "2e-3"]}
     drawn = [sweep(recipe, grid, tmp_path / name, trials=3).as_json()["trials"][:3] for name in "ab"]
@@ -178,3 +276,6 @@ def test_a_real_sweep_keeps_the_winner_and_each_trial_is_a_look(tmp_path: Path, 
     assert evaluation_ledger.ledger_file().read_text(encoding="utf-8").count("after update") == 3
     again = sartor.sweep(recipe, grid, tmp_path / "a", show=False, resume=True, replace=True)
     assert again.as_json() == result.as_json()
+    assert sartor.sweep(recipe, grid, tmp_path / "a", show=False, resume=True).as_json() == result.as_json()
+    with pytest.raises(ConfigError, match="exists"):
+        sartor.sweep({**recipe, "seed": 7}, grid, tmp_path / "a", show=False, resume=True)

@@ -15,13 +15,14 @@ from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Origin
 from sartor.edge.tuning.tuner_process import read_tokens, write_tokens
 from sartor.federate.tuning.lora_task import row_means
+from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.losses.transformers_backend import PackedTransformersBackend, RowTransformersBackend
 from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
 from sartor.tune.dataset_encoding import encode_preference
-from sartor.tune.recipe import Distil, Dpo, Kto, Sft
+from sartor.tune.recipe import Distil, Dpo, Grpo, Kto, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset
 from tiny_families import fast_path, rows, tuned
 
@@ -149,6 +150,17 @@ def test_preference_takes_the_weight_of_its_last_turn(tmp_path: Path) -> None:
     assert chat.tokenizer.decode(lesson.ids[slice(*lesson.last_reply)]) == "sky 1<|im_end|>"
     ((rated, _),) = encode_preference(replace(example, rating=-0.5), Kto(), chat, tmp_path)
     assert rated.weight == 0.25
+
+
+def test_grpo_takes_every_weight_but_0_of_the_last_turn(tmp_path: Path) -> None:
+    """It learns replies of the model in place of the last turn, and no other turn."""
+    objective = Grpo(verifier=RegexVerifier("sky"))
+    chat, example = talk(0.5, 0, 2.5)
+    ((row, _),) = encode_preference(example, objective, chat, tmp_path)
+    ((plain, _),) = encode_preference(talk(1, 0, 1)[1], objective, chat, tmp_path)
+    assert (row.ids, row.learnt, row.factors, row.weight) == (plain.ids, plain.learnt, None, plain.weight)
+    with pytest.raises(SourceError, match="the last turn has weight 0, and grpo"):
+        encode_preference(talk(1, 0)[1], objective, chat, tmp_path)
 
 
 def test_distillation_takes_weights_0_and_1(tmp_path: Path) -> None:

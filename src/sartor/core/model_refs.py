@@ -69,10 +69,10 @@ class BaseRef:
         return self.digest[:12]
 
 
-def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
+def locate_base(name: str, revision: str = "", licence: str = "", *, option: str = "base") -> BaseRef:
     """Return the base with this name.
 
-    licence: overrides the licence that the base's own files state.
+    licence: overrides the licence that the base's own files state. option: that names the base, for remedies.
     Raises ModelError for a directory or file without a usable model, HubError if a hub name cannot be fetched, and
     ConfigError for a revision of a base that has none.
     """
@@ -86,7 +86,7 @@ def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
             name, path=folder("bases") / f"{name}-{identity[:12]}", digest=identity, licence=licence or entry.licence
         )
     if not name:
-        raise ModelError("there is no base '': the name is empty", "base: starter")
+        raise ModelError("there is no base '': the name is empty", f"{option}: starter")
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(str(path.absolute()), path.absolute(), licence)
@@ -96,9 +96,9 @@ def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
         raise ModelError(
             f"there is no base {name!r}: it is not `starter`, not a directory or GGUF file, and not a hub name "
             "(owner/model)",
-            "base: starter",
+            f"{option}: starter",
         )
-    return _local(name, _from_hub(name, revision), licence)
+    return _local(name, _from_hub(name, revision, option), licence)
 
 
 def source_gguf(ref: BaseRef) -> Path:
@@ -254,7 +254,7 @@ def _spdx(licence: object) -> str:
     return UNKNOWN
 
 
-def _from_hub(name: str, revision: str) -> Path:
+def _from_hub(name: str, revision: str, option: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -279,7 +279,7 @@ def _from_hub(name: str, revision: str) -> Path:
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise HubError(
             f"the base {name!r} could not be fetched from the Hugging Face hub: {reason}",
-            "base: starter works offline; or download the model elsewhere and give its directory",
+            f"{option}: starter works offline; or download the model elsewhere and give its directory",
         ) from None
 
 

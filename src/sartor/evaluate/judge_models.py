@@ -214,7 +214,7 @@ def check_judge(judge: str | JudgeEndpoint) -> None:
     elif kind_of(Path(judge)) in ("adapter", "release"):
         open_artifact(judge, ("adapter", "release"))
     else:
-        locate_base(judge)
+        locate_base(judge, option="judge")
 
 
 def open_judge(judge: str | JudgeEndpoint, notice: Notice) -> Judge:
@@ -225,5 +225,5 @@ def open_judge(judge: str | JudgeEndpoint, notice: Notice) -> Judge:
         artifact = open_artifact(judge, ("adapter", "release"))
         base, model = open_tuned(artifact, notice)
         return LocalJudge(f"{artifact.path.name} on {base.ref.name}", base, model)
-    base = open_base(judge, notice=notice)
+    base = open_base(judge, notice=notice, option="judge")
     return LocalJudge(base.ref.name, base, base.model)

@@ -424,11 +424,11 @@ def open_adapter(model: Any, path: Path) -> Any:
     return round_once(tuned.to(model.device).eval())
 
 
-def load_start(model: Any, path: Path) -> None:
+def load_start(model: Any, path: Path, kind: str = "") -> None:
     """Load the adapter in `path` into a model's LoRA factors and a composed base's projectors.
 
-    The factors are those of `inject_lora`. Raises ConfigError if the adapter has another rank, alpha or targets,
-    ModelError as `open_adapter`.
+    The factors are those of `inject_lora`. kind: `method.kind` of the recipe, for messages; by default the model's.
+    Raises ConfigError if the adapter has another rank, alpha or targets, ModelError as `open_adapter`.
     """
     weights = read_weights(path)
     fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -436,12 +436,15 @@ def load_start(model: Any, path: Path) -> None:
     config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     start_method, run_method = method_of(fields), method_of(config)
-    differing = [] if start_method == run_method else [f"kind {start_method} there, {run_method} here"]
+    kind = kind or run_method
+    differing = [] if start_method == run_method else [f"kind {start_method} there, {kind} here"]
     if not differing:
         for label, key in _START_FIELDS.items():
             start_value, run_value = fields.get(key), config.get(key)
             if start_value != run_value:
                 differing.append(f"{label} {start_value} there, {run_value} here")
+        if differing and kind == "pissa":
+            differing[-1] += ", which is twice the recipe's"
     if set(state) != set(weights) and start_method == run_method:
         differing.append(_targets_text(fields))
     elif not differing:
@@ -449,10 +452,7 @@ def load_start(model: Any, path: Path) -> None:
             :1
         ]
     if differing:
-        options = ", ".join(f"{label}: {fields[key]}" for label, key in _START_FIELDS.items() if fields.get(key))
-        if start_method != run_method or not options:
-            options = f"kind: {start_method}"
-        remedy = f"method: {{{options}, targets: ...}} as it has them, or no start"
+        remedy = f"{_start_flags(fields, weights, kind)} --method.start {path}; or --method.start '' to begin afresh"
         raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)
     if (media := _composed(model)) is not None:
         composed_model.load_projectors(media, path)
@@ -462,6 +462,26 @@ def load_start(model: Any, path: Path) -> None:
 
 # options of a method by their name in peft's config, which a start must share
 _START_FIELDS = {"rank": "r", "alpha": "lora_alpha", "block_size": "oft_block_size"}
+
+
+def _start_flags(fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], kind: str) -> str:
+    """Return the flags of a recipe under which an adapter with this config and these tensors is a start."""
+    method = method_of(fields)
+    options = {label: fields[key] for label, key in _START_FIELDS.items() if method != "full" and fields.get(key)}
+    if kind == "pissa" and method == "lora" and options["rank"] % 2 == 0:  # its factors have twice the recipe's rank
+        method, options = "pissa", {label: value / 2 for label, value in options.items()}
+    targets, layers = fields["target_modules"], fields.get("layers_to_transform")
+    layers_text = f"top-{len(layers)}" if layers else "all"
+    if method == "full":
+        targets = names = fields["modules_to_save"]
+        if any(key.endswith(".weight") and tensor.ndim == 1 for key, tensor in weights.items()):  # norms
+            targets = "all"
+        indices = {_layer_of(name) for name in names}
+        layers_text = "all" if None in indices else f"top-{len(indices)}"
+    modules = targets if isinstance(targets, str) else f"'[{', '.join(sorted(targets))}]'"
+    flags = {"kind": method, **{label: f"{value:.15g}" for label, value in options.items()}}
+    flags |= {"targets.modules": modules, "targets.layers": layers_text}
+    return " ".join(f"--method.{name} {text}" for name, text in flags.items())
 
 
 def _targets_text(fields: Mapping[str, Any]) -> str:

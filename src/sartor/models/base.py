@@ -91,19 +91,20 @@ def open_base(
     bits: int | str = "auto",
     device: torch.device | None = None,
     notice: Callable[[str], object] = lambda line: None,
+    option: str = "base",
 ) -> Base:
     """Return the base that `name` denotes, in memory, in eval mode, without gradients.
 
     bits: bits per weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware; `auto` for
     `best_dtype`; 8 and 4 for a quantised base (`quantization.py`) that computes in `best_dtype`, the dtype of its LM
-    head and norms.
+    head and norms. option: that names the base, for remedies.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not
     installed, ConfigError when the device does not support them. `notice` is called with a line of text before a long
     step.
     """
-    ref = model_refs.locate_base(name, revision, licence)
+    ref = model_refs.locate_base(name, revision, licence, option=option)
     if ref.is_converted:
         convert(ref, notice)
     device = device or best_device()

@@ -65,7 +65,7 @@ def _check_written(example: Example, chat: ChatTokenizer, rule: str) -> None:
         if any(message.reasoning_content.strip() not in text for message in messages):
             raise SourceError(
                 f"it leaves out reasoning that data.reasoning={rule} keeps; take last, or drop",
-                "data.reasoning=last, or data.reasoning=drop",
+                "--data.reasoning last, or --data.reasoning drop",
             )
 
 

@@ -5,9 +5,10 @@
     memory           = weights + gradients and moments + activations of a micro-batch
 
 `passes` counts a forward pass as one: the backward pass to the inputs is another, recomputed activations a third, and
-gradients of the weights, which only full fine-tuning needs, a fourth. The rate of this machine is that which the
-recipe's own plan measured, with the recipe's base; nothing is run on the other bases. GPUs are taken from data sheets
-and are not calibrated. Every assumption is in `assumptions` of the result.
+gradients of the weights, which only full fine-tuning needs, a fourth. dpo and kto have forward passes besides, of the
+reference. Of distil and grpo no time is stated: sampled replies and a teacher are no passes over the rows. The rate of
+this machine is that which the recipe's own plan measured, with the recipe's base; nothing is run on the other bases.
+GPUs are taken from data sheets and are not calibrated. Every assumption is in `assumptions` of the result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from sartor.core.errors import BudgetError, ConfigError
 from sartor.tune.cost_model import Interval, ModelShape
 from sartor.tune.plan import PlanMeasurement, hourly, plan
-from sartor.tune.recipe import Recipe, load
+from sartor.tune.recipe import REFERENCED, SAMPLED, Kto, Objective, Recipe, Sft, load
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class Method(StrEnum):
 class ComparedCost:
     """One base, tuned by one method on one kind of device.
 
-    devices: how many are needed; 0 if it does not fit at all. time_s and cost are None then, and cost without a price.
+    devices: how many are needed; 0 if it does not fit at all. time_s and cost are None then and where the objective's
+    time is not foreseen, and cost without a price.
     """
 
     base: str
@@ -211,7 +213,7 @@ class ComparedCost:
             "method": str(self.method),
             "device": self.device if self.devices < 2 else f"{self.devices} x {self.device}",
             "memory, GB": f"{memory.estimate:.1f} ({memory.low:.1f} to {memory.high:.1f})",
-            "time": _duration(self.time_s) if self.time_s else "does not fit",
+            "time": _duration(self.time_s) if self.time_s else "not foreseen" if self.devices else "does not fit",
             "cost": f"{self.cost.estimate:.2f} ({self.cost.low:.2f} to {self.cost.high:.2f})" if self.cost else "",
         }
 
@@ -294,7 +296,7 @@ def compare_costs(
             f"nothing can be compared, since the recipe itself is refused: {reason.problem if reason else 'no row'}",
             reason.remedy if reason else "sartor plan RECIPE",
         )
-    comparison = _Comparison(planned.measurement, getattr(resolved.method, "rank", DEFAULT_RANK))
+    comparison = _Comparison(planned.measurement, getattr(resolved.method, "rank", DEFAULT_RANK), resolved.objective)
     rows = []
     for name, base in shapes.items():
         rows += [comparison.here(name, base, method, price_h) for method in Method]
@@ -309,6 +311,13 @@ class _Comparison:
 
     measured: PlanMeasurement
     rank: int
+    objective: Objective = Sft()
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes beside those of an update: of the reference, and of the replies that kto's z_0 needs."""
+        needs_other_replies = isinstance(self.objective, Kto) and self.objective.divergence == "estimate"
+        return int(isinstance(self.objective, REFERENCED)) + int(needs_other_replies)
 
     def passes(self, method: Method) -> int:
         """Return the passes of an update in units of a forward pass."""
@@ -347,10 +356,14 @@ class _Comparison:
         cost = ComparedCost(name, base.parameters, method, HERE, 0, trainable, memory)
         if memory.estimate > measured.memory.limit_bytes:
             return cost
+        if isinstance(self.objective, SAMPLED):
+            return replace(cost, devices=1)
         # layers below the adapted ones have a forward pass alone
         own_passes = 1 + (self.passes(Method.LORA) - 1) * own.adapted / own.layers
         own_flops = self.token_flops(own, own.linear_bytes // own.element_bytes, own_passes)
-        factor = self.token_flops(shape, base.linear, self.passes(method)) / own_flops
+        # the measured seconds are those of the updates alone
+        passes = self.passes(method) + self.reference_passes
+        factor = self.token_flops(shape, base.linear, passes) / own_flops
         half_width = min(measured.half_width + CARRIED_HALF_WIDTH * abs(math.log10(factor)), MOST_HALF_WIDTH)
         seconds = measured.seconds * factor
         time_s = Interval(seconds, seconds * (1 - half_width), seconds / (1 - half_width))
@@ -376,7 +389,10 @@ class _Comparison:
         cost = ComparedCost(name, base.parameters, method, gpu_name, 0, trainable, memory_bytes)
         if (weights + states) / devices > room:
             return cost
-        flops = self.token_flops(shape, base.linear, self.passes(method)) * measured.tokens
+        if isinstance(self.objective, SAMPLED):
+            return replace(cost, devices=devices)
+        passes = self.passes(method) + self.reference_passes
+        flops = self.token_flops(shape, base.linear, passes) * measured.tokens
         seconds = flops / (gpu.tflops * 1e12 * devices) * (1 + DOUBLING_OVERHEAD * math.log2(devices))
         utilisation = SMALL_UTILISATION if base.parameters < SMALL_PARAMETERS else UTILISATION
         time_s = Interval(seconds / utilisation.estimate, seconds / utilisation.high, seconds / utilisation.low)
@@ -397,6 +413,16 @@ class _Comparison:
             "the tokens are those of the recipe's tokenizer and budget; loading, downloads, evaluations and trials "
             "are not included",
         ]
+        if isinstance(self.objective, SAMPLED):
+            here.append(
+                f"time: not foreseen under {self.objective.kind}, whose sampled replies or teacher cost more than the "
+                "updates do; sartor plan RECIPE without --compare foresees it here, of the recipe's own base"
+            )
+        elif self.reference_passes:
+            here.append(
+                f"{self.objective.kind}: forward passes beside those of an update: {self.reference_passes}; that of "
+                "the reference is counted in every epoch, and made in the first alone"
+            )
         if not has_gpus:
             return here
         return [

@@ -283,7 +283,9 @@ class Interval:
     def __mul__(self, factor: float) -> Interval:
         return Interval(self.estimate * factor, self.low * factor, self.high * factor)
 
-    def __add__(self, other: float) -> Interval:
+    def __add__(self, other: float | Interval) -> Interval:
+        if isinstance(other, Interval):
+            return Interval(self.estimate + other.estimate, self.low + other.low, self.high + other.high)
         return Interval(self.estimate + other, self.low + other, self.high + other)
 
     def at_most(self, limit: float) -> Interval:

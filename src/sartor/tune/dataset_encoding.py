@@ -17,7 +17,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.models.reasoning_rules import with_reasoning_rule
 from sartor.tune import preflight
-from sartor.tune.recipe import PAIRED, SAMPLED, Kto, Objective, Recipe, Rehearsal, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Distil, Kto, Objective, Recipe, Rehearsal, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -33,7 +33,8 @@ def encode_preference(
     that.
     folder: below which the row's media lie.
     Weights of turns: a preference concerns the last reply alone, so the weight of that turn is the row's; the others
-    have no part in it. Distillation learns a turn or does not, so its weights are 0 and 1.
+    have no part in it. Distillation learns a turn or does not, so its weights are 0 and 1. GRPO learns the model's own
+    replies in place of the last one, so the weights above 0 are of no account.
     Raises SourceError as `ChatTokenizer.encode` does, and for weights that the objective cannot take.
     """
     if example.rejected and not isinstance(objective, (Sft, *SAMPLED)):
@@ -53,10 +54,16 @@ def encode_preference(
     row = chat.encode(example, folder)
     if not isinstance(objective, SAMPLED):
         return [(row, example)]
-    if row.factors is not None or not example.messages[-1].weight:
+    is_last_learnt = bool(example.messages[-1].weight)
+    if isinstance(objective, Distil) and not (is_last_learnt and row.factors is None):
         raise SourceError(
-            f"{objective.kind} learns turns of weight 0 or 1, the last of weight 1",
+            "distil learns turns of weight 0 or 1, the last of weight 1",
             "other weights of turns are for objective: sft; or set `weight` of the row",
+        )
+    if not is_last_learnt:
+        raise SourceError(
+            "the last turn has weight 0, and grpo learns replies in its place",
+            "remove the turn, or set its `weight` to 1",
         )
     return [(to_distil(row, example), example)]
 
@@ -188,7 +195,7 @@ def encode_rows(
             data.leave_out(f"rehearsal_{reason}", *ids)
         if not data.rehearsal:
             error = _no_rows_error(rehearsal, recipe, beside)
-            raise SourceError(f"of the rehearsal {error.problem}", f"{error.remedy}, or data.rehearsal=none")
+            raise SourceError(f"of the rehearsal {error.problem}", f"{error.remedy}, or --data.rehearsal none")
         data.rehearsal_factor = _rehearsal_factor(recipe.data.rehearsal, data)
         data.rehearsal = [replace(row, weight=row.weight * data.rehearsal_factor) for row in data.rehearsal]
     return data
@@ -271,7 +278,6 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
     if "rated_bad" in data.left_out:
         remedy = "objective: {kind: kto} learns from rows that were rated bad"
     if "too_long" in data.left_out:
-        remedy = (
-            f"data.max_length_tokens={preflight.length_that_keeps(data.lengths)} (now {recipe.data.max_length_tokens})"
-        )
+        limit = preflight.length_that_keeps(data.lengths)
+        remedy = f"--data.max_length_tokens {limit} (now {recipe.data.max_length_tokens})"
     return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)

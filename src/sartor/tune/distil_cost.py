@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +13,19 @@ from sartor.core.row_warnings import DataWarning
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.base import Base
+from sartor.models.losses.transformers_backend import unpacked
 from sartor.tune.checkpoint_selection import last_reply
-from sartor.tune.cost_model import FORWARD_FRACTION, TimeModel, take
+from sartor.tune.cost_model import FORWARD_FRACTION, MOST_HALF_WIDTH, Interval, TimeModel, take
 from sartor.tune.distil_teachers import DistilTeacher
 from sartor.tune.distillation import distil_rows
 from sartor.tune.recipe import Distil, Grpo, ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
+from sartor.tune.training_loop import Counters
 
 # Tokens that the teacher scores as a sample, and tokens and rows of the sampled replies
 _SCORED_TOKENS, _REPLY_TOKENS, _REPLY_ROWS = 256, 8, 8
+# Replies that `generate` computes at once, and most tokens of the prompts of a sample of them
+_BATCH_ROWS, _SAMPLED_TOKENS = 64, 4096
 ENDPOINT = "teacher_endpoint"
 
 
@@ -71,7 +77,7 @@ def measure(
     return DistilCost(token_s, _reply_token_s(objective, prompts, base=base, model=model), warnings)
 
 
-def _reply_token_s(objective: Distil | Grpo, prompts: Sequence[Sequence[int]], *, base: Base, model: Any) -> float:
+def _reply_token_s(objective: Distil, prompts: Sequence[Sequence[int]], *, base: Base, model: Any) -> float:
     """Return the seconds of a token of sampled replies, measured on a few of them."""
     limit = min(_REPLY_TOKENS, objective.max_reply_tokens)
     sampling = Sampling(limit, temperature=objective.temperature)
@@ -83,18 +89,82 @@ def _reply_token_s(objective: Distil | Grpo, prompts: Sequence[Sequence[int]], *
     return reply_s
 
 
-def grpo_seconds(
-    objective: Grpo, tokens: int, times: TimeModel, *, base: Base, model: Any, data: TokenizedDataset
-) -> float:
-    """Return the seconds of a run of GRPO that reads `tokens`, beside one update of each row.
+@dataclass(frozen=True)
+class SamplingTimes:
+    """Measured seconds of replies to a batch of prompts.
 
-    Replies are taken to be as long as those of the Dataset. The verifier's own time is not part of it.
+    rows: of the batch. prompt_token_s: for each token of its prompts. step_s: for one token of every reply.
     """
+
+    rows: int
+    prompt_token_s: float
+    step_s: float
+
+    def seconds(self, rows: float, prompt_tokens: float, reply_tokens: float, growth: float) -> float:
+        """Return the seconds of replies to `rows` prompts of so many tokens together.
+
+        growth: power by which the time of a step grows with the rows beyond the measured ones, 0 to 1.
+        """
+        return prompt_tokens * self.prompt_token_s + reply_tokens * self.step_s * max(rows / self.rows, 1.0) ** growth
+
+
+def sampling_times(objective: Grpo, prompts: Sequence[Sequence[int]], *, base: Base, model: Any) -> SamplingTimes:
+    """Return the times of a batch of prompts, measured on replies of one token and of several.
+
+    No reply ends before its limit here, so the number of tokens is known.
+    """
+    limit = min(_REPLY_TOKENS, objective.max_reply_tokens)
+    seconds = {}
+    for tokens in (1, 1, limit):  # the first time warms up
+        sampling = Sampling(tokens, temperature=objective.temperature)
+        started = time.perf_counter()
+        with unpacked(model):
+            generate(model, prompts, stop=(), pad=base.chat.pad, sampling=sampling)
+        seconds[tokens] = time.perf_counter() - started
+    step_s = max(seconds[limit] - seconds[1], 0.0) / max(limit - 1, 1)
+    prompt_s = max(seconds[1] - step_s, 0.0)
+    return SamplingTimes(len(prompts), prompt_s / sum(map(len, prompts)), step_s)
+
+
+def grpo_seconds(
+    recipe: ResolvedRecipe, counters: Counters, times: TimeModel, *, base: Base, model: Any, data: TokenizedDataset
+) -> Interval:
+    """Return the seconds of a run of GRPO beside one update of each row that it reads.
+
+    Nobody knows how long the replies will be: the ends of the interval are replies of one token, of which none is
+    learnt, and replies of `max_reply_tokens`, all of which are. The estimate has those of the Dataset. The verifier's
+    own time is not part of it.
+    """
+    objective = recipe.objective
+    assert isinstance(objective, Grpo)
     prompts = [prompt for prompt, _ in map(last_reply, distil_rows(take(data.train, _SCORED_TOKENS))) if prompt]
     if not prompts:
-        return 0.0
-    replied = objective.group_size * tokens * data.supervised_tokens / max(data.tokens, 1)
-    # every reply of a group but one, and of all of them the reference's pass
-    passes = objective.group_size - 1 + (objective.group_size * FORWARD_FRACTION if objective.beta else 0.0)
-    reply_s = _reply_token_s(objective, prompts[:_REPLY_ROWS], base=base, model=model)
-    return replied * reply_s + passes * tokens * times.token_s
+        return Interval(0.0, 0.0, 0.0)
+    rows_read = counters.tokens * len(data.train) / max(data.tokens, 1)
+    size, updates = objective.group_size, max(counters.updates, 1)
+    batches = math.ceil(rows_read / updates * size / _BATCH_ROWS)  # of an update
+    rows = rows_read / updates * size / batches
+    fitting = max(_SAMPLED_TOKENS // max(map(len, prompts)), 1)
+    repeated = itertools.cycle(prompt for prompt in prompts for _ in range(size))
+    sampled = list(itertools.islice(repeated, max(min(round(rows), fitting), 1)))
+    replies = sampling_times(objective, sampled, base=base, model=model)
+    # the Dataset's own replies stand for prompts and replies of the run
+    own_reply = min(data.supervised_tokens / len(data.train), float(objective.max_reply_tokens))
+    prompt_tokens = counters.tokens * (1 - data.supervised_tokens / max(data.tokens, 1))
+    evaluated = len(data.held_out) * recipe.evaluations
+
+    def seconds(reply_tokens: float, growth: float, *, is_shared: bool, is_learnt: bool) -> float:
+        all_prompts = size * prompt_tokens * (1 + evaluated / (size * max(rows_read, 1.0)))
+        steps = reply_tokens * (updates * batches + recipe.evaluations * math.ceil(len(data.held_out) / _BATCH_ROWS))
+        sampling_s = replies.seconds(rows, all_prompts, steps, growth)
+        if not is_learnt:
+            return sampling_s - counters.tokens * times.token_s
+        replied = size * rows_read * reply_tokens
+        passed = replied + prompt_tokens * (1 if is_shared else size)
+        reference = (replied + size * prompt_tokens) * FORWARD_FRACTION if objective.beta else 0.0
+        return sampling_s + (passed + reference - counters.tokens) * times.token_s
+
+    estimate = seconds(own_reply, 0.5, is_shared=recipe.compute.share_prefixes, is_learnt=True)
+    low = seconds(1.0, 0.0, is_shared=True, is_learnt=False)
+    high = seconds(objective.max_reply_tokens, 1.0, is_shared=False, is_learnt=True)
+    return Interval(estimate, min(low - abs(low) * MOST_HALF_WIDTH, estimate), high * (1 + MOST_HALF_WIDTH))

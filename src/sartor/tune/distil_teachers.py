@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ OWN_BASE = "base"
 # Tokens that a local teacher computes at once
 _TEACHER_TOKENS = 512
 _OPTION = "objective.teacher"
+# Log-probabilities up to this are taken for 0: servers round
+_ROUNDING = 1e-3
+_TOKEN_ID = "token_id:"  # vLLM's spelling of a token by its id
 
 
 class DistilTeacher(Protocol):
@@ -239,13 +243,15 @@ class RemoteTeacher:
         }
 
         def read(lines: Iterable[bytes], content_type: str) -> PromptScores:
-            return self._read(lines, len(teacher_row.ids))
+            return self._read(lines, teacher_row.ids)
 
         seed = hashlib.sha256(repr(teacher_row.ids).encode()).hexdigest()
         scores = self.client.ask(json.dumps(body).encode(), len(teacher_row.ids), read, seed=seed)
         if scores is None:
             problem = f"{self.name} refuses the row {row.example_id} of {len(teacher_row.ids):,} tokens"
-            raise ModelError(problem, f"data.max_length_tokens={len(teacher_row.ids) - 1}, or a longer context there")
+            raise ModelError(
+                problem, f"--data.max_length_tokens {len(teacher_row.ids) - 1}, or a longer context there"
+            )
         places = [place for place in range(1, len(teacher_row.ids)) if teacher_row.learnt[place]]
         targets = torch.tensor([scores.targets[place] for place in places])
         chunks = self.translation.chunks(row, teacher_row)
@@ -263,12 +269,14 @@ class RemoteTeacher:
         """Return the likeliest tokens that a text names, with the row's own token: id -> log-probability."""
         bins = {target: value}
         for text, log_probability in top.items():
-            token = int(text.removeprefix("token_id:")) if text.startswith("token_id:") else self._ids.get(text, -1)
-            if token >= 0:
+            token = self._ids[text] if text in self._ids else _stated_id(text)
+            if 0 <= token < self.translation.vocabulary and log_probability > -math.inf:
                 bins.setdefault(token, log_probability)
         return bins
 
-    def _read(self, lines: Iterable[bytes], tokens: int) -> PromptScores:
+    def _read(self, lines: Iterable[bytes], ids: Sequence[int]) -> PromptScores:
+        """Return the scores in an answer about the prompt `ids`."""
+        tokens = len(ids)
         fields = json_body(b"".join(bounded_lines(lines)).decode("utf-8", "replace"))
         choices = fields.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -282,17 +290,60 @@ class RemoteTeacher:
         try:
             targets = [float("nan") if value is None else float(value) for value in values[:tokens]]
             named = [{str(name): float(value) for name, value in (top or {}).items()} for top in tops[:tokens]]
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
             raise IncompleteResponseError("its log-probabilities are no numbers") from None
-        if any(value != value for value in targets[1:]):
+        if any(math.isnan(value) for value in targets[1:]):
             raise self._lacks("it gives no log-probability of some tokens of the prompt")
+        for value in (*targets[1:], *(value for top in named[1:] for value in top.values())):
+            if not value <= _ROUNDING:
+                raise self._lacks(f"one of its log-probabilities is {value}; they must be at most 0")
+        if -math.inf in targets:
+            raise self._lacks("one of its log-probabilities of the prompt's tokens is -inf")
+        self._check_tokens(found.get("tokens"), ids)
         return PromptScores(targets, named + [{} for _ in range(tokens - len(named))])
 
-    def _lacks(self, lack: str) -> ModelError:
+    def _check_tokens(self, echoed: Any, ids: Sequence[int]) -> None:
+        """Raise ModelError if most of the echoed tokens are other texts than `ids` have in the student's tokenizer.
+
+        The student's was never stated to be the teacher's. Special tokens and parts of characters are not compared.
+        """
+        if self.options.tokenizer or not isinstance(echoed, list):
+            return
+        tokenizer = self.translation.teacher.tokenizer
+        special = set(tokenizer.all_special_ids)
+        compared, differing = 0, list[str]()
+        for token, text in zip(ids, echoed, strict=False):
+            own, piece = _bare(tokenizer.decode([token])), _bare(tokenizer.convert_ids_to_tokens(token))
+            is_comparable = isinstance(text, str) and own and "\ufffd" not in own + text
+            if not is_comparable or token in special or text.startswith("bytes:"):
+                continue
+            compared += 1
+            if _bare(text) not in (own, piece) and _stated_id(text) != token:
+                differing.append(f"id {token} is {own!r} here and {text[:40]!r} there")
+        if 2 * len(differing) > compared:
+            raise self._lacks(
+                f"it has another tokenizer than the student: {len(differing)} of {compared} tokens are other texts, "
+                f"{differing[0]}",
+                f"{_OPTION}.tokenizer: BASE, a directory or hub name that has the tokenizer of {self.options.model}",
+            )
+
+    def _lacks(self, lack: str, remedy: str = "") -> ModelError:
         return ModelError(
             f"{self.client.access.url} ({self.options.model}) cannot teach: {lack}",
-            f"{_OPTION}: a server whose /completions takes echo and logprobs (vLLM, SGLang), or a base on disk",
+            remedy
+            or f"{_OPTION}: a server whose /completions takes echo and logprobs (vLLM, SGLang), or a base on disk",
         )
+
+
+def _stated_id(text: str) -> int:
+    """Return the id in a text such as `token_id:17`; -1 if it has none."""
+    digits = text.removeprefix(_TOKEN_ID)
+    return int(digits) if digits != text and digits.isascii() and digits.isdigit() and len(digits) < 10 else -1
+
+
+def _bare(text: str) -> str:
+    """Return a token's text without spaces around it, however its vocabulary writes them."""
+    return text.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", " ").strip()
 
 
 def open_teacher(recipe: ResolvedRecipe, base: Base, notice: Notice) -> DistilTeacher | None:
@@ -321,7 +372,9 @@ def _open_remote(objective: Distil, options: TeacherEndpoint, base: Base, notice
         option=_OPTION,
         notice=notice,
     )
-    chat = read_chat(locate_base(options.tokenizer)) if options.tokenizer else base.chat
+    chat = base.chat
+    if options.tokenizer:
+        chat = read_chat(locate_base(options.tokenizer, option=f"{_OPTION}.tokenizer"))
     return RemoteTeacher(client, options, Translation(base.chat, chat), objective.top_k)
 
 
@@ -367,7 +420,7 @@ def _open_local(recipe: ResolvedRecipe, name: str, base: Base, notice: Notice) -
 
 
 def _open_base(name: str, base: Base, notice: Notice) -> Base:
-    teacher = open_base(name, device=base.device, notice=notice)
+    teacher = open_base(name, device=base.device, notice=notice, option=_OPTION)
     if teacher.media is not None:
         raise ConfigError(f"the teacher {name} reads media, and distillation reads text alone", f"{_OPTION}: base")
     return teacher

@@ -310,9 +310,9 @@ def _remedy(mean_reward: float, objective: Grpo) -> str:
     if not mean_reward:
         return (
             "no reply is rewarded: tune by sft on some right replies first and go on from there (method.start); if "
-            f"they are cut before their end: objective.max_reply_tokens={2 * objective.max_reply_tokens}"
+            f"they are cut before their end: --objective.max_reply_tokens {2 * objective.max_reply_tokens}"
         )
     return (
-        f"objective.temperature={objective.temperature + 0.3:.1f}, or objective.group_size="
+        f"--objective.temperature {objective.temperature + 0.3:.1f}, or --objective.group_size "
         f"{2 * objective.group_size}, so that replies differ; or harder rows; then start over with --replace"
     )

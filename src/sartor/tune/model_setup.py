@@ -19,6 +19,7 @@ from sartor.models.multimodal import trainable_parts
 from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.multimodal.whisper_base import WhisperMedia
 from sartor.models.tensor_files import TensorCache
+from sartor.tune import preflight
 from sartor.tune.methods.full import Full
 from sartor.tune.methods.targets import ALL, Placement, Targets
 from sartor.tune.recipe import Method, Recipe
@@ -60,7 +61,8 @@ def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
     """Return the base's model with the recipe's method on it, and the other parts that the recipe trains.
 
     What is trained begins anew or as `method.start`.
-    Raises ConfigError for targets and methods that the base does not support, and what `start_of` raises.
+    Raises ConfigError for targets and methods that the base does not support, BudgetError for an adapter larger than
+    the memory, and what `start_of` raises.
     """
     method, targets = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
@@ -72,11 +74,16 @@ def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
         top_layers=None if is_native else targets.top,
         seed=recipe.seed,
     )
+    linear = placement.targets.linear if is_native else placement.targets
+    if linear != ALL:  # `full` of all weights is counted before the base is opened
+        shapes = adapters.linear_shapes(base.model, linear, placement.top_layers)
+        for refusal in preflight.of_adapter(recipe, shapes, base.device):
+            raise refusal.error
     model = method.inject(base.model, placement)
     if targets.projector == "full" and not is_native:
         adapters.train_projectors(model)
     if (start := start_of(recipe, base)) is not None:
-        adapters.load_start(model, start.path)
+        adapters.load_start(model, start.path, method.kind)
     return model
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import ConfigError, SartorError, SourceError
+from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
 from sartor.core.row_warnings import DataWarning
 from sartor.models import hardware, kernels
 from sartor.models.base import Base, machine_facts
@@ -213,7 +213,11 @@ def plan(
         open_grpo(resolved, base, data, notice)
     except SartorError as error:
         verifier_refusals.append(preflight.Refusal(preflight.VERIFIER, error.problem, error.remedy))
-    model = inject_recipe_adapter(resolved, base)
+    try:
+        model = inject_recipe_adapter(resolved, base)
+    except BudgetError as error:
+        oversized = preflight.Refusal(preflight.MEMORY, error.problem, error.remedy)
+        return TuningPlan(device=str(base.device), refusals=[oversized, *verifier_refusals])
     forecast = _forecast(
         resolved,
         dataset,
@@ -271,6 +275,7 @@ def _forecast(
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
     refusals.extend(preflight.check_memory(memory, recipe, loads))
     duration, measurement, warnings = None, None, list[DataWarning]()
+    replies_s = Interval(0.0, 0.0, 0.0)
     if can_time:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         if updates is None:
@@ -294,9 +299,7 @@ def _forecast(
             start_s += cost.seconds(recipe, data, counters.tokens)
             warnings = [*warnings, *cost.warnings]
         if isinstance(recipe.objective, Grpo):
-            start_s += distil_cost.grpo_seconds(
-                recipe.objective, counters.tokens, times, base=base, model=model, data=data
-            )
+            replies_s = distil_cost.grpo_seconds(recipe, counters, times, base=base, model=model, data=data)
         # micro-batches by which `tune` measures its memory
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         calibration_batches = run_forecast.calibration_batches(sequences, max_tokens)
@@ -307,7 +310,7 @@ def _forecast(
             updates=updates,
             micro_batch_tokens=settled.micro_batch_tokens,
             data=data,
-            start_s=start_s,
+            start_s=replies_s + start_s,
             beginning=beginning,
         )
         all_rows = total(loads)
@@ -387,7 +390,7 @@ def run_seconds(
     updates: list[list[BatchLoad]] | None,
     micro_batch_tokens: int,
     data: TokenizedDataset,
-    start_s: float,
+    start_s: float | Interval,
     beginning: Sequence[int] = (),
 ) -> Interval:
     """Return the seconds of the tuning loop: start, updates and evaluations, capped by the budget's minutes."""
@@ -400,7 +403,7 @@ def run_seconds(
         return Interval(limit_s, limit_s, limit_s + evaluations_s)
     total_s = cost_model.RUN_PACE * (update_seconds(times, updates, micro_batch_tokens) + evaluations_s)
     loop_s = Interval(total_s, low=total_s * (1 - times.half_width), high=total_s * (1 + times.half_width))
-    duration = loop_s.at_least(0) + start_s
+    duration = (loop_s.at_least(0) + start_s).at_least(0)
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,7 @@ from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
 from sartor.tune.methods.full import Full
+from sartor.tune.methods.pissa import Pissa
 from sartor.tune.recipe import PAIRED, SAMPLED, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
@@ -37,6 +38,10 @@ MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = (
 _BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0, 32: 4.0}
 # Method `full`: the base's weight, its copy, the copy's gradient and two moments, fp32
 _FULL_BYTES_PER_WEIGHT = 20
+# Trained adapter in memory over the stored one: values, gradients and two moments; half of what pissa stores is frozen
+_STATE_FACTOR, _PISSA_STATE_FACTOR = 4.0, 2.5
+# A smaller adapter is counted with the micro-batch, whose refusal names more remedies
+_LEAST_STATE_BYTES = 1 << 28
 _KEPT_FRACTION = 0.99
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -87,7 +92,7 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
     width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize
     if count * width > available.bytes:
         fitting = [
-            f"base.bits={bits} ({count * size / 1e9:.2f} GB)"
+            f"--base.bits {bits} ({count * size / 1e9:.2f} GB)"
             for bits, size in _BYTES_PER_WEIGHT.items()
             if size < width and count * size <= available.bytes and _changed(recipe, [f"base.bits={bits}"])
         ]
@@ -107,8 +112,32 @@ def _of_full(recipe: Recipe, count: int, available: hardware.FreeMemory) -> Iter
             MEMORY,
             f"tuning all weights of {recipe.base.name} needs {needed / 1e9:.2f} GB: the weights, their copies, "
             f"gradients and two moments, each fp32; {available.bytes / 1e9:.2f} GB can be had ({available.bound})",
-            f"method.kind=lora (the weights need {count * 4 / 1e9:.2f} GB); or method.targets of fewer layers",
+            f"--method.kind lora (the weights need {count * 4 / 1e9:.2f} GB); or --method.targets.layers top-1, or as "
+            "many as fit",
         )
+
+
+def of_adapter(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], device: torch.device | None = None
+) -> Iterator[Refusal]:
+    """Yield a refusal if the adapter, its gradients and two moments do not fit. Nothing is allocated.
+
+    shapes: (out, in) of each adapted module.
+    """
+    method, available = recipe.method, hardware.available_bytes(device)
+    factor = _PISSA_STATE_FACTOR if isinstance(method, Pissa) else _STATE_FACTOR
+    needed = factor * method.stored_bytes(shapes)
+    if needed <= max(available.bytes, _LEAST_STATE_BYTES):
+        return
+    rank = getattr(method, "rank", 0)
+    problem = f"what {method.kind} trains needs {needed / 1e9:,.2f} GB, with gradients and two moments, each fp32"
+    remedy = "--method.kind lora; or --method.targets.layers top-1"
+    if rank:
+        problem = f"method.rank is {rank:,}: {problem}"
+        # half of what would just fit, and no rank above a module's sides: it would add nothing
+        widest = max(min(shape) for shape in shapes.values())
+        remedy = f"--method.rank {max(min(int(rank * available.bytes / needed / 2), widest), 1)}"
+    yield Refusal(MEMORY, f"{problem}; {available.bytes / 1e9:.2f} GB can be had ({available.bound})", remedy)
 
 
 def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
@@ -122,9 +151,9 @@ def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
         yield Refusal(
             TOO_LONG,
             f"{n_longer:,} of {len(lengths):,} rows ({n_longer / len(lengths):.0%}) are longer than "
-            f"data.max_length_tokens={limit} "
+            f"{limit} tokens (data.max_length_tokens) "
             f"and would be left out; data.too_long_fraction allows {recipe.data.too_long_fraction:.0%}",
-            f"data.max_length_tokens={length_that_keeps(lengths)} keeps {_KEPT_FRACTION:.0%}",
+            f"--data.max_length_tokens {length_that_keeps(lengths)} keeps {_KEPT_FRACTION:.0%}",
         )
 
 
@@ -191,7 +220,7 @@ def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[Bat
     if settled.fits:
         return
     needed_bytes = model.needs(settled.load).high
-    fixes = [f"{change} ({size / 1e9:.2f} GB)" for change, size in remedies(model, recipe, loads)]
+    fixes = [f"{as_flags(change)} ({size / 1e9:.2f} GB)" for change, size in remedies(model, recipe, loads)]
     if not fixes:  # no change of the recipe helps
         shape = replace(model.shape, recompute=True)
         smallest = choose_micro_batch(model, recipe, loads, shape)
@@ -203,6 +232,15 @@ def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[Bat
         f"{model.limit_bytes / 1e9:.2f} GB can be had ({model.bound})",
         "; or ".join(fixes),
     )
+
+
+def as_flags(changes: str) -> str:
+    """Return changes as flags that can be added to a command.
+
+    >>> as_flags("compute.recompute=true base.bits=8")
+    '--compute.recompute true --base.bits 8'
+    """
+    return " ".join(f"--{change.replace('=', ' ', 1)}" for change in changes.split())
 
 
 def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:

@@ -43,7 +43,7 @@ def sample_replies(
     if room < 1:
         raise ConfigError(
             f"a prompt of {max(map(len, prompts)):,} tokens leaves no room for a reply in {context:,}",
-            f"data.max_length_tokens={int(context) // 2}",
+            f"--data.max_length_tokens {int(context) // 2}",
         )
     is_training = model.training
     model.eval()

@@ -33,6 +33,8 @@ FREE_OPTIONS = (
     "base.revision",
     "objective.teacher",
 )
+# Free where its end is the end of the run, as of the verifier `python`: no reward depends on it
+VERIFIER_TIME = "objective.verifier.time_s"
 
 
 def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> CheckpointState:
@@ -179,7 +181,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if name in after:
             before.setdefault(name, value)
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(FREE_OPTIONS):
+        is_free = key.startswith(FREE_OPTIONS) or (
+            key == VERIFIER_TIME and after.get("objective.verifier.kind") == "python"
+        )
+        if before.get(key) != after.get(key) and not is_free:
             lines.append(f"recipe {key}: {_format_value(before.get(key))} -> {_format_value(after.get(key))}")
     for name in new.keys() - {"recipe"}:
         if old.get(name) != new[name]:

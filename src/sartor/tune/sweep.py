@@ -10,7 +10,9 @@ Of n trials all are tuned with a small part of the budget, the better 1/factor o
 so on until one is left with the whole budget (Jamieson & Talwalkar 2016, arXiv:1502.07943, algorithm 1, with fixed n).
 Each rung starts anew, since the course of the learning rate depends on the budget. All trials have the recipe's seed,
 rows and held-out rows; the measure is taken once, at the end of each run: the exact match of replies, or the loss
-where replies are long.
+where replies are long. Preferences are measured by the fraction of held-out rows that the model agrees with, and grpo
+by the reward of held-out rows. The loss of one objective or base cannot be compared with another's, so that sweeps
+whose trials would differ in that are refused.
 
 The winner was chosen by its score, so that score is too high on average. Its interval is therefore that of all trials
 measured with the whole budget and before (Bonferroni), and each measurement is a look in the ledger that a Report
@@ -31,12 +33,16 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import config, statistics
-from sartor.core.artifacts import Adapter, open_artifact
-from sartor.core.errors import ArtifactError, ConfigError, ModelError
+from sartor.core.artifacts import Adapter, kind_of, open_artifact
+from sartor.core.errors import ArtifactError, BudgetError, BusyError, ConfigError, DeadlineError, ModelError
 from sartor.core.filesystem import create_directory_atomic
 from sartor.core.line_ledger import LineLedger
+from sartor.core.model_refs import locate_base
+from sartor.models.base import read_chat
+from sartor.tune.checkpoint_selection import natural_metric
+from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.plan import TuningPlan, plan
-from sartor.tune.recipe import Recipe, Sft
+from sartor.tune.recipe import PAIRED, Grpo, Kto, Objective, Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.trainer import tune
 
@@ -47,6 +53,14 @@ FACTOR = 3
 # With fewer updates a rung's scores say nothing of the whole run
 LEAST_UPDATES = 4
 CONFIDENCE = 0.95
+_OTHER_OPTION = "--sweep optimizer.learning_rate=1e-4,5e-4"
+# metric of a trial -> key of its evaluation in the log, and label of the plot
+_LOGGED = {"agreement": "eval_agreement", "reward": "eval_reward"}
+_LABELS = {
+    "exact_match": "exact match of held-out rows",
+    "agreement": "agreement with held-out preferences",
+    "reward": "reward of held-out rows",
+}
 _LEDGER = LineLedger("journal of a sweep", 1, lambda line: "question" in line or "trial" in line, "rm {file}")
 
 
@@ -56,7 +70,8 @@ class SweepTrial:
 
     trial: its number. rung: from 0. fraction: of the budget.
     values: option -> value as it was given.
-    score: exact match, or the negative loss; None for a run that failed, and `problem` says why.
+    metric: exact_match, agreement, reward or loss.
+    score: by the metric, the loss negative; None for a run that failed, and `problem` says why.
     rows: held-out rows.
     """
 
@@ -74,9 +89,12 @@ class SweepTrial:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Sort key: higher is better; of equal scores the lower loss."""
+        """Sort key: higher is better; of equal scores the lower loss, where losses can be compared."""
         missing = -math.inf
-        return (missing if self.score is None else self.score, missing if self.loss is None else -self.loss)
+        score = missing if self.score is None else self.score
+        if any(_changes_loss(option) for option in self.values):
+            return score, 0.0
+        return score, missing if self.loss is None else -self.loss
 
 
 @dataclass(frozen=True)
@@ -155,25 +173,30 @@ def sweep(
     grid: dotted option -> values, as they would be given as flags: {"optimizer.learning_rate": ["1e-4", "5e-4"]}.
     trials: so many of the grid, drawn by the recipe's seed; all of them without it.
     factor: 1/factor of the trials go on, with `factor` times the budget.
-    resume: go on with a sweep that was stopped or killed, within the trial that it was in.
+    resume: go on with a sweep that was stopped or killed, within the trial that it was in. A finished one is returned.
 
-    Raises ConfigError (recipe, grid, taken `out`, another sweep in its folder, nothing held out), ModelError if every
-    trial failed, and what `tune` raises but ModelError: a trial whose loss explodes is out of the race.
+    Raises ConfigError (recipe, grid, scores that cannot be compared, taken `out`, another sweep in its folder, nothing
+    held out), ModelError if every trial failed, and what `tune` raises but ModelError, ConfigError and BudgetError: a
+    trial whose loss explodes, or whose values do not fit the base or the memory, is out of the race.
     """
     recipe, out = load_recipe(recipe), Path(out).absolute()
     chosen = _trials_of(recipe, grid, trials)
     if factor < 2:
         raise ConfigError(f"the factor is {factor}; it must be at least 2", "--halving 3")
     folder = out.with_name(f"{out.name}.sweep")
+    sizes = _rung_sizes(len(chosen), factor)
+    question = {"recipe": config.dump(recipe), "trials": chosen, "factor": factor}
     if out.exists() and not replace:
+        if resume and (finished := _finished(out, folder, question, len(sizes) - 1)):
+            notice(f"{out} is finished: nothing is left to do")
+            return finished
         raise ConfigError(f"{out} exists", "--replace, or another --out")
+    _check_comparable(recipe, chosen)
     planned = plan(recipe, notice=notice)
     for refusal in planned.refusals:
         raise ConfigError(f"the recipe is refused before any trial: {refusal.problem}", refusal.remedy)
-    sizes = _rung_sizes(len(chosen), factor)
     fractions = [factor ** (index - len(sizes) + 1) for index in range(len(sizes))]
     _check_budget(planned, fractions[0], len(chosen))
-    question = {"recipe": config.dump(recipe), "trials": chosen, "factor": factor}
     race = _Race(recipe, planned, folder, question, show=show, notice=notice)
     race.open(resume=resume, replace=replace)
     whole = sum(size * fraction for size, fraction in zip(sizes, fractions, strict=True))
@@ -187,7 +210,7 @@ def sweep(
         if all(result.score is None for result in results):
             raise ModelError(
                 f"all {len(results)} trials of rung {rung} failed: {results[0].problem}",
-                f"lower values of {' or '.join(grid)}, then --replace",
+                f"other values of {' or '.join(grid)}, lower ones where losses exploded; then --replace",
             )
         racing = [result.trial for result in sorted(results, key=lambda result: result.rank, reverse=True)]
     plot_sweep(race.measured, folder / "sweep.png")
@@ -245,7 +268,7 @@ class _Race:
         lines = _LEDGER.read_lines(self.file)
         if lines and not resume:
             raise ConfigError(f"{self.folder} has a sweep", "--resume goes on with it, --replace starts over")
-        if lines and lines[0]["question"] != json.loads(json.dumps(self.question)):
+        if lines and not _is_same(lines[0]["question"], self.question):
             raise ConfigError(f"{self.folder} has the sweep of another recipe or grid", "--replace, or another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not lines:
@@ -262,16 +285,15 @@ class _Race:
         result = SweepTrial(trial, rung, fraction, values)
         self.notice(f"rung {rung}, trial {trial}: {', '.join(f'{key} {value}' for key, value in values.items())}")
         try:
-            tuned = tune(
-                self._recipe_of(fraction, values),
-                self.folder_of(rung, trial),
-                resume=True,
-                show=self.show,
-                notice=self.notice,
-            )
-            result = _scored(result, tuned.adapter.manifest["run"])
-        except ModelError as error:
-            result = SweepTrial(trial, rung, fraction, values, problem=error.problem)
+            trial_recipe = self._recipe_of(fraction, values)
+            tuned = tune(trial_recipe, self.folder_of(rung, trial), resume=True, show=self.show, notice=self.notice)
+        except (BusyError, DeadlineError):  # of an endpoint, and not of the trial's values
+            raise
+        except (ModelError, ConfigError, BudgetError) as error:
+            result = dataclasses.replace(result, problem=error.problem)
+            self.notice(f"rung {rung}, trial {trial} is out: {error.problem}")
+        else:
+            result = _scored(result, tuned.adapter, _metric_of(trial_recipe.objective))
         self._note({"trial": asdict(result)})
         self.measured.append(result)
         return result
@@ -280,13 +302,19 @@ class _Race:
         """Return the recipe of a trial: a part of each limit of the budget, and one measurement at the end."""
         limits = {name: limit * fraction for name, limit in self.budget.items() if limit is not None}
         whole = {name: max(round(limit), 1) for name, limit in limits.items() if name in ("updates", "tokens")}
-        weights = "best" if isinstance(self.recipe.objective, Sft) else "last"
-        flags = [part for option, value in values.items() for part in (f"--{option}", value)]
-        options = {**config.dump(self.recipe), "budget": {**limits, **whole}, "evaluations": 1, "weights": weights}
-        return load_recipe(options, flags)
+        trial_recipe = _with_values(self.recipe, values)
+        options = {**config.dump(trial_recipe), "budget": {**limits, **whole}, "evaluations": 1}
+        weights = "best" if isinstance(trial_recipe.objective, Sft) else "last"
+        return load_recipe({**options, "weights": weights})
 
     def _note(self, line: dict[str, Any]) -> None:
         _LEDGER.write_lines(self.file, [*_LEDGER.read_lines(self.file), {"schema": _LEDGER.schema, **line}])
+
+
+def _with_values(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
+    """Return the recipe with a trial's values. Its weights are chosen by the trial's objective, so they are `auto`."""
+    flags = [part for option, value in values.items() for part in (f"--{option}", value)]
+    return load_recipe({**config.dump(recipe), "weights": "auto"}, flags)
 
 
 def _trials_of(recipe: Recipe, grid: Mapping[str, Sequence[str]], trials: int | None) -> list[dict[str, str]]:
@@ -308,10 +336,60 @@ def _trials_of(recipe: Recipe, grid: Mapping[str, Sequence[str]], trials: int | 
             if option.partition(".")[0] in fixed and option != "data.rehearsal.fraction":
                 raise ConfigError(
                     f"{option} cannot be swept: trials must have the same budget, rows and measure",
-                    "--sweep optimizer.learning_rate=1e-4,5e-4",
+                    _OTHER_OPTION,
                 )
-        load_recipe(recipe, [part for option, value in values.items() for part in (f"--{option}", value)])
+        _with_values(recipe, values)
     return combined
+
+
+def _metric_of(objective: Objective) -> str:
+    """Return the metric of an objective's trials; of sft `loss`, which the replies' exact match replaces if short."""
+    if isinstance(objective, Grpo):
+        return "reward"
+    return "agreement" if isinstance(objective, (*PAIRED, Kto)) else "loss"
+
+
+def _changes_loss(option: str) -> bool:
+    """Return whether losses under two values of an option cannot be compared."""
+    return option.partition(".")[0] == "objective" or option in ("base", "base.name", "base.text")
+
+
+def _check_comparable(recipe: Recipe, trials: Sequence[Mapping[str, str]]) -> None:
+    """Raise ConfigError if the scores of trials with these values could not be compared."""
+    options = [option for option in trials[0] if _changes_loss(option)]
+    if not options:
+        return
+    if verifiers := [option for option in options if option.startswith("objective.verifier")]:
+        raise ConfigError(f"{verifiers[0]} cannot be swept: each verifier gives other rewards", _OTHER_OPTION)
+    recipes = [_with_values(recipe, values) for values in trials]
+    # kto judges single replies, and the objectives of pairs which of two is better
+    measures = {"pairs" if isinstance(each.objective, PAIRED) else each.objective.kind for each in recipes}
+    if len(measures) > 1:
+        kinds = ", ".join(sorted({each.objective.kind for each in recipes}))
+        raise ConfigError(
+            f"trials of {kinds} cannot be compared: their scores are different measures",
+            f"one --sweep of objective.kind among {', '.join(sorted(cls.kind for cls in PAIRED))}; "
+            "or a run of each kind and sartor evaluate",
+        )
+    bases = {each.base.name: each for each in recipes}
+    for each in bases.values():
+        if _metric_of(each.objective) != "loss" or _is_matched(each):
+            continue
+        raise ConfigError(
+            f"{options[0]} cannot be swept: the trials' score would be their loss, which it changes by itself",
+            f"{_OTHER_OPTION}; or a run of each value and sartor evaluate",
+        )
+
+
+def _is_matched(recipe: Recipe) -> bool:
+    """Return whether trials of a recipe are scored by the exact match of replies."""
+    if not isinstance(recipe.objective, Sft):
+        return False
+    if recipe.base.towers:  # rows with media cannot be encoded without the towers
+        return True
+    chat = read_chat(locate_base(recipe.base.name, recipe.base.revision, recipe.base.licence))
+    dataset = open_artifact(recipe.data.path, "dataset")
+    return natural_metric(encode_rows(dataset, recipe, chat).held_out) == "exact_match"
 
 
 def _rung_sizes(count: int, factor: int) -> list[int]:
@@ -343,14 +421,45 @@ def _time(planned: TuningPlan, runs: float) -> str:
     return f", about {minutes.estimate:.0f} minutes ({minutes.low:.0f} to {minutes.high:.0f})"
 
 
-def _scored(trial: SweepTrial, run: Mapping[str, Any]) -> SweepTrial:
-    """Return the trial with the figures of its run. Raises ConfigError if nothing was held out."""
+def _is_same(question: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether the question of a journal is that of a sweep."""
+    return bool(question == json.loads(json.dumps(other)))
+
+
+def _finished(out: Path, folder: Path, question: Mapping[str, Any], last_rung: int) -> Sweep | None:
+    """Return the sweep whose winner is at `out`; None if it is not finished, or of another question."""
+    lines = _LEDGER.read_lines(folder / "sweep.jsonl")
+    if not lines or not _is_same(lines[0]["question"], question) or kind_of(out) != "adapter":
+        return None
+    trials = [SweepTrial(**line["trial"]) for line in lines[1:]]
+    winners = [trial for trial in trials if trial.rung == last_rung and trial.score is not None]
+    if not winners or kind_of(folder / f"{last_rung}-{winners[0].trial}") != "adapter":
+        return None
+    adapter = _adapter(out)
+    is_winner = adapter.id == _adapter(folder / f"{last_rung}-{winners[0].trial}").id
+    return Sweep(adapter, trials, folder) if is_winner else None
+
+
+def _scored(trial: SweepTrial, adapter: Adapter, metric: str) -> SweepTrial:
+    """Return the trial with the figures of its run.
+
+    Raises ConfigError if nothing was held out, or no preference among what was.
+    """
+    run = adapter.manifest["run"]
     loss, selection = run["loss"].get("eval"), run.get("selection")
     if loss is None:
         raise ConfigError(
             "no row is held out, so trials cannot be compared", "--data.eval_fraction 0.1 and --data.eval_rows 64"
         )
-    metric, score, rows = "loss", -float(loss), 0
+    score, rows = -float(loss), 0
+    if key := _LOGGED.get(metric):
+        logged = [json.loads(line) for line in (adapter.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        scores = [line[key] for line in logged if key in line]
+        if not scores:
+            raise ConfigError(
+                "no held-out row has a preference, so trials cannot be compared", "--data.eval_fraction 0.2"
+            )
+        score = float(scores[-1])
     if selection is not None:
         rows = selection["rows"]
         if selection["metric"] == "exact_match":
@@ -398,7 +507,7 @@ def plot_sweep(trials: Sequence[SweepTrial], file: Path) -> None:
     axes.set_xticks(fractions, [f"{fraction:.0%}" for fraction in fractions])
     axes.minorticks_off()
     axes.set_xlabel("part of the budget")
-    axes.set_ylabel("exact match of held-out rows" if winner.metric == "exact_match" else "negative loss, nats")
+    axes.set_ylabel(_LABELS.get(winner.metric, "negative loss, nats"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file)

@@ -39,6 +39,8 @@ MOST_WORKER_BYTES = 2 << 30
 # Seconds in which a module is imported
 IMPORT_S = 60.0
 _DETAIL = 300
+# A function's sums may be so far outside 0..1
+_ROUNDING = 1e-9
 
 
 class Fault(StrEnum):
@@ -167,10 +169,10 @@ def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
             except BaseException as error:
                 report({"fault": Fault.RAISED, "detail": _text(error)})
                 return
-            if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+            if not isinstance(value, numbers.Real) or not -_ROUNDING <= float(value) <= 1 + _ROUNDING:
                 report({"fault": Fault.NO_REWARD, "detail": f"{value!r:.80}"})
                 return
-            report({"reward": float(value)})
+            report({"reward": min(max(float(value), 0.0), 1.0)})
 
     worker = _fork(work, scratch, IMPORT_S + job["time_s"] * len(items))
     rewards: list[float] = []

@@ -42,7 +42,7 @@ class Pissa:
     def inject(self, model: Any, placement: Placement) -> Any:
         """Return `model` with factors at the start, or with plain LoRA for the weights of `start`.
 
-        Raises what `adapters.inject_lora` raises.
+        Raises ConfigError for a rank above the smaller side of a module, and what `adapters.inject_lora` raises.
         """
         adapters = import_module("sartor.models.adapters")
         if self.start:
@@ -55,6 +55,11 @@ class Pissa:
                 seed=placement.seed,
                 top_layers=placement.top_layers,
             )
+        shapes = adapters.linear_shapes(model, placement.targets, placement.top_layers)
+        narrowest = min(shapes, key=lambda name: min(shapes[name]))
+        if self.rank > (smaller_side := min(shapes[narrowest])):
+            problem = f"method.rank is {self.rank}, and the smaller side of {narrowest} is {smaller_side}"
+            raise ConfigError(problem, f"--method.rank {smaller_side}")
         return adapters.inject_pissa(
             model,
             rank=self.rank,
