@@ -46,7 +46,7 @@ def test_turns_come_from_a_file_of_messages(tmp_path: Path, given: list[Any]) ->
     for document in (turns, {"model": "faq", "messages": turns}):
         file.write_text(json.dumps(document))
         assert run("faq", "--messages", file, "--reply", "d") == 0
-    assert [args[1] for args, _ in given] == [turns, turns]
+    assert [args[1] for args, _ in given] == [turns, {"model": "faq", "messages": turns}]
     file.write_text("7")
     assert run("faq", "--messages", file, "--reply", "d") == 2
     file.write_text("{")

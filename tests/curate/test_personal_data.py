@@ -98,6 +98,7 @@ def kinds(text: str) -> list[str]:
         ("password: hunter2", "secret"),
         ('"db_password"\x00"s3cr3t!x"', "secret"),
         ("postgres://bob:s3cr3t@db.example.com/x", "secret"),
+        ("ftp://bob@example.com/x", "email"),
         ("-----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY-----", "secret"),
         ("1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN2", "crypto_wallet"),
         ("bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdq", "crypto_wallet"),

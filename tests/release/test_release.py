@@ -86,7 +86,7 @@ def test_evaluate_reads_a_file_and_leaves_out_trained_rows(tmp_path: Path, adapt
     assert (said["rows"], said["left_out"], said["primary"]) == (4, {"missing_field": 1}, "f1")
     trained = [row.messages for row in sartor.read_examples(sartor.open(tmp_path / "dataset"), "train")]
     write_jsonl(tmp_path / "seen.jsonl", [{"question": turns[0].text, "answer": turns[1].text} for turns in trained])
-    with pytest.raises(SourceError, match="trained_on"):
+    with pytest.raises(SourceError, match="were trained on"):
         sartor.evaluate(adapter, data=tmp_path / "seen.jsonl", out=tmp_path / "other")
 
 

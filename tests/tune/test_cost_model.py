@@ -501,7 +501,7 @@ def test_the_course_of_a_run_ends_where_its_budget_does() -> None:
     assert cost_model.simulate_updates(recipe_of(budget={"minutes": 1}), LOADS, Counters()) is None
 
 
-@pytest.mark.slow
+@pytest.mark.circle
 def test_forecast_of_an_evaluation_knows_the_tokens_of_the_probes() -> None:
     """`tune` may not import `evaluate`, and holds their number by the starter's tokeniser."""
     chat = open_base("starter").chat

@@ -353,7 +353,7 @@ def test_what_cannot_be_gone_on_from_is_refused(
 
     start = {"start": str(adapter)}
     error = refused("rank 8 there, 4 here", method={"rank": 4, "alpha": 16, **start})
-    assert "rank: 8, alpha: 16" in error.remedy
+    assert "--method.rank 8 --method.alpha 16" in error.remedy
     refused("alpha 16.0 there, 32.0 here", method={"rank": 8, **start})
     refused("its targets are", method={"rank": 8, "alpha": 16, "targets": ["q_proj"], **start})
     other = tiny.write_base(tmp_path / "other", hidden_size=64)

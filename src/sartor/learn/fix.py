@@ -368,7 +368,8 @@ class FixRun:
             opinion = Opinion(verdict, record.by, record.reason, change=change)
             (decided,) = review_decide(dataset.path, [item.id], opinion, queue)["decisions"]
             if decided["holds"] != verdict:
-                command = f"sartor review {verdict} {shlex.quote(str(dataset.path))} {item.id} --by NAME --settle"
+                command = "sartor review edit" if change else "sartor review reject"
+                command += f" {shlex.quote(str(dataset.path))} {item.id} --by NAME --settle"
                 if change:
                     command += f" --change {shlex.quote(json.dumps(change, ensure_ascii=False))}"
                 raise ConflictError(

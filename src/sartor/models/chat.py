@@ -221,12 +221,12 @@ class ChatTokenizer:
             return ()
         if self.media is None:
             kind = parts[0].kind
-            tower = {"image": "efficientnet-lite0", "audio": "whisper-tiny-en"}[kind]
-            raise MediaError(
-                "no_tower",
-                f"a text-only base cannot read {kind} parts",
-                f"sartor tune RECIPE --base.{kind} {tower} gives it a tower that does",
-            )
+            command = {
+                "image": "sartor tune RECIPE --base.image efficientnet-lite0",
+                "audio": "sartor tune RECIPE --base.audio whisper-tiny-en",
+            }[kind]
+            problem = f"a text-only base cannot read {kind} parts"
+            raise MediaError("no_tower", problem, f"{command} gives it a tower that does")
         if any(
             message.role == "assistant" and part.kind != "text" for message in messages for part in message.content
         ):

@@ -68,7 +68,7 @@ def _error(result: ChildResult, name: str, row: str, *, time_s: float) -> Sartor
     if result.fault is Fault.HUNG:
         return BudgetError(
             f"{name} took more than {time_s:g} s for the reply to row {row} and was killed",
-            f"--{_OPTION}.time_s {2 * time_s:g}, and --resume if the run has begun; or a function that ends sooner",
+            f"--objective.verifier.time_s {2 * time_s:g}, and --resume if the run has begun; or a faster function",
         )
     if result.fault is Fault.OUTPUT:
         return BudgetError(

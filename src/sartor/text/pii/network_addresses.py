@@ -13,7 +13,7 @@ from sartor.core.errors import missing_package
 from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _LOCAL = re.compile(r"""(?:"[^"\x00\n]{1,62}"|[\w!#$%&'*+/=?^`{|}~.-]{1,64})$""")
-_USERINFO = re.compile(r"://[^\s/@\x00]*$")
+_PASSWORD = re.compile(r"://[^\s/@\x00]*:[^\s/@\x00]*$")  # user:password@host: `credentials.py` finds it
 _DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,63})", re.IGNORECASE)
 _AT = re.compile(r"\s*[(\[{<]\s*(?:at|ät|@|arroba|arobase)\s*[)\]}>]\s*|\s(?:at|ät|arroba|arobase)\s", re.IGNORECASE)
 _DOT = r"(?:\s*[(\[{<]\s*(?:dot|punkt|punto|point|\.)\s*[)\]}>]\s*|\s+(?:dot|punkt)\s+|\.)"
@@ -99,7 +99,7 @@ def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
             start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
             end = domain.end()
             is_git_remote = flat[start:position] == "git" and flat[end : end + 1] in (":", "/")  # git@host:owner/name
-            is_url_password = _USERINFO.search(flat, max(0, start - 128), start) is not None
+            is_url_password = _PASSWORD.search(flat, max(0, start - 128), start) is not None
             if start < position and not is_git_remote and not is_url_password:
                 text = flat[start:end]
                 yield PiiEntity(start, end, entity="email", subtype="email", score=1.0, value=text.casefold())
