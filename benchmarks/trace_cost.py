@@ -36,7 +36,7 @@ from sartor.trace.replay import Replay
 from sartor.trace.traced_adapter import TracedAdapter, TrainingRow
 from sartor.trace.traced_model import TracedModel
 from sartor.trace.unrolling import unroll
-from sartor.tune.gradient_features import RECORDED
+from sartor.tune.gradient_features import RECORDED, write_moments
 
 # tunings with and without recording, in turn
 PAIRS = 3
@@ -179,6 +179,9 @@ def gradient_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:
     matrices = [
         SketchMatrix.create(folder / name, ids, model.layout.size, {**fields, "label": name}) for name in labels
     ]
+    moments = model.estimate_moments()
+    for name in labels:  # that of the reply is preconditioned by them
+        write_moments(folder / name, moments)
     rng = np.random.default_rng(0)
     for matrix in [*matrices, prepare.open_hidden(generated, folder, model)]:
         _generate(matrix, rng)

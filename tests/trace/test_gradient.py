@@ -221,3 +221,20 @@ def test_verb_ranks_by_the_ensemble_where_states_are(tune_recipe: dict[str, Any]
     assert said["ensemble"]["origin"] == ensemble.PACKAGED.origin and joined.notes == []
     assert sum(said["ensemble"][name] for name in ensemble.PARTS) == pytest.approx(1)
     assert joined.examples[0].row.example.id == joined.traced.ids[3]
+
+
+def test_what_is_missing_beside_sketches_is_named(traced: TracedAdapter) -> None:
+    """Moments precondition rows and replies alike; a mapped file that is too short would be filled up with zeros."""
+    preparation.prepare(traced, labels=["final"])
+    folder = folder_of(traced) / "final"
+    content = (folder / "moments.safetensors").read_bytes()
+    (folder / "moments.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="moments.safetensors is gone"):
+        gradient_scores(traced, [traced.query("switch hall on", "on:hall")])
+    (folder / "moments.safetensors").write_bytes(content[:-8])
+    with pytest.raises(ArtifactError, match="moments.safetensors is damaged"):
+        gradient_scores(traced, [traced.query("switch hall on", "on:hall")])
+    (folder / "moments.safetensors").write_bytes(content)
+    (folder / "sketches.f16").write_bytes((folder / "sketches.f16").read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=r"sketches.f16 has 100 bytes of"):
+        gradient_scores(traced, [traced.query("switch hall on", "on:hall")])

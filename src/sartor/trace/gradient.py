@@ -96,10 +96,10 @@ def preparation_bytes(folder: Path, labels: Sequence[str]) -> dict[str, int]:
 def _query_sketches(model: TracedModel, folder: Path, queries: Sequence[TraceQuery]) -> Array:
     """Return the sketches (Q, K) of the replies' gradients at the weights of a folder."""
     preparation.put_weights(model, folder)
-    moments = read_moments(folder)
-    if not moments and folder.name != RECORDED:  # rows were preconditioned by them, and replies would not be
-        raise ArtifactError(f"{folder / MOMENTS} is gone", f"rm -r {folder}; the sketches are computed again")
-    sketcher = model.sketcher(moments)
+    file = folder / MOMENTS
+    if not file.is_file() and folder.name != RECORDED:  # rows were preconditioned by them, and replies would not be
+        raise ArtifactError(f"{file} is gone", f"rm -r {folder}; the sketches are computed again")
+    sketcher = model.sketcher(read_moments(folder))
     sketches = model.sketches([model.query(query) for query in queries], sketcher)
     model.put(model.final)
     return sketches
