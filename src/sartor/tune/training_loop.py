@@ -233,7 +233,8 @@ class TrainingRun:
                     f"{signals.received.name} after update {self.counters.updates}, which is saved in "
                     f"{self.saver.folder}"
                 )
-                raise StoppedError(problem, "the same command with --resume goes on there", int(signals.received))
+                remedy = "the same command goes on there, sartor tune with --resume"
+                raise StoppedError(problem, remedy, int(signals.received))
         self.model.eval()
 
     def keep_best_weights(self, notice: Callable[[str], object]) -> dict[str, Any] | None:
