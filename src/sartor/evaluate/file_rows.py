@@ -43,9 +43,9 @@ def rows_of_file(
     drops = [row for row in rows if isinstance(row, Drop)]
     left_out = records.count_values(drop.reason for drop in drops)
     trained, digest_of = TrainingRows.of(training), functools.cache(file_digest)
-    found = [trained.reason(example, _places(example, data, digest_of)) for example in examples]
-    kept = [example for example, reason in zip(examples, found, strict=True) if not reason]
-    reasons = Counter(reason for reason in found if reason)
+    row_reasons = [trained.reason(example, _places(example, data, digest_of)) for example in examples]
+    kept = [example for example, reason in zip(examples, row_reasons, strict=True) if not reason]
+    reasons = Counter(reason for reason in row_reasons if reason)
     left_out |= dict(reasons)
     if kept:
         return kept, left_out
@@ -77,17 +77,17 @@ def _read(data: Path, task: Sequence[Artifact], media: Path) -> list[Example | D
 
 def _task_source(task: Sequence[Artifact]) -> SourceOptions:
     """Return the columns and the system prompt that all sources of the task share; the defaults if they differ."""
-    found = []
+    sources = []
     for dataset in task:
         for source in dataset.manifest.get("recipe", {}).get("sources", []):
             if source.get("rehearsal"):
                 continue
             stated = {name: source[name] for name in ("fields", "system") if source.get(name)}
             try:
-                found.append(load(SourceOptions, {"path": "any", **stated}))
+                sources.append(load(SourceOptions, {"path": "any", **stated}))
             except ConfigError:  # of another version
-                found.append(SourceOptions("any"))
-    return found[0] if found and all(item == found[0] for item in found) else SourceOptions("any")
+                sources.append(SourceOptions("any"))
+    return sources[0] if sources and all(item == sources[0] for item in sources) else SourceOptions("any")
 
 
 @dataclass(frozen=True)
