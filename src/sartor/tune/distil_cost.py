@@ -22,71 +22,13 @@ from sartor.tune.recipe import Distil, Grpo, ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.training_loop import Counters
 
-# Tokens that the teacher scores as a sample, and tokens and rows of the sampled replies
-_SCORED_TOKENS, _REPLY_TOKENS, _REPLY_ROWS = 256, 8, 8
+# Tokens that the teacher scores as a sample, and of the sampled replies
+_SCORED_TOKENS, _REPLY_TOKENS = 256, 8
 # Replies that `generate` computes at once, and most tokens of the prompts of a sample of them
 _BATCH_ROWS, _SAMPLED_TOKENS = 64, 4096
+# Power by which the time of a step grows with the rows of the batch, for an estimate
+_GROWTH = 0.5
 ENDPOINT = "teacher_endpoint"
-
-
-@dataclass(frozen=True)
-class DistilCost:
-    """Measured seconds of a teacher's pass and of a student's sampled reply.
-
-    teacher_token_s: for each token that a teacher in this process reads; 0 for an endpoint.
-    reply_token_s: for each token of the replies, several at a time; 0 without sampled replies.
-    warnings: on what is not foreseen.
-    """
-
-    teacher_token_s: float
-    reply_token_s: float
-    warnings: Sequence[DataWarning] = ()
-
-    def seconds(self, recipe: ResolvedRecipe, data: TokenizedDataset, tokens: int) -> float:
-        """Return the seconds of a run that reads `tokens`, beside its own updates.
-
-        The Dataset's own replies are scored once. Sampled replies are taken to be as long as those of the Dataset.
-        """
-        assert isinstance(recipe.objective, Distil)
-        fraction = recipe.objective.on_policy
-        held_out = sum(row.tokens for row in data.held_out) if recipe.evaluations else 0
-        scored = held_out + (min(data.tokens, tokens) if fraction < 1 else 0)
-        read = fraction * tokens
-        replied = read * data.supervised_tokens / max(data.tokens, 1)
-        return (scored + read) * self.teacher_token_s + replied * self.reply_token_s
-
-
-def measure(
-    objective: Distil, teacher: DistilTeacher, *, base: Base, model: Any, data: TokenizedDataset
-) -> DistilCost:
-    """Measure the teacher's pass and a few sampled replies. An endpoint is not asked."""
-    rows = distil_rows(take(data.train, _SCORED_TOKENS))
-    token_s, warnings = 0.0, list[DataWarning]()
-    if teacher.is_remote:
-        problem = f"the time and price of {teacher.name} are not part of the forecast: it is asked by `tune` alone"
-        warnings.append(DataWarning(ENDPOINT, problem, "budget: {updates: 2}, and the log's tokens_per_s"))
-    elif rows:
-        # the first pass chooses and checks the path
-        teacher.score(rows)
-        started = time.perf_counter()
-        teacher.score(rows)
-        token_s = (time.perf_counter() - started) / sum(row.tokens for row in rows)
-    prompts = [prompt for prompt, _ in map(last_reply, rows) if prompt][:_REPLY_ROWS]
-    if not objective.on_policy or not prompts:
-        return DistilCost(token_s, 0.0, warnings)
-    return DistilCost(token_s, _reply_token_s(objective, prompts, base=base, model=model), warnings)
-
-
-def _reply_token_s(objective: Distil, prompts: Sequence[Sequence[int]], *, base: Base, model: Any) -> float:
-    """Return the seconds of a token of sampled replies, measured on a few of them."""
-    limit = min(_REPLY_TOKENS, objective.max_reply_tokens)
-    sampling = Sampling(limit, temperature=objective.temperature)
-    chat, reply_s = base.chat, 0.0
-    for _ in range(2):  # the first time warms up
-        started = time.perf_counter()
-        replies = generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)
-        reply_s = (time.perf_counter() - started) / sum(len(reply.ids) + 1 for reply in replies)
-    return reply_s
 
 
 @dataclass(frozen=True)
@@ -108,7 +50,86 @@ class SamplingTimes:
         return prompt_tokens * self.prompt_token_s + reply_tokens * self.step_s * max(rows / self.rows, 1.0) ** growth
 
 
-def sampling_times(objective: Grpo, prompts: Sequence[Sequence[int]], *, base: Base, model: Any) -> SamplingTimes:
+@dataclass(frozen=True)
+class DistilCost:
+    """Measured seconds of a teacher's pass and of a batch of the student's sampled replies.
+
+    teacher_token_s: for each token that a teacher in this process reads; 0 for an endpoint.
+    replies: of the rows of an update that are sampled; None without sampled replies.
+    warnings: on what is not foreseen.
+    """
+
+    teacher_token_s: float
+    replies: SamplingTimes | None = None
+    warnings: Sequence[DataWarning] = ()
+
+    def seconds(
+        self, recipe: ResolvedRecipe, counters: Counters, times: TimeModel, data: TokenizedDataset
+    ) -> Interval:
+        """Return the seconds of a run beside its updates on the rows' own replies.
+
+        Those replies are scored once. Nobody knows how long the sampled ones will be: the estimate has the length of
+        the Dataset's, the ends of the interval have one token and `max_reply_tokens`.
+        """
+        objective = recipe.objective
+        assert isinstance(objective, Distil)
+        held_out = sum(row.tokens for row in data.held_out) if recipe.evaluations else 0
+        own = min(data.tokens, counters.tokens) if objective.on_policy < 1 else 0
+        scored_s = (held_out + own) * self.teacher_token_s
+        if self.replies is None:
+            return Interval(scored_s, scored_s, scored_s)
+        replies = self.replies
+        sampled_rows = objective.on_policy * counters.tokens * len(data.train) / max(data.tokens, 1)
+        prompt_tokens = objective.on_policy * counters.tokens * (1 - data.supervised_tokens / max(data.tokens, 1))
+        own_reply = data.supervised_tokens / len(data.train)
+        rows = sampled_rows / max(counters.updates, 1)
+
+        def seconds(reply_tokens: float, growth: float) -> float:
+            sampling_s = replies.seconds(rows, prompt_tokens, reply_tokens * counters.updates, growth)
+            read_s = (prompt_tokens + sampled_rows * reply_tokens) * self.teacher_token_s
+            return scored_s + sampling_s + read_s + sampled_rows * (reply_tokens - own_reply) * times.token_s
+
+        longest = float(objective.max_reply_tokens)
+        estimate = seconds(min(own_reply, longest), _GROWTH)
+        low, high = seconds(1.0, 0.0), seconds(longest, 1.0)
+        return Interval(estimate, min(low - abs(low) * MOST_HALF_WIDTH, estimate), high * (1 + MOST_HALF_WIDTH))
+
+
+def measure(
+    objective: Distil, teacher: DistilTeacher, counters: Counters, *, base: Base, model: Any, data: TokenizedDataset
+) -> DistilCost:
+    """Measure the teacher's pass and a batch of sampled replies. An endpoint is not asked.
+
+    counters: of the planned run, by which an update's sampled rows are known.
+    """
+    rows = distil_rows(take(data.train, _SCORED_TOKENS))
+    token_s, warnings = 0.0, list[DataWarning]()
+    if teacher.is_remote:
+        problem = f"the time and price of {teacher.name} are not part of the forecast: it is asked by `tune` alone"
+        warnings.append(DataWarning(ENDPOINT, problem, "budget: {updates: 2}, and the log's tokens_per_s"))
+    elif rows:
+        # the first pass chooses and checks the path
+        teacher.score(rows)
+        started = time.perf_counter()
+        teacher.score(rows)
+        token_s = (time.perf_counter() - started) / sum(row.tokens for row in rows)
+    prompts = [prompt for prompt, _ in map(last_reply, rows) if prompt]
+    if not objective.on_policy or not prompts:
+        return DistilCost(token_s, warnings=warnings)
+    update_rows = counters.tokens / max(counters.updates, 1) * len(data.train) / max(data.tokens, 1)
+    batch = _repeated(prompts, round(objective.on_policy * update_rows))
+    return DistilCost(token_s, sampling_times(objective, batch, base=base, model=model), warnings)
+
+
+def _repeated(prompts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Return `count` prompts for a timed batch, each as often as needed; fewer if the memory might not hold them."""
+    fitting = max(_SAMPLED_TOKENS // max(map(len, prompts)), 1)
+    return list(itertools.islice(itertools.cycle(prompts), max(min(count, fitting, _BATCH_ROWS), 1)))
+
+
+def sampling_times(
+    objective: Distil | Grpo, prompts: Sequence[Sequence[int]], *, base: Base, model: Any
+) -> SamplingTimes:
     """Return the times of a batch of prompts, measured on replies of one token and of several.
 
     No reply ends before its limit here, so the number of tokens is known.
@@ -144,9 +165,7 @@ def grpo_seconds(
     size, updates = objective.group_size, max(counters.updates, 1)
     batches = math.ceil(rows_read / updates * size / _BATCH_ROWS)  # of an update
     rows = rows_read / updates * size / batches
-    fitting = max(_SAMPLED_TOKENS // max(map(len, prompts)), 1)
-    repeated = itertools.cycle(prompt for prompt in prompts for _ in range(size))
-    sampled = list(itertools.islice(repeated, max(min(round(rows), fitting), 1)))
+    sampled = _repeated([prompt for prompt in prompts for _ in range(size)], round(rows))
     replies = sampling_times(objective, sampled, base=base, model=model)
     # the Dataset's own replies stand for prompts and replies of the run
     own_reply = min(data.supervised_tokens / len(data.train), float(objective.max_reply_tokens))
@@ -164,7 +183,7 @@ def grpo_seconds(
         reference = (replied + size * prompt_tokens) * FORWARD_FRACTION if objective.beta else 0.0
         return sampling_s + (passed + reference - counters.tokens) * times.token_s
 
-    estimate = seconds(own_reply, 0.5, is_shared=recipe.compute.share_prefixes, is_learnt=True)
+    estimate = seconds(own_reply, _GROWTH, is_shared=recipe.compute.share_prefixes, is_learnt=True)
     low = seconds(1.0, 0.0, is_shared=True, is_learnt=False)
     high = seconds(objective.max_reply_tokens, 1.0, is_shared=False, is_learnt=True)
     return Interval(estimate, min(low - abs(low) * MOST_HALF_WIDTH, estimate), high * (1 + MOST_HALF_WIDTH))

@@ -295,8 +295,8 @@ def _forecast(
             reference_load = probe.load_of(all_sequences(reached_pairs(recipe, data)))
             start_s += times.seconds(reference_load) * cost_model.FORWARD_FRACTION
         if isinstance(recipe.objective, Distil) and teacher is not None:
-            cost = distil_cost.measure(recipe.objective, teacher, base=base, model=model, data=data)
-            start_s += cost.seconds(recipe, data, counters.tokens)
+            cost = distil_cost.measure(recipe.objective, teacher, counters, base=base, model=model, data=data)
+            replies_s = cost.seconds(recipe, counters, times, data)
             warnings = [*warnings, *cost.warnings]
         if isinstance(recipe.objective, Grpo):
             replies_s = distil_cost.grpo_seconds(recipe, counters, times, base=base, model=model, data=data)
