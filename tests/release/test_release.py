@@ -336,6 +336,9 @@ def test_forgetting_that_could_not_be_measured_stops_a_release(
     assert "no network" in sartor.evaluate(adapter).as_json()["forgetting"]["skipped"]
     with pytest.raises(GateError, match="forgetting: not measured"):
         sartor.release(adapter, name="switch", version="1.0", key=keys, waivers=PASSES[:1])
+    with pytest.raises(GateError) as caught:
+        sartor.release(adapter, name="switch", version="1.0", key=keys)
+    assert "--waive gain --waive forgetting --by NAME" in caught.value.remedy, "one waiver would be refused again"
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,9 @@ async def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: P
             ("refused", "bad"),
             ("refused", "shy"),
         }
+    router, alone = FakeRouter(), tmp_path / "alone"
+    async with dispatching(team(alone, agents=members[:1]), FakeCrew(), registry(alone), router=router):
+        assert router.learnt == [{}], "a router that is never taught would say for ever that it is being made"
     rows = {row["name"]: row for row in list_agents(team(tmp_path)).rows}
     assert rows["bad"]["note"] == "not admitted: bad-1 holds NaN; try: tune again" and not rows["bad"]["versions"]
     good = (replace(members[0], release="/releases/mended"), *members[1:])

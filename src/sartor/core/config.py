@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no recipe at {path}",
+            f"there is no file at {path}",
             f"ls {path.parent} shows what is there; sartor init DATA writes a curate.yaml and a tune.yaml",
         ) from None
     except (OSError, UnicodeDecodeError) as error:

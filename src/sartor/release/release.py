@@ -126,7 +126,7 @@ def release(
     if failed := {check: result for check, result in gate_checks.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
-        waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
+        waive = f"or take it on yourself: {' '.join(f'--waive {check}' for check in failed)} --by NAME --reason TEXT"
         refusal = GateError(
             f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive])
         )

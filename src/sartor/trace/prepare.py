@@ -45,6 +45,8 @@ CHUNK_ROWS = 64
 # Passes in epochs of the tuning, of which forward and backward take half each: sketches take a forward pass and two
 # thirds of a backward pass; hidden states two forward passes of the lower 0.7 of the layers
 _SKETCH_EPOCHS, _HIDDEN_EPOCHS = 0.85, 0.7
+# rows by whose tokens an epoch's are estimated
+_COUNTED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ def prepare(
     started_s = time.monotonic()
     folder = rows_folder(traced)
     labels = [FINAL, HIDDEN] if labels is None else labels
-    notice(_estimate(traced, folder, [label for label in labels if not _is_there(traced, folder / label)]))
     row_bytes = {}
     make_private_folder(folder)
     with writer_lock(folder / "prepare"):
         model = model or TracedModel.open(traced, notice)
+        notice(_estimate(model, folder, [label for label in labels if not _is_there(traced, folder / label)]))
         for label in labels:
             if label == HIDDEN:
                 matrix = _write_rows(
@@ -182,17 +184,20 @@ def _write_rows(
     return matrix
 
 
-def _estimate(traced: TracedAdapter, folder: Path, labels: Sequence[str]) -> str:
+def _estimate(model: TracedModel, folder: Path, labels: Sequence[str]) -> str:
     """Return a line about the time that a preparation takes, by the speed of the tuning."""
+    traced, count = model.traced, len(model.traced.rows)
     if not labels:
-        return f"the sketches of {len(traced.rows):,} rows are in {folder}"
+        return f"the sketches of {count:,} rows are in {folder}"
     epochs = sum(_HIDDEN_EPOCHS if label == HIDDEN else _SKETCH_EPOCHS for label in labels)
-    line = f"sketches of {len(traced.rows):,} rows in {folder}: {', '.join(labels)}; about {epochs:.1f} epochs' time"
-    run = traced.manifest.get("run", {})
-    total_epochs = traced.manifest.get("recipe", {}).get("budget", {}).get("epochs")
-    if not run.get("wall_s") or not total_epochs or not traced.is_own:
+    line = f"sketches of {count:,} rows in {folder}: {', '.join(labels)}; about {epochs:.1f} epochs' time"
+    tokens_per_s = traced.manifest.get("run", {}).get("tokens_per_s")
+    if not tokens_per_s:
         return line
-    return f"{line}, about {epochs * run['wall_s'] / total_epochs:,.0f} s on the machine of the tuning"
+    sample = range(0, count, max(count // _COUNTED_ROWS, 1))
+    tokens = sum(len(sequence.tokens.ids) for index in sample for sequence in model.row(index))
+    seconds = epochs * count * tokens / len(sample) / tokens_per_s
+    return f"{line}, about {seconds:,.0f} s on the machine of the tuning"
 
 
 def _is_there(traced: TracedAdapter, folder: Path) -> bool:

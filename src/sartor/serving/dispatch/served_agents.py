@@ -70,7 +70,8 @@ class ServedAgents:
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._background_tasks: set[asyncio.Task[None]] = set()
         self._learning = asyncio.Lock()
-        self._routed_releases: dict[str, Path] = {}
+        # None until the router was taught for the first time, also that no agent is live
+        self._routed_releases: dict[str, Path] | None = None
         self._router_trouble = ""
         self._refused: dict[str, str] = {}
         # refused version -> (generation, monotonic time of the next try, length of the wait in s)
