@@ -130,7 +130,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 # A newcomer's question, the heading that answers it, a word of the answer. No heading of README, which is rewritten more often.
 QUESTIONS = (
-    ("How do I install it?", "docs/install.md#install", "pip install '.[tune,office]'"),
+    ("How do I install it?", "docs/install.md#install", "pip install '.[tune,serve,office]'"),
     ("Which extra do I need?", "docs/install.md#extras", "`serve`"),
     (
         "What do I type first, with a table of my own?",

@@ -295,7 +295,7 @@ def test_too_few_minutes_are_said_before_the_tuning(tmp_path: Path, tiny_base: P
     ("options", "problem"),
     [
         ({"name": "Über FAQ"}, "the name"),
-        ({"minutes": -1}, "above 0"),
+        ({"minutes": -1}, "it must be 0"),
         ({"fields": {"promt": "Frage"}}, "promt"),
         ({"licence": "Llama"}, "Llama"),
     ],

@@ -17,7 +17,6 @@ from sartor.core.errors import ArtifactError, ConfigError, RequestError, Stopped
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import ensemble, gradient
 from sartor.trace import prepare as preparation
-from sartor.trace.ensemble import EnsembleWeights
 from sartor.trace.gradient import gradient_scores, mean_normal_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
 from sartor.trace.traced_model import TracedModel
@@ -183,16 +182,6 @@ def test_ensemble_weights_are_fitted_on_plants() -> None:
     assert ensemble.PACKAGED.planted == 0 or ensemble.PACKAGED.origin
     with pytest.raises(ConfigError, match="no planted row"):
         ensemble.fit_weights(parts, [], origin="none")
-
-
-def test_fitted_weights_are_kept_for_the_adapter(traced: TracedAdapter) -> None:
-    assert ensemble.weights_of(traced) == ensemble.PACKAGED
-    weights = EnsembleWeights(0.5, 0.25, 0.25, "planted here", 10)
-    ensemble.keep_weights(traced, weights)
-    assert ensemble.weights_of(traced) == weights
-    (folder_of(traced) / ensemble.FILE).write_text('{"other": 1}')
-    with pytest.raises(ArtifactError, match="holds no weights"):
-        ensemble.weights_of(traced)
 
 
 def test_ensemble_finds_a_rows_own_reply(traced: TracedAdapter) -> None:

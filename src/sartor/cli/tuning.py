@@ -154,7 +154,7 @@ def chat(
 ) -> None:
     """Talk to a base, an Adapter, a Release, a team or a server.
 
-    Commands: /compare, /why, /save FILE, /image FILE, /audio FILE, /quit.
+    Commands: /compare, /why, /save FILE, /image FILE, /audio FILE, /new, /quit.
 
     Args:
         target: starter or another base, an Adapter (its replies are unreleased), a Release, the YAML file of a team,

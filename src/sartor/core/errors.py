@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -49,6 +49,16 @@ from typing import Any
 from sartor.core.installation import install_command
 
 _IN_MEMORY = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
+
+
+def one_of(flag: str, choices: Iterable[str]) -> str:
+    """Return the remedy that a flag takes one of these choices; the first can be typed as it stands.
+
+    >>> one_of("--split", ["eval", "test"])
+    '--split eval, or one of test'
+    """
+    first, *others = choices
+    return f"{flag} {first}" + (f", or one of {', '.join(others)}" if others else "")
 
 
 class SartorError(Exception):

@@ -15,7 +15,7 @@ from scipy import stats
 
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ConfigError, SourceError, one_of
 from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import HELD_OUT_SPLITS
 from sartor.curate.bias import mitigation as cells
@@ -234,8 +234,8 @@ def bias(
     Raises ConfigError for a field that no row has, SourceError if no group or outcome is found.
     """
     if mitigate not in get_args(Mitigation):
-        known = " | ".join(name for name in get_args(Mitigation) if name)
-        raise ConfigError(f"there is no mitigation {mitigate!r}", f"--mitigate {known}")
+        known = one_of("--mitigate", [name for name in get_args(Mitigation) if name])
+        raise ConfigError(f"there is no mitigation {mitigate!r}", known)
     if bool(mitigate) != (out is not None):
         raise ConfigError("--mitigate and --out go together", "--mitigate reweight --out DATASET")
     if mitigate == "generate" and generate is None:

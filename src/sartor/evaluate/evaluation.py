@@ -21,7 +21,7 @@ import pyarrow as pa
 from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, ArtifactPath, Report, check_output_free, open_artifact, write_artifact
 from sartor.core.config import load_any
-from sartor.core.errors import ArtifactError, ConfigError, SartorError, missing_package
+from sartor.core.errors import ArtifactError, ConfigError, SartorError, missing_package, one_of
 from sartor.core.lazy_import import import_module
 from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress
@@ -154,7 +154,7 @@ def evaluate(
     out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-{suffix}")
     check_output_free(out.absolute(), replace=replace)
     if scorer and scorer not in NAMES:
-        raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
+        raise ConfigError(f"there is no scorer {scorer!r}", one_of("--scorer", NAMES))
     evaluation_ledger.check_ledger()
     _check_metrics(metrics, scorer)
     judge_plan = _judge_plan(judge, judge_labels, metrics)
@@ -217,7 +217,7 @@ def evaluate(
 def _check_metrics(metrics: Sequence[str], scorer: str) -> None:
     """Raise ConfigError for an unknown metric, or for a scorer that `metrics` leaves out."""
     if unknown := [name for name in metrics if name not in ALL_METRICS]:
-        raise ConfigError(f"there is no metric {unknown[0]!r}", f"--metrics {' | '.join(ALL_METRICS)}")
+        raise ConfigError(f"there is no metric {unknown[0]!r}", one_of("--metrics", ALL_METRICS))
     if metrics and scorer and scorer not in metrics:
         raise ConfigError(f"the gate cannot look at {scorer}, which --metrics leaves out", f"--metrics {scorer}")
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, one_of
 from sartor.core.reply_markup import is_reasoning, without_reasoning
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
@@ -92,7 +92,7 @@ class MetricSet:
         self.transcripts = sorted(transcripts)
         if field and not self.labelled:
             fields = known_fields(self.references)
-            raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(fields) or WHOLE}")
+            raise ConfigError(f"no reference has the field {field!r}", one_of("--label", fields or [WHOLE]))
         self.classes = sorted({str(self.labels[index]) for index in self.labelled})
 
     @property
@@ -111,7 +111,7 @@ class MetricSet:
             return
         reason = "; it needs --label FIELD" if name in OF_LABELS else "; it needs recordings with their transcripts"
         raise ConfigError(
-            f"there is no {name} of these rows{reason if name in NAMES else ''}", f"--scorer {' | '.join(self.names)}"
+            f"there is no {name} of these rows{reason if name in NAMES else ''}", one_of("--scorer", self.names)
         )
 
     def of(self, indices: Sequence[int]) -> MetricSet:
@@ -158,7 +158,7 @@ class MetricSet:
             if name not in ("ece", "loss"):
                 self.check(name)
         if names and not set(names) & set(self.names):
-            raise ConfigError(f"--metrics {' '.join(names)} scores no reply", f"--metrics {' | '.join(self.names)}")
+            raise ConfigError(f"--metrics {' '.join(names)} scores no reply", one_of("--metrics", self.names))
 
     def compared(self, before: ModelOutputs, after: ModelOutputs, only: Collection[str] = ()) -> dict[str, Comparison]:
         """Return the comparison of both sides by every metric, or by those of `only`."""

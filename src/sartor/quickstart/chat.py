@@ -121,7 +121,7 @@ class ServerPartner:
             )
         except (self._httpx.InvalidURL, ValueError) as error:
             raise ConfigError(
-                f"{url!r} is no address of a server: {error}", "sartor chat http://127.0.0.1:8000"
+                f"{url!r} is no address of a server: {error}", "sartor chat http://127.0.0.1:8440"
             ) from None
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:

@@ -208,7 +208,7 @@ def _panel(row: Mapping[str, Any]) -> RenderableType:
         for turn in row["turns"]:
             role = turn["role"] if turn["weight"] == 1 else f"{turn['role']} (weight {turn['weight']:g})"
             body.append(_shown(f"{role}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ))
-        return Panel(Group(*body), title=_shown(", ".join(row["locators"])), title_align="left")
+        return Panel(Group(*body), title=_shown(f"{row['id'][:12]}  {', '.join(row['locators'])}"), title_align="left")
     if "detail" in row:
         title = _shown(f"{row['locator']}: {row['reason']}")
         return Panel(_shown(str(row["detail"])), title=title, title_align="left")

@@ -51,6 +51,7 @@ from sartor.evaluate.evaluation import evaluate
 from sartor.evaluate.limits import Check
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.models import hardware
+from sartor.release.export.parity import has_llama_cpp
 from sartor.release.release import gate, release
 from sartor.tune import preflight
 from sartor.tune.checkpoint import folder_of
@@ -252,8 +253,7 @@ def tailor(
     stopped.
     """
     start_time = time.monotonic()
-    if minutes < 0:
-        raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
+    _check_minutes(minutes)
     out = (Path(out) if out else Path(name)).absolute()
     if key:
         signing.open_private(Path(key), "release")  # an invalid key raises here, before the long stages
@@ -310,7 +310,7 @@ def tailor(
     )
     if require_release and released is None:
         lines = "; ".join(f"{check}: {found.detail}" for check, found in checks.items() if found.holds_back)
-        raise GateError(f"the gate holds {adapter.path} back: {lines}", "; ".join(result.next_steps))
+        raise GateError(f"the gate holds {adapter.path} back: {lines}", "; ".join(_gate_steps(job, checks)))
     return result
 
 
@@ -334,6 +334,7 @@ def plan_tailor(
     too few minutes, and the errors of `curate` and `plan`.
     """
     start_time = time.monotonic()
+    _check_minutes(minutes)
     job = _job(data, name=name, base=base, fields=fields or {}, system=system, licence=licence, test=test)
     job = _answered(changed(job, encoding=encoding, personal_data=personal_data), None, notice)
     for asset in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
@@ -347,6 +348,11 @@ def plan_tailor(
     can_fit = minutes > 0 and not tuning.refusals
     budget = _within(tuning, minutes, time.monotonic() - start_time).get("budget", {}) if can_fit else {}
     return TailorForecast(curated.kept, curated.dropped, tuning, budget)
+
+
+def _check_minutes(minutes: float) -> None:
+    if minutes < 0:
+        raise ConfigError(f"minutes is {minutes:g}; it must be 0, for no limit, or more", "--minutes 10")
 
 
 def _written_rows(
@@ -482,7 +488,8 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
     dropped = _dropped_text(curated.dropped)
     notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped: {dropped}")
     if curated.dropped:
-        notice(f"         sartor show {curated.dataset.path} --split dropped lists them, with file, line and reason")
+        count = sum(curated.dropped.values())
+        notice(f"         sartor show {curated.dataset.path} --split dropped -n {count} lists them with reasons")
     _show_warnings(curated, notice)
     return curated.dataset
 
@@ -512,7 +519,10 @@ def _check_held_out(dataset: Artifact, job: _Job) -> None:
         return
     if job.test:
         problem = f"no row of {job.test} is left to measure on"
-        raise SourceError(problem, f"sartor show {dataset.path} --split dropped says why")
+        raise SourceError(
+            problem,
+            f"--test FILE --replace, with rows that are not in {', '.join(job.data)}, in columns of the same names",
+        )
     raise SourceError(
         f"none of the {counts['kept']:,} rows can be held out to measure on: they are too few, or one group (a PDF is "
         "one)",
@@ -628,8 +638,8 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
     Returns the job with the answers. Raises ConfigError if there is no user to ask.
     """
     fields, licence = dict(job.fields), job.licence
-    for one in job.sources():
-        source = load(SourceOptions, {**one, "fields": fields})
+    for fields_of_source in job.sources():
+        source = load(SourceOptions, {**fields_of_source, "fields": fields})
         files = plan_reading([source], CurateRecipe.max_row_bytes).files
         if fields or not files or any(file.form != "unknown" for file in files):
             continue
@@ -650,19 +660,19 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
             "completion": _choose(ask, "Which column holds the answer?", columns),
         }
     if not licence and ask is not None:
-        said = ask(
+        answer = ask(
             "Whose are these rows? `own`, an SPDX licence such as CC-BY-4.0, or nothing to decide later: "
         ).strip()
-        licence = checked(said) if said else ""
+        licence = checked(answer) if answer else ""
     return changed(job, fields=fields, licence=licence)
 
 
 def _choose(ask: Ask, question: str, columns: Sequence[str]) -> str:
     """Ask the user for one of `columns`, at most five times. Raises ConfigError."""
     for _ in range(5):
-        said = ask(f"{question} [{', '.join(columns)}]: ").strip()
-        if said in columns:
-            return said
+        answer = ask(f"{question} [{', '.join(columns)}]: ").strip()
+        if answer in columns:
+            return answer
     raise ConfigError(f"none of the answers is one of {', '.join(columns)}", _fields_flag(columns[0], "COLUMN"))
 
 
@@ -770,10 +780,22 @@ def _next_steps(
 ) -> list[str]:
     """Return the commands that the user may run next."""
     if released is not None:
-        path = released.path
-        export = f"sartor export {path} --to gguf --out {job.name}-gguf"
+        path = shlex.quote(str(released.path))
+        form = "gguf" if has_llama_cpp() else "merged"  # by llama.cpp the export is compared with the Release
+        export = f"sartor export {path} --to {form} --out {job.name}-{form}"
         return [f'sartor ask {path} "..."', f"sartor chat {path}", f"sartor serve {path}", export]
-    steps = [f'sartor ask {adapter.path} "..."', f"sartor chat {adapter.path}", *_longer_tuning(out, adapter)]
+    path = shlex.quote(str(adapter.path))
+    return [
+        f'sartor ask {path} "..."',
+        f"sartor chat {path}",
+        *_longer_tuning(out, adapter),
+        *_gate_steps(job, checks),
+    ]
+
+
+def _gate_steps(job: _Job, checks: Mapping[str, Check]) -> list[str]:
+    """Return what would pass the checks that hold a Release back."""
+    steps = []
     for name, check in checks.items():
         if not check.holds_back:
             continue

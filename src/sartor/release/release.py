@@ -23,7 +23,7 @@ from sartor.core.artifacts import (
     seal,
 )
 from sartor.core.config import is_valid_name
-from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError, SignatureError
+from sartor.core.errors import ArtifactError, ConfigError, GateError, HubError, ModelError, SignatureError, one_of
 from sartor.core.lazy_import import import_module
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
@@ -268,7 +268,7 @@ def gate(
         result |= gate_rules.judged(report)
     for waiver in waivers:
         if waiver.check not in result:
-            raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(result)}")
+            raise ConfigError(f"the gate has no check {waiver.check!r}", one_of("--waive", result))
         if not (waiver.by.strip() and waiver.reason.strip()):
             raise ConfigError(f"the waiver of {waiver.check!r} lacks a name or a reason", "--by NAME --reason TEXT")
         if result[waiver.check].holds_back:

@@ -1,4 +1,4 @@
-"""Scores of training rows for replies, and why a method does not give them."""
+"""Attribution methods, and the scores that one gives to training rows."""
 
 from __future__ import annotations
 

@@ -1,10 +1,6 @@
 """The method gradient: gradients, hidden states and retrieval, combined with weights.
 
-Each part ranks all rows; the combination is the weighted mean of the ranks' normal quantiles. The weights come from
-the first of these that exists:
-
-    SARTOR_HOME/trace/ADAPTER_ID/ensemble.json    fitted by `fit_weights` on rows planted for this adapter
-    PACKAGED                                      the same for all adapters; equal until they are fitted
+Each part ranks all rows. The combination is the mean of the ranks' normal quantiles by the weights PACKAGED.
 
 The rows' hidden states have to be there; where a run recorded sketches and nobody prepared the states, gradients rank
 alone, and the result says so.
@@ -13,15 +9,13 @@ alone, and the result says so.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sartor.core import trace_store
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.errors import ConfigError
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
 from sartor.trace import prepare as preparation
@@ -34,7 +28,6 @@ from sartor.trace.traced_model import TracedModel
 Notice = Callable[[str], object]
 Array = np.ndarray[Any, np.dtype[Any]]
 PARTS = ("gradient", "hidden_states", "retrieval")
-FILE = "ensemble.json"
 # steps of a weight in a fit
 _STEPS = 10
 
@@ -67,13 +60,13 @@ def ensemble_scores(
     traced: TracedAdapter,
     queries: Sequence[TraceQuery],
     *,
-    weights: EnsembleWeights | None = None,
+    weights: EnsembleWeights = PACKAGED,
     prepares: bool = False,
     notice: Notice = lambda line: None,
 ) -> Attribution:
     """Return the combined scores (Q, N), or those of gradients alone. Raises what `gradient_scores` raises.
 
-    weights: by default those of `weights_of`.
+    weights: of the parts.
     prepares: make hidden states that are absent, instead of leaving them out.
     """
     folder = rows_folder(traced)
@@ -82,7 +75,6 @@ def ensemble_scores(
         alone = gradient_scores(traced, queries, notice=notice)
         note = f"gradients rank alone; sartor trace {traced.artifact.path} --prepare adds what hidden states show"
         return replace(alone, facts={**alone.facts, "ensemble": None}, notes=(note,))
-    weights = weights or weights_of(traced)
     parts, facts = part_scores(traced, queries, notice=notice)
     scores = combine(parts, weights)
     return Attribution(Method.GRADIENT, scores, facts={**facts, "ensemble": asdict(weights)})
@@ -144,7 +136,7 @@ def fit_weights(parts: Mapping[str, Array], true_rows: Sequence[int], *, origin:
     Raises ConfigError for no planted row.
     """
     if not true_rows:
-        raise ConfigError("no planted row is given", "plants of benchmarks/trace_plants.py")
+        raise ConfigError("no planted row is given", "give rows of benchmarks/trace_plants.py")
     best: tuple[float, float, EnsembleWeights] | None = None
     for steps in itertools.product(range(_STEPS + 1), repeat=len(PARTS)):
         if sum(steps) != _STEPS:
@@ -164,21 +156,3 @@ def ranks_of(scores: Array, true_rows: Sequence[int]) -> Array:
     """Return the rank (Q,), from 1, of each reply's true row. scores: (Q, N)."""
     own = scores[np.arange(len(scores)), list(true_rows)]
     return np.asarray(1 + (scores > own[:, None]).sum(1))
-
-
-def keep_weights(traced: TracedAdapter, weights: EnsembleWeights) -> None:
-    """Write weights that were fitted for this adapter to its folder of the trace store."""
-    folder = trace_store.record_origin(traced.artifact, [dataset.id for dataset in traced.datasets])
-    trace_store.write_trace_file(folder / FILE, json.dumps(asdict(weights)).encode())
-
-
-def weights_of(traced: TracedAdapter) -> EnsembleWeights:
-    """Return the weights for an adapter. Raises ArtifactError for a damaged file of weights."""
-    file = trace_store.trace_folder(trace_store.adapter_id(traced.artifact)) / FILE
-    fields = trace_store.read_trace_json(file)
-    if fields is None:
-        return PACKAGED
-    try:
-        return EnsembleWeights(**fields)
-    except TypeError as error:
-        raise ArtifactError(f"{file} holds no weights: {error}", f"rm {file}; it is fitted again") from None

@@ -169,7 +169,9 @@ def _write_rows(
     for start in range(0, len(missing), CHUNK_ROWS):
         chunk = missing[start : start + CHUNK_ROWS]
         if matrix.is_removed:
-            raise ConfigError(f"{matrix.folder} was removed meanwhile, by an erasure or by hand", "the command again")
+            raise ConfigError(
+                f"{matrix.folder} was removed meanwhile, by an erasure or by hand", "type the same command again"
+            )
         try:
             matrix.write(chunk, compute(chunk))
             matrix.flush()

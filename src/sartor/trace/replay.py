@@ -22,13 +22,14 @@ from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models import adapters
 from sartor.models.base import Base
 from sartor.models.packing import TokenizedExample
+from sartor.trace.attribution import Method
 from sartor.trace.query_encoding import encode_query
 from sartor.trace.replay_run import Course, PreferenceReplayRun, ReplayRun, RowWeights, RunState
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune import resume
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, start_of
-from sartor.tune.recipe import ResolvedRecipe, Sft
+from sartor.tune.recipe import SAMPLED, ResolvedRecipe, Sft
 from sartor.tune.rehearsal import hold_at_base, rehearsal_of
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
@@ -252,8 +253,11 @@ def check_replayable(traced: TracedAdapter) -> None:
 
 
 def _other_methods(traced: TracedAdapter) -> str:
-    """Return the remedy that names the methods without a replay."""
-    return f"sartor trace {traced.artifact.path} with --method gradient or --method retrieval, which need no replay"
+    """Return the remedy that names a method without a replay."""
+    recipe = traced.known_recipe
+    # of a teacher's or a verifier's scores there are no gradients of rows
+    method = Method.RETRIEVAL if recipe and isinstance(recipe.objective, SAMPLED) else Method.GRADIENT
+    return f"sartor trace {traced.artifact.path} --method {method}, which needs no replay"
 
 
 def describe_differences(traced: TracedAdapter) -> Iterator[str]:

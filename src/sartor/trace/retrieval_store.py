@@ -143,7 +143,7 @@ def _check_rows_stand(traced: TracedAdapter) -> None:
     """Raise ConfigError or ArtifactError if an erasure removed the adapter's folder or a Dataset meanwhile."""
     folder = trace_store.trace_path(trace_store.adapter_id(traced.artifact))
     if not (folder / trace_store.ORIGIN).is_file():
-        raise ConfigError(f"{folder} was removed meanwhile, by an erasure or by hand", "the command again")
+        raise ConfigError(f"{folder} was removed meanwhile, by an erasure or by hand", "type the same command again")
     for dataset in traced.datasets:
         if read_manifest(dataset.path)["id"] != dataset.id:
-            raise ConfigError(f"{dataset.path} was replaced meanwhile", "the command again")
+            raise ConfigError(f"{dataset.path} was replaced meanwhile", "type the same command again")

@@ -1,4 +1,4 @@
-"""The verb trace: which training rows made the model say that.
+"""Verb trace: rank the training rows behind a reply.
 
     retrieval   rows that share words with the prompt and the reply: a look-up, shown beside every other method
     gradient    rows whose gradients and hidden states resemble the reply's
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sartor.core import records
 from sartor.core.artifacts import read_manifest
-from sartor.core.errors import ConfigError, SartorError
+from sartor.core.errors import ConfigError, SartorError, one_of
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.html import clipped, escape_control
 from sartor.core.lazy_import import import_module
@@ -449,7 +449,7 @@ def _method(method: Method | str) -> Method:
     try:
         return Method(method)
     except ValueError:
-        raise ConfigError(f"there is no method {method!r}", f"--method {' | '.join(Method)}") from None
+        raise ConfigError(f"there is no method {method!r}", one_of("--method", Method)) from None
 
 
 def _check_rows(traced: TracedAdapter, method: Method) -> None:

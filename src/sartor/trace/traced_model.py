@@ -97,7 +97,7 @@ class TracedModel:
             raise ConfigError(
                 f"{traced.artifact.path} was tuned by {traced.known_recipe.objective.kind}: it learnt from scores of "
                 "replies, of which gradients are not traced",
-                "sartor trace with --method retrieval",
+                f"sartor trace {traced.artifact.path} --method retrieval",
             )
         if traced.known_recipe is None:  # tuned elsewhere, or by federated rounds
             return cls(traced, *open_tuned(traced.artifact, notice))

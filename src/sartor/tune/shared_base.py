@@ -155,7 +155,7 @@ class SharedBase:
         if {name: tuple(value.shape) for name, value in shared.items()} != shapes:
             first = next(iter(sorted(set(shapes) ^ set(shared))), "a tensor of another shape")
             problem = f"the shared adapter is not that of this client's recipe: {first}"
-            raise RoundError(problem, "the method of the recipe that the coordinator has", "manifest")
+            raise RoundError(problem, "start the client with the coordinator's recipe", "manifest")
         with torch.no_grad():
             for name, parameter in self.factors.items():
                 parameter.copy_(torch.from_numpy(shared[name]))

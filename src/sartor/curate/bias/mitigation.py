@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from sartor.core.records import Example, Message, Origin, Part, digest
+from sartor.core.records import Example, Message, Part, digest
 from sartor.curate.bias.group_membership import Memberships, origins_of, sexes_of
 from sartor.text.demographics import group_terms
 from sartor.text.demographics.group_terms import Kind
@@ -138,11 +138,6 @@ def _turned(text: str, attribute: str, target_group: str) -> str | None:
             return None
         return group_terms.swap(text, "names", f"{target_group}_{sexes.pop()}")
     return group_terms.swap(text, _KINDS[attribute], target_group)
-
-
-def is_counterfactual(origin: Origin) -> bool:
-    """Return True if a row with that origin is a counterfactual copy."""
-    return origin.step.startswith(STEP)
 
 
 Cell = tuple[str, str]  # group, outcome

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, one_of
 from sartor.core.records import Example, Message
 from sartor.core.splits import group_of
 from sartor.evaluate.reply_labels import WHOLE, known_fields, label_of
@@ -61,12 +61,12 @@ def outcomes_of(references: Sequence[str], field: str = "", favourable: Sequence
     label_counts = Counter(label for text in references if (label := label_of(text, field or WHOLE)) is not None)
     if field and not label_counts:
         raise ConfigError(
-            f"no reference has the field {field!r}", f"--label {' | '.join(known_fields(references)) or WHOLE}"
+            f"no reference has the field {field!r}", one_of("--label", known_fields(references) or [WHOLE])
         )
     is_decision = 2 <= len(label_counts) <= MOST_CLASSES and min(label_counts.values()) >= LEAST_ROWS_A_CLASS
     if unknown := [item for item in favourable if item not in label_counts]:
-        known = " | ".join(sorted(label_counts)[:MOST_CLASSES])
-        raise ConfigError(f"no reference says {unknown[0]!r}, which --favourable names", f"--favourable {known}")
+        known = one_of("--favourable", sorted(label_counts)[:MOST_CLASSES])
+        raise ConfigError(f"no reference says {unknown[0]!r}, which --favourable names", known)
     if len(label_counts) < 2 or not (field or is_decision or favourable):
         return None
     chosen = tuple(favourable) or tuple(

@@ -1,6 +1,6 @@
 """C++ kernels compiled on this machine, called by ctypes.
 
-Installation has no build step. The compiler is the system's, or zig's C++ compiler if `pip install 'sartor[compiler]'`
+Installation has no build step. The compiler is the system's, or zig's C++ compiler if `pip install '.[compiler]'`
 installed it. A missing or failing compiler costs speed, never function: `load` raises the reason and the caller takes
 `ReferenceKernels`.
 

@@ -10,7 +10,7 @@ manifest must have; this replaces the signature. The gate of `sartor personal tu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -289,15 +289,6 @@ async def admit(release: Path | str, context: AdmissionContext, probe: TrialEngi
     """Copy, check and store a Release. Raises what `admit_sync` raises."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(_threads, admit_sync, release, context, in_loop(probe, loop), agent)
-
-
-def release_registrar(context: AdmissionContext, probe: TrialEngine) -> Callable[[Path, str], Awaitable[AgentVersion]]:
-    """Return the function with which `dispatch` admits a Release as a version of an agent."""
-
-    async def admitting(release: Path, agent: str) -> AgentVersion:
-        return version_of(await admit(release, context, probe, agent), agent)
-
-    return admitting
 
 
 # Separate from the event loop's threads: an admission waits for a probe, which may need one of those
