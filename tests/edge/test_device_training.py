@@ -23,7 +23,7 @@ from sartor.tune import checkpoint
 
 def until(one: TuningJob, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a job and stop it after an update, as SIGTERM does."""
-    count, counted = DeviceRun._count, 0
+    count, counted = DeviceRun._record_update, 0
 
     def counting(run: DeviceRun, *arguments: Any, **keywords: Any) -> None:
         nonlocal counted
@@ -40,7 +40,7 @@ def until(one: TuningJob, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return enter(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DeviceRun, "_count", counting)
+        patch.setattr(DeviceRun, "_record_update", counting)
         patch.setattr(DeferredSignals, "__enter__", entering)
         with pytest.raises(StoppedError):
             tune(one)

@@ -176,7 +176,7 @@ class ReplayRun(TrainingRun):
     def go_back(self, state: RunState) -> None:
         """Make the state of a snapshot the current one."""
         # copies, because the optimiser changes its tensors in place
-        self._become({name: tensor.clone() for name, tensor in state.tensors.items()}, state.facts, _NOWHERE)
+        self._load_state({name: tensor.clone() for name, tensor in state.tensors.items()}, state.facts, _NOWHERE)
 
     def _foresee(self, recipe: ResolvedRecipe) -> RunForecast:
         micro_batch_tokens = recipe.compute.micro_batch_tokens

@@ -230,6 +230,7 @@ class RemoteTeacher:
             return list(pool.map(self._score, rows))
 
     def _score(self, row: DistilExample) -> TeacherScore:
+        """Return the endpoint's likeliest tokens at each position of a row's reply, in the student's tokens."""
         teacher_row = self.translation.row(row)
         if teacher_row is None or not teacher_row.supervised_tokens:
             return nothing_scored(row)
@@ -379,6 +380,7 @@ def _open_remote(objective: Distil, options: TeacherEndpoint, base: Base, notice
 
 
 def _open_local(recipe: ResolvedRecipe, name: str, base: Base, notice: Notice) -> LocalTeacher:
+    """Return a teacher in this process: the student's untouched base, another base, an Adapter or a Release."""
     assert isinstance(recipe.objective, Distil)
     top_k = recipe.objective.top_k
     if name == OWN_BASE:

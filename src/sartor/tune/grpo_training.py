@@ -190,13 +190,17 @@ class GrpoRun(TrainingRun):
         }
         return tensors, {**facts, **own}
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
-        super()._become(tensors, facts, source)
+    def _load_state(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
+        super()._load_state(tensors, facts, source)
         self.counts, self.held_out_reward = GroupCounts(**facts["groups"]), facts["held_out_reward"]
         self.reference_loss = facts.get("reference_loss")  # older checkpoints have neither
         self.reference_loss_at_start = facts.get("reference_loss_at_start")
 
     def _backward(self, rows: Sequence[TokenizedExample], weight: float = 1.0) -> float:
+        """Return the loss of an update and add its gradients: groups of replies are sampled, rewarded and learnt.
+
+        A group whose rewards are all equal teaches nothing. Rows of rehearsal are learnt by cross-entropy.
+        """
         own, plain_rows = distil_rows(rows), [row for row in rows if not isinstance(row, DistilExample)]
         loss = super()._backward(plain_rows, weight * self._objective.plain_weight) if plain_rows else 0.0
         replies, rewards = self._rewarded_replies(own)
@@ -275,8 +279,8 @@ class GrpoRun(TrainingRun):
             last_reward=mean,
         )
 
-    def _count(self, rows: Sequence[TokenizedExample], *arguments: Any, **keywords: Any) -> None:
-        super()._count(rows, *arguments, **keywords)
+    def _record_update(self, rows: Sequence[TokenizedExample], *arguments: Any, **keywords: Any) -> None:
+        super()._record_update(rows, *arguments, **keywords)
         self.counts = self.next_counts
 
     def _loss_of(self, rows: Sequence[TokenizedExample]) -> tuple[float, dict[str, float]]:

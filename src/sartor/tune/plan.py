@@ -247,6 +247,11 @@ def _forecast(
     *,
     is_peak_restarted: bool,
 ) -> TuningPlan:
+    """Return the plan of a run: its updates are counted, and a few of its micro-batches are timed.
+
+    price_h: of an hour of this machine; None for a plan without cost. is_peak_restarted: as of
+    `TimingProbe`.
+    """
     # kernels are compiled once per machine: `tune` will find them, so their compilation is not part of its time
     if recipe.compute.path == "auto":
         kernels.choose_kernels(base.device)

@@ -72,9 +72,9 @@ class PreferenceRun(TrainingRun):
         tensors, facts = super().state()
         return ({**tensors, REFERENCE: self.reference} if self.reference is not None else tensors), facts
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
+    def _load_state(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
         self.reference = tensors[REFERENCE].to(self.base.device) if REFERENCE in tensors else None
-        super()._become(tensors, facts, source)
+        super()._load_state(tensors, facts, source)
 
     @torch.no_grad()
     def _compute_reference(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:

@@ -181,6 +181,7 @@ def _tune(
     on_step: OnStep | None,
     notice: Notice,
 ) -> Adapter:
+    """Run the tuning that `context` describes, from its checkpoint if there is one, and write the Adapter to `out`."""
     recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
     model = inject_recipe_adapter(recipe, base)
     for line in [*describe(context.data, base, model), *auto_settings.lines(context.settings)]:

@@ -299,9 +299,13 @@ class TrainingRun:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore the state of a checkpoint. Raises ArtifactError if its tensors do not fit this model."""
-        self._become(checkpoint.tensors(), checkpoint.manifest, checkpoint.path)
+        self._load_state(checkpoint.tensors(), checkpoint.manifest, checkpoint.path)
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
+    def _load_state(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
+        """Load a checkpoint's state into model, optimiser, counters and random generators.
+
+        tensors, facts: of `state`. source: for an error.
+        """
         shapes = {f"adapter.{name}": parameter.shape for name, parameter in self.named.items()}
         if {name: tensor.shape for name, tensor in tensors.items() if name.startswith("adapter.")} != shapes:
             problem = f"the factors in {source} do not fit this adapter"
@@ -376,7 +380,7 @@ class TrainingRun:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(rows, loss_sum, norm, rates=rates, seconds=time.monotonic() - start_s)
+        self._record_update(rows, loss_sum, norm, rates=rates, seconds=time.monotonic() - start_s)
         if self.features:
             self.features.record(self.counters.updates, rates[0] * factor, self._fraction(), self.optimizer)
 
@@ -431,7 +435,7 @@ class TrainingRun:
             brief,
         )
 
-    def _count(
+    def _record_update(
         self,
         rows: Sequence[packing.TokenizedExample],
         loss: float,
@@ -439,6 +443,10 @@ class TrainingRun:
         rates: tuple[float, float],
         seconds: float,
     ) -> None:
+        """Add an update to the counters, the log and the forecast.
+
+        norm: of the gradient. rates: learning rates of the method and of the projectors.
+        """
         counters = self.counters
         tokens = sum(row.tokens for row in rows)
         counters.updates += 1

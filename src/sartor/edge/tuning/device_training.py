@@ -93,7 +93,7 @@ class DeviceRun(TrainingRun):
             if id(parameter) in factors and not parameter.requires_grad
         }
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Path) -> None:
+    def _load_state(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Path) -> None:
         """Restore a state, whichever factors learnt in it.
 
         Factors that learn here continue, and the others are frozen as they were.
@@ -115,7 +115,7 @@ class DeviceRun(TrainingRun):
                 tensor.copy_(factors[name])
         own_tensors = {f"adapter.{name}": factors[name] for name in self.named}
         own_tensors |= {name: tensor for name, tensor in tensors.items() if not _is_factor(name)}
-        super()._become(own_tensors, facts, source)
+        super()._load_state(own_tensors, facts, source)
 
 
 class ZerothRun(DeviceRun):
@@ -147,7 +147,7 @@ class ZerothRun(DeviceRun):
             for parameter in self.parameters:
                 parameter.mul_(1 - rates[0] * settings.weight_decay)
         self._move(-rates[0] * max(-settings.clip_norm, min(slope, settings.clip_norm)))
-        self._count(rows, loss, abs(slope), rates=rates, seconds=time.monotonic() - start_s)
+        self._record_update(rows, loss, abs(slope), rates=rates, seconds=time.monotonic() - start_s)
 
     def _move(self, distance: float) -> None:
         """Move every factor by `distance` along this update's direction."""
