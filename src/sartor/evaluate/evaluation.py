@@ -122,21 +122,23 @@ def evaluate(
 ) -> Evaluated:
     """Measure an Adapter (or a Release) against its base and write a Report.
 
-    The rows are those that its Dataset holds out, or those of the file `data` in any input form. `split` `test` takes
-    the rows that the Dataset keeps for the release (`split.test_fraction`), and `PATH-test-report` as `out`. `label`
-    is the field of the JSON replies that names a class, by a dotted path, or `.`: the whole reply is the class.
-    `scorer` names the metric that the gate checks; by default macro-F1 with a label, the word error rate of
-    transcripts, exact match where references are short, else F1. `audit` also measures bias, memorisation and changed
-    refusals (`audit/`); `favourable`: the desirable outcomes, of those that replies name. `metrics` are the ones to
-    measure, by default all that the rows have. With `metrics`, a reply ends as soon as none of them can change
-    (`scorers.py`), and its row says so. `out` defaults to `PATH-report`.
+    out: by default `PATH-report`; `PATH-test-report` of the split `test`.
+    data: a file of rows in any input form, instead of those that the Dataset holds out.
+    split: `test` takes the rows that the Dataset keeps for the release (`split.test_fraction`).
+    scorer: metric that the gate checks. By default macro-F1 with a label, the word error rate of transcripts, exact
+        match where references are short, else F1.
+    label: field of the JSON replies that names a class, by a dotted path, or `.`: the whole reply is the class.
+    audit: also measure bias, memorisation and changed refusals (`audit/`).
+    favourable: desirable outcomes for the audit, of those that replies name.
+    metrics: the ones to measure, by default all that the rows have. A reply ends as soon as none of them can change
+        (`scorers.py`), and its row says so.
+    tasks: `lm-eval:NAME,NAME`, tasks of lm-evaluation-harness or paths of their YAML files (`harness_tasks.py`).
+    judge: options of a judge that compares the replies of both sides (`judge.py`).
+    judge_labels: a JSONL file of pairs that people labelled.
+    most_rows: of the rows, and documents of each task, at most.
 
-    `tasks` is `lm-eval:NAME,NAME`: tasks of lm-evaluation-harness, or paths of their YAML files, at most `most_rows`
-    documents of each (`harness_tasks.py`). `judge` compares the replies of both sides (`judge.py`), and `judge_labels`
-    is a JSONL file of pairs that people labelled. Where tasks or the judge fail once the rows are measured, the Report
-    says so and has the rest.
-
-    The evaluation is written to the ledger of evaluations, and the Report says how many of its rows are known
+    Where tasks or the judge fail once the rows are measured, the Report says so and has the rest. The evaluation is
+    written to the ledger of evaluations, and the Report says how many of its rows are known
     (`core/evaluation_ledger.py`).
 
     Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no row to evaluate on. A damaged

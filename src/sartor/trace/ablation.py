@@ -114,7 +114,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class ReplayLosses:
-    """Losses of the query around the tuning, nats, beside the retrains.
+    """Losses of the query before and after the tuning, nats, which those of the retrains are compared with.
 
     before_tuning: with the adapter as at the run's start. adapter: with the Adapter as it is on disk.
     approximate: reason why the replay differs from the recorded run; empty if it does by little.
@@ -183,7 +183,7 @@ def ablate(
     make_private_folder(folder)
     with writer_lock(folder):
         try:
-            losses, around = RetrainFolder(folder, plan, notice).complete()
+            losses, reference = RetrainFolder(folder, plan, notice).complete()
         except KeyboardInterrupt:
             raise StoppedError(
                 f"stopped; finished retrains are kept in {folder}", "the same command goes on there"
@@ -192,7 +192,7 @@ def ablate(
             with suppress(OSError):  # nothing is kept of what could not begin
                 folder.rmdir()
             raise
-        fields = _fields(plan, losses, around) | {"wall_s": round(time.monotonic() - began, 1)}
+        fields = _fields(plan, losses, reference) | {"wall_s": round(time.monotonic() - began, 1)}
         fields = json.loads(records.canonical(fields))  # as a reader sees it
         with create_output_directory(out) as part:
             write_file_atomic(part / FILE, sign_document(fields, private, "proof"), mode=PRIVATE)
@@ -308,7 +308,7 @@ class RetrainFolder:
         return replay
 
     def complete(self) -> tuple[dict[tuple[int, RowSet], Losses], ReplayLosses]:
-        """Make every retrain that is missing; return the losses by seed and rows left out, and those around them."""
+        """Make every retrain that is missing; return losses by seed and rows left out, and the reference losses."""
         retrains = self.plan.retrains
         results: dict[tuple[int, RowSet], Losses] = {}
         for seed, left_out in retrains:
@@ -317,16 +317,16 @@ class RetrainFolder:
         if results:
             self.notice(f"going on with {self.folder}: {len(results)} of {len(retrains)} retrains are there")
         missing = [retrain for retrain in retrains if retrain not in results]
-        around = self._around(is_first=not results)
+        reference = self._reference_losses(is_first=not results)
         with Progress("ablate", len(missing), "retrains", self.notice) as progress:
             for retrain in missing:
                 results[retrain] = self._retrain(*retrain)
                 progress.advance()
-        return results, around
+        return results, reference
 
-    def _around(self, *, is_first: bool) -> ReplayLosses:
-        """Return the losses around the tuning; the first call measures them, with a retrain on all rows."""
-        file = self.folder / f"around-{self._question[:16]}.json"
+    def _reference_losses(self, *, is_first: bool) -> ReplayLosses:
+        """Return the losses before and after the tuning; the first call measures them, with a retrain on all rows."""
+        file = self.folder / f"reference-{self._question[:16]}.json"
         if (stored := _read_json(file)) is not None:
             return ReplayLosses(**stored)
         query, replay = [self.plan.query], self.replay
@@ -337,13 +337,13 @@ class RetrainFolder:
         difference = replay.difference(parameters, query)
         losses = self._measure(parameters, everything)
         self._write(self._file(seed, everything), losses)
-        around = ReplayLosses(before, difference.adapter_losses[0], difference.approximate)
-        write_file_atomic(file, records.canonical(vars(around)), mode=PRIVATE)
-        return around
+        reference = ReplayLosses(before, difference.adapter_losses[0], difference.approximate)
+        write_file_atomic(file, records.canonical(vars(reference)), mode=PRIVATE)
+        return reference
 
     def _retrain(self, seed: int, left_out: RowSet) -> Losses:
         file = self._file(seed, left_out)
-        if (stored := self._read(file)) is not None:  # that on all rows, which `_around` made
+        if (stored := self._read(file)) is not None:  # that on all rows, which `_reference_losses` made
             return stored
         weights = np.ones(len(self.plan.traced.rows))
         weights[list(left_out.indices)] = 0.0
@@ -381,7 +381,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _fields(plan: AblationPlan, losses: dict[tuple[int, RowSet], Losses], around: ReplayLosses) -> dict[str, Any]:
+def _fields(plan: AblationPlan, losses: dict[tuple[int, RowSet], Losses], reference: ReplayLosses) -> dict[str, Any]:
     """Return the fields of the proof."""
     traced, everything = plan.traced, RowSet(())
     full = [losses[seed, everything] for seed in plan.seeds]
@@ -394,7 +394,7 @@ def _fields(plan: AblationPlan, losses: dict[tuple[int, RowSet], Losses], around
 
     suspects, controls = effect_of(plan.suspects), [effect_of(rows) for rows in plan.controls]
     tuned = round(float(np.mean([whole.reply for whole in full])), DECIMALS)
-    before = round(around.before_tuning, DECIMALS)
+    before = round(reference.before_tuning, DECIMALS)
     judgement = judge(suspects.effect, [control.effect for control in controls], before - tuned)
     origins = {}
     for index in plan.suspects.indices:
@@ -417,10 +417,10 @@ def _fields(plan: AblationPlan, losses: dict[tuple[int, RowSet], Losses], around
         "controls": [control.as_json() for control in controls],
         "duplicates": [traced.rows[index].example.id for index in plan.duplicates],
         "seeds": list(plan.seeds),
-        "loss": {"before_tuning": before, "tuned": tuned, "adapter": round(around.adapter, DECIMALS)},
+        "loss": {"before_tuning": before, "tuned": tuned, "adapter": round(reference.adapter, DECIMALS)},
         "metric": _metric(plan, losses, full),
         **judged_fields(judgement),
-        "approximate": around.approximate,
+        "approximate": reference.approximate,
         "retrains": len(plan.retrains),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
