@@ -122,7 +122,7 @@ def test_adapter_answers_in_pieces_and_its_base_beside_it(adapter: Path) -> None
     sartor.chat(str(adapter), [f"{line}\n" for line in lines], written.append, sampling={"max_tokens": 6})
     text = "".join(written)
     asked = sartor.ask(adapter, lines[0], sampling={"max_tokens": 6}).reply
-    assert f"adapter (unreleased)> {asked}\n" in text and "base> " in text
+    assert f"{adapter.parent.name} (unreleased)> {asked}\n" in text and "base> " in text
     assert "CC-BY-4.0)" in text and len(written) > 8
 
 

@@ -118,7 +118,7 @@ def test_spreadsheet_becomes_an_adapter_with_a_report(
     recipe = yaml.safe_load((tmp_path / "faq" / "tune.yaml").read_text())
     assert recipe == {"base": str(tiny_base), "data": str(tmp_path / "faq" / "data")}
     reply = sartor.ask(tmp_path / "faq" / "adapter", "Wie öffne ich Konto 3?", sampling={"max_tokens": 2})
-    assert reply.as_json()["unreleased"] is True and "unreleased" in reply.reason
+    assert reply.as_json()["unreleased"] is True and "unreleased" in reply.reason and reply.agent == "faq"
 
 
 def test_second_call_makes_nothing_again(

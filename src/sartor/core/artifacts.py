@@ -202,6 +202,12 @@ def offer_model_loader(loader: Callable[..., LoadedModel]) -> None:
 class Adapter(Artifact):
     """An opened Adapter."""
 
+    @property
+    def name(self) -> str:
+        """Name of its directory; of `NAME/adapter`, as `tailor` writes it, NAME."""
+        path = self.path.absolute()
+        return path.parent.name if path.name == "adapter" and path.parent.name else path.name
+
     def load(
         self,
         *,

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, cast
 
-from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.artifacts import Adapter, Artifact, kind_of, open_artifact
 from sartor.core.errors import ConfigError, SartorError, UnavailableError
 from sartor.core.ipc import error_of
 from sartor.core.lazy_import import import_module
@@ -74,7 +74,8 @@ class LocalPartner:
                 verify_release(artifact.path)
                 self.name, self._system = f"{manifest['name']}@{manifest['version']}", manifest["system_prompt"]
             else:
-                self.name = f"{artifact.path.name} (unreleased)"
+                assert isinstance(artifact, Adapter)
+                self.name = f"{artifact.name} (unreleased)"
                 self._system = training_facts.read_facts(artifact).system_prompt
             base = import_module("sartor.models.tuned_model").open_bound_base(artifact, notice)
         # these three modules import torch, which a conversation with a server or a team does not need in this process

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import ArtifactPath, open_artifact
+from sartor.core.artifacts import Adapter, ArtifactPath, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.evaluate import training_facts
 from sartor.inference.engine import Sampling
@@ -49,7 +49,8 @@ def ask(
             raise ConfigError(
                 f"{artifact.path} is an Adapter, which nobody has signed", "leave --public-key out, or ask its Release"
             )
-        agent, reason = artifact.path.name, "asked by its directory; unreleased: no gate has passed it"
+        assert isinstance(artifact, Adapter)
+        agent, reason = artifact.name, "asked by its directory; unreleased: no gate has passed it"
         system, defaults = training_facts.read_facts(artifact).system_prompt, ADAPTER_SAMPLING
         notice(f"{artifact.path} is an Adapter, not a Release: no gate has checked it")
     opened, model = open_tuned(artifact, notice, base)

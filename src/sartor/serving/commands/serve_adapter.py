@@ -16,7 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from sartor.core import config, signing
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import Adapter, open_artifact
 from sartor.core.config import is_valid_name
 from sartor.release.release import seal_unreleased, verify_release
 from sartor.serving.http.startup import Ready, serve
@@ -60,7 +60,8 @@ def _team_of(path: Path, flags: Sequence[str], notice: Callable[[str], object]) 
             verify_release(path)
             name, release = artifact.manifest["name"], path
         else:
-            name, release = path.name.lower(), Path(folder) / "release"
+            assert isinstance(artifact, Adapter)
+            name, release = artifact.name.lower(), Path(folder) / "release"
             if not is_valid_name(name) or name in RESERVED:
                 name = "adapter"
             key = signing.keygen(Path(folder) / "key")
