@@ -123,7 +123,7 @@ def by_source(size: Size, folder: Path) -> dict[str, Any]:
     traced = tune_traced(folder / "sources", sources, {**recipe, **size.recipe})
     bad = parts.run("source: bad replies", lambda: trace_sources.bad_replies(traced, held_out, wrong, size))
     queries = [traced.query(*texts_of(row)) for row in bad]
-    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
+    scorers = {**trace_methods.SKETCHES, **trace_methods.PEERS}
     scores = trace_methods.with_ensemble(trace_methods.scores_of("source", scorers, traced, queries))
     counts = {
         name: sum(trace_sources.named_source(traced, line) == trace_sources.BAD for line in matrix)

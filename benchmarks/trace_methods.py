@@ -3,8 +3,9 @@
 Each gives (Q, N) of Q queries and N rows; larger if the row made the reply likelier.
 
 unrolled            trace/unrolling.py
-gradient, hidden_states, retrieval    the parts of Sartor's gradient method (trace/ensemble.py), each alone
-ensemble            their combination, with the weights that are packaged
+gradient            Sartor's gradient method (trace/ensemble.py), with the weights that are packaged
+gradient_alone, hidden_states    its parts, each alone
+retrieval           what `sartor trace` shows beside each method (trace/retrieval.py)
 bm25                Robertson and Zaragoza 2009, equation 3.15, over prompt and reply of a row as one text
 embedding           cosine of minilm's vectors of prompt and reply
 hidden              cosine of the tuned model's last hidden states, mean of the reply's tokens
@@ -38,8 +39,9 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.packing import TokenizedExample
-from sartor.trace.ensemble import PACKAGED, combine, part_scores
+from sartor.trace.ensemble import GRADIENT_ALONE, PACKAGED, combine, part_scores
 from sartor.trace.prepare import prepare
+from sartor.trace.retrieval_store import retrieval_scores
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.trace.unrolling import unrolled_scores
 
@@ -188,17 +190,23 @@ def unrolled(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
 
 
 def sketched(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
-    """Return the scores of Sartor's gradients, hidden states and retrieval, from sketches that `prepare` made."""
+    """Return the scores of Sartor's gradients and hidden states, from sketches that `prepare` made."""
     parts_of, _ = part_scores(traced, queries, notice=notice)
     return {name: np.asarray(scores, float) for name, scores in parts_of.items()}
 
 
+def retrieved(traced: TracedAdapter, queries: Sequence[TraceQuery]) -> Scores:
+    """Return the scores of retrieval."""
+    return {"retrieval": np.asarray(retrieval_scores(traced, queries).scores, float)}
+
+
 def with_ensemble(scores: Scores) -> Scores:
     """Return the scores with those of the verb's method as `gradient`, and of its sketches as `gradient_alone`."""
-    return {**scores, "gradient_alone": scores["gradient"], "gradient": combine(scores, PACKAGED)}
+    return {**scores, "gradient_alone": combine(scores, GRADIENT_ALONE), "gradient": combine(scores, PACKAGED)}
 
 
-OURS: dict[str, Scorer] = {"unrolling": unrolled, "sketches": sketched}
+SKETCHES: dict[str, Scorer] = {"sketches": sketched, "retrieval": retrieved}
+OURS: dict[str, Scorer] = {"unrolling": unrolled, **SKETCHES}
 PEERS: dict[str, Scorer] = {"bm25": bm25, "embedding": embedding, "hidden": hidden, "plain gradients": gradients}
 PEER_NAMES = ("bm25", "embedding", "hidden", "gradient_dot", "gradient_cosine")
 

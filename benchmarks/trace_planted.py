@@ -3,7 +3,8 @@
 Every plant that counts (trace_plants.py) is asked once. Its rank among the rows is that of the better of its two rows.
 `gradient` is what the verb does, by the packaged weights; `fit_packaged` fits them on the kinds that are not scored.
 `gradient_fitted` is the same with weights fitted in this call, and `swapped` the other half of the kinds, with weights
-fitted on the first.
+fitted on the first. `cross_fitted` has plants of both halves, each ranked with weights fitted on the half that it is
+not of.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     """Return the counts of each method, and of unrolling on few rows and for two replies among all."""
     planted = make_planted(size, folder)
     traced, queries = planted.traced, planted.queries(planted.counted)
-    scorers = {"sketches": trace_methods.sketched, **trace_methods.PEERS}
+    scorers = {**trace_methods.SKETCHES, **trace_methods.PEERS}
     scores = trace_methods.scores_of("plants", scorers, traced, queries)
     seconds = parts.run("plants: seconds of a reply", lambda: _seconds(traced, queries[:1]))
     few = make_few(planted, size, folder)
@@ -108,6 +109,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         "unrolled": _unrolled(few, planted.scored(size), "few rows"),
         "unrolled_among_all": _unrolled(traced, planted.scored(size)[:FEW_UNROLLED], "all rows"),
         "swapped": _counts(planted, scores, size, is_swapped=True),
+        "cross_fitted": _cross_fitted(planted, scores, size),
         "gradient_seconds": seconds,
         "rows": len(traced.rows),
         "kinds": trace_plants.scored_kinds(),
@@ -145,6 +147,24 @@ def _counts(
     result["gradient" if is_swapped else "gradient_fitted"]["weights"] = asdict(weights)
     result["gradient"].setdefault("weights", asdict(PACKAGED))
     return result
+
+
+def _cross_fitted(planted: PlantedSet, scores: trace_methods.Scores, size: Size) -> dict[str, Any]:
+    """Return the counts for plants of all kinds, one of each kind in turn, by weights of the half not theirs."""
+    indices = row_indices(planted.traced)
+    half = trace_plants.scored_kinds()
+    places = {plant.name: place for place, plant in enumerate(planted.counted)}
+    chosen = trace_plants.choose_scored(
+        planted.counted, sorted({plant.kind for plant in planted.counted}), size.plants
+    )
+    ranks = []
+    for plant in chosen:
+        others = [other for other in planted.counted if (other.kind in half) != (plant.kind in half)]
+        weights = _fit(scores, [places[other.name] for other in others], others, indices)
+        own = {name: scores[name][[places[plant.name]]] for name in PARTS}
+        ranks += trace_plants.plant_ranks(combine(own, weights), [plant], indices)
+    by_kind = trace_plants.by_kind(chosen, ranks)
+    return {**trace_plants.summary(ranks), "by_kind": by_kind, "ranks": ranks, "plants": [one.name for one in chosen]}
 
 
 def fit_packaged(size: Size, folder: Path) -> EnsembleWeights:

@@ -17,7 +17,7 @@ from sartor.core.errors import ArtifactError, ConfigError, RequestError, Stopped
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import ensemble, gradient
 from sartor.trace import prepare as preparation
-from sartor.trace.gradient import gradient_scores, mean_normal_scores
+from sartor.trace.gradient import gradient_scores, standardised
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
 from sartor.trace.traced_model import TracedModel
 
@@ -162,16 +162,27 @@ def test_adapter_without_a_recipe_is_scored_at_its_weights(traced: TracedAdapter
     assert result.scores[0].argmax() == 2
 
 
-def test_mean_normal_scores_rank_within_each_part() -> None:
+def test_standardised_parts_weigh_the_same() -> None:
     """A part of large numbers decides no more than one of small numbers."""
     parts = np.array([[[1.0, 2.0, 3.0, 4.0]], [[4e6, 3e6, 2e6, 1e6]], [[0.1, 0.2, 0.3, 0.4]]])
-    scores = mean_normal_scores(parts)
+    scores = standardised(parts).mean(0)
     assert scores.shape == (1, 4) and np.argsort(scores[0]).tolist() == [0, 1, 2, 3]
-    assert not mean_normal_scores(np.zeros((2, 1, 4))).any(), "equal values have equal ranks"
+    assert not standardised(np.zeros((2, 1, 4))).any(), "equal values tell nothing"
+
+
+def test_a_row_that_stands_out_in_one_part_is_found() -> None:
+    """Ranks would put a row that is well placed in both parts before it; its score is finite among many rows too."""
+    rng = np.random.default_rng(0)
+    parts = {name: rng.normal(size=(1, 4_000_000)) for name in ensemble.PARTS}
+    parts["hidden_states"][0, 7] = 4e4
+    for name in ensemble.PARTS:
+        parts[name][0, 9] = 4.0
+    scores = ensemble.combine(parts, ensemble.PACKAGED)
+    assert scores[0].argmax() == 7 and np.isfinite(scores).all()
 
 
 def test_ensemble_weights_are_fitted_on_plants() -> None:
-    """Of three parts one finds the planted rows; it gets the weight. Without plants the parts are equal."""
+    """Of two parts one finds the planted rows; it gets most of the weight. Where both do, they are equal."""
     rng = np.random.default_rng(0)
     true_rows = list(range(12))
     parts = {name: rng.normal(size=(12, 200)) for name in ensemble.PARTS}
@@ -179,7 +190,8 @@ def test_ensemble_weights_are_fitted_on_plants() -> None:
     weights = ensemble.fit_weights(parts, true_rows, origin="planted here")
     assert weights.hidden_states >= 0.5 and weights.planted == 12 and sum(weights.values) == pytest.approx(1)
     assert ensemble.ranks_of(ensemble.combine(parts, weights), true_rows).max() <= 3
-    assert ensemble.PACKAGED.planted == 0 or ensemble.PACKAGED.origin
+    parts["gradient"][true_rows, true_rows] += 6
+    assert ensemble.fit_weights(parts, true_rows, origin="planted here").values == (0.5, 0.5)
     with pytest.raises(ConfigError, match="no planted row"):
         ensemble.fit_weights(parts, [], origin="none")
 
@@ -204,7 +216,7 @@ def test_verb_ranks_by_the_ensemble_where_states_are(tune_recipe: dict[str, Any]
     alone = sartor.trace(tmp_path / "a", **words)
     assert alone.facts["ensemble"] is None and f"{tmp_path / 'a'} --prepare" in alone.notes[0]
     plain = gradient_scores(alone.traced, [asked])
-    assert alone.examples[0].score == plain.scores.max()
+    assert alone.examples[0].score == ensemble.combine({"gradient": plain.scores}, ensemble.GRADIENT_ALONE).max()
     sartor.trace(tmp_path / "a", prepare=True)
     joined = sartor.trace(tmp_path / "a", **words)
     said = joined.as_json()["facts"]

@@ -1,6 +1,9 @@
-"""The method gradient: gradients, hidden states and retrieval, combined with weights.
+"""Method gradient: likeness of gradients and of hidden states, combined with weights.
 
-Each part ranks all rows. The combination is the mean of the ranks' normal quantiles by the weights PACKAGED.
+Each part is standardised over the rows to z, and a row's score is the weighted sum of exp(z / 2): 1 is about an
+average row. So a row that stands out in one part is found, and the many rows near the mean, whose z are noise, add up
+to little beside it. Retrieval is no part: it is shown beside, and the rows behind a reply may share no word with it.
+docs/decisions/048-trace-ensemble.md has what was tried, with figures.
 
 The rows' hidden states have to be there; where a run recorded sketches and nobody prepared the states, gradients rank
 alone, and the result says so.
@@ -8,7 +11,6 @@ alone, and the result says so.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,14 +22,13 @@ from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
 from sartor.trace import prepare as preparation
 from sartor.trace.attribution import Attribution, Method
-from sartor.trace.gradient import gradient_scores, mean_normal_scores, normalized, sketched_labels
-from sartor.trace.retrieval_store import retrieval_scores
+from sartor.trace.gradient import gradient_scores, normalized, sketched_labels, standardised
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, rows_folder
 from sartor.trace.traced_model import TracedModel
 
 Notice = Callable[[str], object]
 Array = np.ndarray[Any, np.dtype[Any]]
-PARTS = ("gradient", "hidden_states", "retrieval")
+PARTS = ("gradient", "hidden_states")
 # steps of a weight in a fit
 _STEPS = 10
 
@@ -41,19 +42,21 @@ class EnsembleWeights:
 
     gradient: float
     hidden_states: float
-    retrieval: float
     origin: str
     planted: int = 0
 
     @property
     def values(self) -> tuple[float, ...]:
         """Weights in the order of PARTS."""
-        return self.gradient, self.hidden_states, self.retrieval
+        return self.gradient, self.hidden_states
 
 
-# Equal until they are fitted on planted rows of half of the kinds of benchmarks/trace_plants.yaml, which
-# `python benchmarks/trace.py --work trace-work --only weights --json` prints.
-PACKAGED = EnsembleWeights(1 / 3, 1 / 3, 1 / 3, "equal: not fitted on planted rows")
+# What `python benchmarks/trace.py --work trace-work --only weights --json` prints: fitted on planted rows of half of
+# the kinds of benchmarks/trace_plants.yaml
+PACKAGED = EnsembleWeights(0.5, 0.5, "equal: not fitted on planted rows")
+GRADIENT_ALONE = EnsembleWeights(1.0, 0.0, "gradients alone")
+# largest exponent: exp(600) is a finite float64
+_MOST = 600.0
 
 
 def ensemble_scores(
@@ -74,7 +77,8 @@ def ensemble_scores(
     if not has_states and not prepares and sketched_labels(traced, folder):
         alone = gradient_scores(traced, queries, notice=notice)
         note = f"gradients rank alone; sartor trace {traced.artifact.path} --prepare adds what hidden states show"
-        return replace(alone, facts={**alone.facts, "ensemble": None}, notes=(note,))
+        scores = combine({"gradient": alone.scores}, GRADIENT_ALONE)
+        return replace(alone, scores=scores, facts={**alone.facts, "ensemble": None}, notes=(note,))
     parts, facts = part_scores(traced, queries, notice=notice)
     scores = combine(parts, weights)
     return Attribution(Method.GRADIENT, scores, facts={**facts, "ensemble": asdict(weights)})
@@ -89,7 +93,6 @@ def part_scores(
     parts = {
         "gradient": gradient.scores,
         "hidden_states": hidden_scores(traced, queries, model=model, notice=notice),
-        "retrieval": retrieval_scores(traced, queries).scores,
     }
     return parts, gradient.facts
 
@@ -97,7 +100,7 @@ def part_scores(
 def hidden_scores(
     traced: TracedAdapter, queries: Sequence[TraceQuery], *, model: TracedModel, notice: Notice = lambda line: None
 ) -> Array:
-    """Return the scores (Q, N) by hidden states: mean normal quantile of the cosines' ranks at both layers.
+    """Return the scores (Q, N) by hidden states: the mean over layers of standardised cosines.
 
     Rows that have no hidden states yet get them.
     """
@@ -117,39 +120,42 @@ def hidden_scores(
             zip(np.split(rows, count, 1), np.split(changes, count, 1), strict=True)
         ):
             cosines[index, :, piece] = normalized(query_part) @ normalized(row_part).T
-    return mean_normal_scores(cosines[:, :, wanted])
+    return np.asarray(standardised(cosines[:, :, wanted]).mean(0))
 
 
 def combine(parts: Mapping[str, Array], weights: EnsembleWeights) -> Array:
-    """Return the weighted mean (Q, N) of the parts' normal quantiles. parts: (Q, N) scores of each of PARTS."""
-    scaled = [
-        weight * mean_normal_scores(parts[name][None]) for name, weight in zip(PARTS, weights.values, strict=True)
-    ]
-    return np.asarray(np.sum(scaled, 0))
+    """Return the combined scores (Q, N), the weighted sum of exp(z / 2) with each part standardised to z.
+
+    parts: (Q, N) scores of PARTS; those without weight may be absent.
+    """
+    used = [(parts[name], weight) for name, weight in zip(PARTS, weights.values, strict=True) if weight]
+    return np.sum([weight * np.exp(np.minimum(standardised(part) / 2, _MOST)) for part, weight in used], 0)
 
 
 def fit_weights(parts: Mapping[str, Array], true_rows: Sequence[int], *, origin: str) -> EnsembleWeights:
-    """Return the weights whose combination ranks planted rows best, by mean reciprocal rank.
+    """Return the weights whose combination ranks planted rows well, by mean reciprocal rank.
 
+    Of all weights that are within one standard error of the best, of the paired difference, the most even ones are
+    taken (one-standard-error rule: Breiman et al. 1984): a few plants tell no more.
     parts: (Q, N) scores of each of PARTS for replies of known cause. true_rows: (Q,) index of each reply's planted
-    row. origin: which plants these are. Of equally good weights the most even ones are taken.
+    row. origin: which plants these are.
     Raises ConfigError for no planted row.
     """
     if not true_rows:
         raise ConfigError("no planted row is given", "give rows of benchmarks/trace_plants.py")
-    best: tuple[float, float, EnsembleWeights] | None = None
-    for steps in itertools.product(range(_STEPS + 1), repeat=len(PARTS)):
-        if sum(steps) != _STEPS:
-            continue
-        gradient, hidden, retrieval = shares = [step / _STEPS for step in steps]
-        weights = EnsembleWeights(gradient, hidden, retrieval, origin, len(true_rows))
-        ranks = ranks_of(combine(parts, weights), true_rows)
-        quality = float(np.mean(1 / ranks))
-        evenness = -max(shares)
-        if best is None or (quality, evenness) > best[:2]:
-            best = quality, evenness, weights
-    assert best is not None
-    return best[2]
+    reciprocal_ranks = {}
+    for step in range(_STEPS + 1):
+        weights = EnsembleWeights(step / _STEPS, 1 - step / _STEPS, origin, len(true_rows))
+        reciprocal_ranks[weights] = 1 / ranks_of(combine(parts, weights), true_rows)
+    best = max(reciprocal_ranks.values(), key=np.mean)
+
+    def is_near(ranks: Array) -> bool:
+        """Return whether ranks are within one standard error of the best."""
+        difference = best - ranks
+        return bool(difference.mean() <= difference.std() / len(true_rows) ** 0.5)
+
+    near = [weights for weights, ranks in reciprocal_ranks.items() if is_near(ranks)]
+    return min(near, key=lambda weights: abs(weights.gradient - 0.5))
 
 
 def ranks_of(scores: Array, true_rows: Sequence[int]) -> Array:

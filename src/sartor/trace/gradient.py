@@ -2,8 +2,9 @@
 
 At each set of weights and in each layer, a row's score is the cosine of its sketch and the reply's, in the metric of
 AdamW's second moment (tune/gradient_features.py). Of a cosine, long rows and rows of high loss have no more than
-others. The scores of layers and weights are ranked and averaged (arXiv:2511.04715), since a few layers of large
-gradients would otherwise decide alone.
+others. The cosines of a layer are standardised over the rows before layers and weights are averaged, since a few
+layers of large cosines would otherwise decide alone. Ranks in place of standardised cosines lose how far a row stands
+out, and predict the effect of leaving rows out worse (docs/decisions/048-trace-ensemble.md).
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import special
-from scipy.stats import rankdata
 
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.sketch_matrix import SketchMatrix
@@ -39,7 +38,7 @@ def gradient_scores(
     model: TracedModel | None = None,
     notice: Notice = lambda line: None,
 ) -> Attribution:
-    """Return the scores (Q, N) of rows, as mean normal scores of their ranks.
+    """Return the scores (Q, N) of rows: the mean over layers and weights of standardised cosines.
 
     Sketches that were prepared or recorded are read. Without any, those at the adapter's weights are made and kept.
     model: of `traced`, if the caller has opened it.
@@ -64,7 +63,7 @@ def gradient_scores(
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         some = slice(start, start + _QUERIES_AT_ONCE)
         parts = [layer_cosines(traced, folder / label, values[some], model) for label, values in sketches.items()]
-        scores[some] = mean_normal_scores(np.concatenate(parts))
+        scores[some] = standardised(np.concatenate(parts)).mean(0)
     facts = {"sketches": labels, "row_bytes": preparation_bytes(folder, labels)}
     return Attribution(Method.GRADIENT, scores, facts=facts)
 
@@ -129,13 +128,7 @@ def normalized(vectors: Array) -> Array:
     return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny))
 
 
-def mean_normal_scores(parts: Array) -> Array:
-    """Return the scores (Q, N): mean over parts of the normal quantile of each row's rank.
-
-    parts: (P, Q, N), larger for more alike. Ranks of equal values are their mean. Quantiles keep the distance between
-    the few rows at the top that plain ranks would lose: (r - 0.5) / N (Blom's form; van der Waerden 1952).
-    """
-    total = np.zeros(parts.shape[1:])
-    for part in parts:  # one at a time: ranks take four times the memory of cosines
-        total += special.ndtri((rankdata(part, axis=1) - 0.5) / parts.shape[2])
-    return total / len(parts)
+def standardised(scores: Array) -> Array:
+    """Return scores (..., N) less their mean over the N rows, over their standard deviation; zeros for equal ones."""
+    deviations = scores.std(-1, keepdims=True)
+    return np.asarray((scores - scores.mean(-1, keepdims=True)) / np.where(deviations > 0, deviations, 1.0))
