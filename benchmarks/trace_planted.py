@@ -9,10 +9,9 @@ not of.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,29 +167,13 @@ def _cross_fitted(planted: PlantedSet, scores: trace_methods.Scores, size: Size)
 
 
 def fit_packaged(size: Size, folder: Path) -> EnsembleWeights:
-    """Return weights fitted on the closed plants of the kinds that are not scored, for trace/ensemble.py.
-
-    The rows that are ranked are those of these plants and a sample of the others. Whether each plant has an effect is
-    not asked, which would take retrains.
-    """
-    plants = trace_plants.read_plants(size.asked_plants)
-    reasons = parts.run("plants: wording", lambda: trace_plants.split_closed(plants, size)[1])
-    closed = [plant for plant in plants if plant.name not in reasons]
-    traced = tune_planted(folder / "planted", trace_plants.planted_rows(size.planted_rows, closed), size)
-    fitted = [plant for plant in closed if plant.kind not in trace_plants.scored_kinds()]
-    traced = _sampled(traced, fitted, size.fitted_rows)
-    queries = queries_of(traced, asked(fitted))
-    scores = trace_methods.scores_of("weights", {"sketches": trace_methods.sketched}, traced, queries)
-    return _fit(scores, range(len(fitted)), fitted, row_indices(traced))
-
-
-def _sampled(traced: TracedAdapter, plants: Sequence[Plant], count: int) -> TracedAdapter:
-    """Return the traced adapter with the rows of the plants and a sample of its other rows, `count` in all."""
-    indices = row_indices(traced)
-    planted = {indices[pair] for plant in plants for pair in plant.rows}
-    others = sorted(set(range(len(traced.rows))) - planted)
-    chosen = sorted([*planted, *random.Random(2).sample(others, max(0, min(count - len(planted), len(others))))])
-    return replace(traced, rows=tuple(traced.rows[index] for index in chosen), row_key="")
+    """Return weights fitted on the plants that count of the kinds that are not scored, for trace/ensemble.py."""
+    planted = make_planted(size, folder)
+    queries = planted.queries(planted.counted)
+    scores = trace_methods.scores_of("plants", trace_methods.SKETCHES, planted.traced, queries)
+    fitted = planted.scored(size, is_swapped=True)
+    places = {plant.name: place for place, plant in enumerate(planted.counted)}
+    return _fit(scores, [places[plant.name] for plant in fitted], fitted, row_indices(planted.traced))
 
 
 def _fit(

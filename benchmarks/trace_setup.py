@@ -31,7 +31,6 @@ class Size:
     rows, updates, batch_rows, queries, retrains: of a set whose LDS is measured. group: queries that are unrolled at
         once. curve_points: of a curve at most.
     planted_rows: with the plants among them; few_rows: of the smaller planted set, for unrolling.
-    fitted_rows: among which the weights of the method gradient are fitted, plants included.
     plants: that are scored. asked_plants: a kind's plants that are tried.
     closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply.
     source_rows: rows of each of ten sources. bad_replies: that are traced to their source.
@@ -50,7 +49,6 @@ class Size:
     curve_points: int = 8
     planted_rows: int = 2000
     few_rows: int = 200
-    fitted_rows: int = 200
     plants: int = 20
     asked_plants: int = 5
     closed_rank: int = 100
@@ -77,7 +75,6 @@ SMALL = Size(
     curve_points=1,
     planted_rows=150,
     few_rows=40,
-    fitted_rows=60,
     plants=2,
     asked_plants=1,
     closed_rank=0,
