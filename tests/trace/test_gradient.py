@@ -170,6 +170,13 @@ def test_standardised_parts_weigh_the_same() -> None:
     assert not standardised(np.zeros((2, 1, 4))).any(), "equal values tell nothing"
 
 
+def test_mean_normal_scores_rank_within_each_part() -> None:
+    parts = np.array([[[1.0, 2.0, 3.0, 4.0]], [[4e6, 3e6, 2e6, 1e6]], [[0.1, 0.2, 0.3, 0.4]]])
+    scores = ensemble.mean_normal_scores(parts)
+    assert scores.shape == (1, 4) and np.argsort(scores[0]).tolist() == [0, 1, 2, 3]
+    assert not ensemble.mean_normal_scores(np.zeros((2, 1, 4))).any(), "equal values have equal ranks"
+
+
 def test_a_row_that_stands_out_in_one_part_is_found() -> None:
     """Ranks would put a row that is well placed in both parts before it; its score is finite among many rows too."""
     rng = np.random.default_rng(0)
