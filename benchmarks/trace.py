@@ -10,8 +10,9 @@ lds             trace_lds.py: {set: {method: {mean, min, low, high, by_query}, d
                 curves {lines}: by learning rate, rows of an update, epochs (--curves)
 weights         trace_planted.py: weights of the method gradient, fitted on the kinds that are not scored, for PACKAGED
                 of trace/ensemble.py
-planted         trace_planted.py: {method: {top1, top10, of, by_kind, ranks}}; unrolled on few rows, unrolled_among_all
-                for two replies among all; swapped: the halves of the kinds exchanged; discarded plants, and why
+planted         trace_planted.py: {method: {top1, top10, of, by_kind, ranks}}; swapped: the halves of the kinds
+                exchanged; cross_fitted: plants of both halves; discarded plants, and why
+planted_unrolled    the same of unrolling: few_rows, and all_rows for two replies
 by_source       trace_sources.py: bad replies whose mislabelled source `--by source` names, of `bad_replies`, by the
                 gradient method; by_source_methods: by each
 proof           trace_proof.py: {true: {right, of}, false: {right, of}}
@@ -56,6 +57,7 @@ SECTIONS = {
     "lds": ("lds",),
     "weights": ("weights",),
     "planted": ("planted",),
+    "planted_unrolled": ("planted_unrolled",),
     "source": ("by_source", "by_source_methods"),
     "proof": ("proof",),
     "fix": ("fix",),
@@ -84,6 +86,7 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
         "lds": lambda: _lds(sets, options, size, folder, is_small=arguments.small),
         "weights": lambda: {"weights": asdict(trace_planted.fit_packaged(size, folder))},
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
+        "planted_unrolled": lambda: {"planted_unrolled": trace_planted.measure_unrolled(size, folder)},
         "source": lambda: by_source(size, folder),
         "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
         "fix": lambda: {"fix": trace_fix.measure(size, folder, waived=SMALL_WAIVED if arguments.small else WAIVED)},

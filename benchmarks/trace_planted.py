@@ -96,17 +96,14 @@ def make_few(planted: PlantedSet, size: Size, folder: Path) -> TracedAdapter:
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
-    """Return the counts of each method, and of unrolling on few rows and for two replies among all."""
+    """Return the counts of each method but unrolling."""
     planted = make_planted(size, folder)
     traced, queries = planted.traced, planted.queries(planted.counted)
     scorers = {**trace_methods.SKETCHES, **trace_methods.PEERS}
     scores = trace_methods.scores_of("plants", scorers, traced, queries)
     seconds = parts.run("plants: seconds of a reply", lambda: _seconds(traced, queries[:1]))
-    few = make_few(planted, size, folder)
     return {
         **_counts(planted, scores, size),
-        "unrolled": _unrolled(few, planted.scored(size), "few rows"),
-        "unrolled_among_all": _unrolled(traced, planted.scored(size)[:FEW_UNROLLED], "all rows"),
         "swapped": _counts(planted, scores, size, is_swapped=True),
         "cross_fitted": _cross_fitted(planted, scores, size),
         "gradient_seconds": seconds,
@@ -117,6 +114,16 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         "counted": len(planted.counted),
         "discarded": planted.reasons,
         "effects": {name: facts["effect"] for name, facts in planted.found.items()},
+    }
+
+
+def measure_unrolled(size: Size, folder: Path) -> dict[str, Any]:
+    """Return the counts of unrolling on few rows, and for two replies among all."""
+    planted = make_planted(size, folder)
+    few = make_few(planted, size, folder)
+    return {
+        "few_rows": _unrolled(few, planted.scored(size), "few rows"),
+        "all_rows": _unrolled(planted.traced, planted.scored(size)[:FEW_UNROLLED], "all rows"),
     }
 
 

@@ -95,7 +95,7 @@ KEYS = {
     "synth_audit": "audit.planted_caught mitigation.gap_after mitigation.worst release",
     "synth_lift": "lift.estimate lift.without lift.draws",
     "trace": "lds.snips.unrolled.mean lds.snips.gradient.min lds.snips.bm25.mean lds.snips.differences.unrolled.gradient_cosine.low "
-    "planted.gradient.top1 planted.gradient.top10 planted.gradient.of planted.unrolled.top10 planted.unrolled_among_all.of "
+    "planted.gradient.top1 planted.gradient.top10 planted.gradient.of planted.cross_fitted.of planted_unrolled.few_rows.top10 planted_unrolled.all_rows.of "
     "planted.swapped.gradient.of planted.discarded planted.hidden.top10 by_source by_source_methods.bm25 proof.true.right "
     "proof.false.of fix.fails_when_put_back fix.metric_stays fix.effects.left_out fix.effects.removed feature_overhead "
     "bytes_per_row retrieval_s gradient_s unrolled_tunings retrieval_curve gradient_curve bergson machine.processor",

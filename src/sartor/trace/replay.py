@@ -253,11 +253,11 @@ def check_replayable(traced: TracedAdapter) -> None:
 
 
 def _other_methods(traced: TracedAdapter) -> str:
-    """Return the remedy that names a method without a replay."""
-    recipe = traced.known_recipe
-    # of a teacher's or a verifier's scores there are no gradients of rows
-    method = Method.RETRIEVAL if recipe and isinstance(recipe.objective, SAMPLED) else Method.GRADIENT
-    return f"sartor trace {traced.artifact.path} --method {method}, which needs no replay"
+    """Return the remedy that names the methods without a replay."""
+    recipe, command = traced.known_recipe, f"sartor trace {traced.artifact.path} --method"
+    if recipe and isinstance(recipe.objective, SAMPLED):
+        return f"{command} {Method.RETRIEVAL}"  # of a teacher's or a verifier's scores there are no gradients of rows
+    return f"{command} {Method.GRADIENT}, or --method {Method.RETRIEVAL}: they need no replay"
 
 
 def describe_differences(traced: TracedAdapter) -> Iterator[str]:
