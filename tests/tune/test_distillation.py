@@ -22,7 +22,6 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError, StoppedError, UnavailableError
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
-from sartor.inference.generate import generate
 from sartor.models import adapters, packing
 from sartor.models.base import open_base
 from sartor.models.chat import ChatTokenizer
@@ -413,22 +412,15 @@ def test_a_plan_counts_the_teacher(recipe: dict[str, Any]) -> None:
         assert (plan.counters.updates, plan.counters.tokens > 0) == (3, True)
 
 
-def test_a_plan_times_the_replies_of_an_update(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_times_the_replies_of_an_update(recipe: dict[str, Any], timed_batches: list[int]) -> None:
     """A timed batch has the rows that an update samples; the interval is that of replies of any length."""
-    batches = []
-
-    def watched(model: Any, prompts: Any, **options: Any) -> Any:
-        batches.append(len(prompts))
-        return generate(model, prompts, **options)
-
-    monkeypatch.setattr("sartor.tune.distil_cost.generate", watched)
     times = []
     for tokens, longest in ((64, 8), (1024, 8), (1024, 128)):
         sampled = {"on_policy": 1.0, "max_reply_tokens": longest}
         plan = sartor.plan(changed(recipe, sampled, optimizer={"learning_rate": 3e-3, "batch_tokens": tokens}))
         assert plan.time_s is not None and plan.time_s.low < plan.time_s.estimate < plan.time_s.high
         times.append(plan.time_s)
-    assert batches[0] < batches[-1]
+    assert timed_batches[0] < timed_batches[-1]
     assert times[2].high > 2 * times[1].high
 
 

@@ -16,7 +16,6 @@ from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError, SourceError
 from sartor.core.filesystem import file_digest
-from sartor.inference.generate import generate
 from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.inference.verifiers.submission import Submission
 from sartor.models.base import open_base
@@ -258,21 +257,14 @@ def test_plan_counts_replies_and_passes(recipe: dict[str, Any]) -> None:
     assert many > few
 
 
-def test_plan_times_the_batches_of_a_run(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_times_the_batches_of_a_run(recipe: dict[str, Any], timed_batches: list[int]) -> None:
     """A batch has the replies of an update, up to 64; the interval is that of replies of any length."""
-    batches = []
-
-    def watched(model: Any, prompts: Any, **options: Any) -> Any:
-        batches.append(len(prompts))
-        return generate(model, prompts, **options)
-
-    monkeypatch.setattr("sartor.tune.distil_cost.generate", watched)
     times = []
     for size, longest in ((2, 8), (400, 8), (400, 64)):
         plan = sartor.plan(changed(recipe, {"group_size": size, "max_reply_tokens": longest}))
         assert plan.time_s is not None and 0 <= plan.time_s.low < plan.time_s.estimate < plan.time_s.high
         times.append(plan.time_s)
-    assert batches[0] < 32 and all(32 < rows <= 64 for rows in batches[3:])
+    assert timed_batches[0] < 32 and all(32 < rows <= 64 for rows in timed_batches[3:])
     assert times[2].high > 2 * times[1].high and times[2].high > 8 * times[2].low
 
 
