@@ -156,7 +156,7 @@ def _counts(
 
 
 def _cross_fitted(planted: PlantedSet, scores: trace_methods.Scores, size: Size) -> dict[str, Any]:
-    """Return the counts for plants of all kinds, one of each kind in turn, by weights of the half not theirs."""
+    """Return the counts for plants of all kinds, each by weights that were fitted on the other half of the kinds."""
     indices = row_indices(planted.traced)
     half = trace_plants.scored_kinds()
     places = {plant.name: place for place, plant in enumerate(planted.counted)}
@@ -167,10 +167,15 @@ def _cross_fitted(planted: PlantedSet, scores: trace_methods.Scores, size: Size)
     for plant in chosen:
         others = [other for other in planted.counted if (other.kind in half) != (plant.kind in half)]
         weights = _fit(scores, [places[other.name] for other in others], others, indices)
-        own = {name: scores[name][[places[plant.name]]] for name in PARTS}
-        ranks += trace_plants.plant_ranks(combine(own, weights), [plant], indices)
+        of_plant = {name: scores[name][[places[plant.name]]] for name in PARTS}
+        ranks += trace_plants.plant_ranks(combine(of_plant, weights), [plant], indices)
     by_kind = trace_plants.by_kind(chosen, ranks)
-    return {**trace_plants.summary(ranks), "by_kind": by_kind, "ranks": ranks, "plants": [one.name for one in chosen]}
+    return {
+        **trace_plants.summary(ranks),
+        "by_kind": by_kind,
+        "ranks": ranks,
+        "plants": [plant.name for plant in chosen],
+    }
 
 
 def fit_packaged(size: Size, folder: Path) -> EnsembleWeights:

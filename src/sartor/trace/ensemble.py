@@ -132,8 +132,10 @@ def mean_normal_scores(parts: Array) -> Array:
 
     parts: (P, Q, N), larger for more alike. Ranks of equal values are their mean.
     """
-    ranks = rankdata(parts, axis=-1)
-    return np.asarray(special.ndtri((ranks - 0.5) / parts.shape[-1]).mean(0))
+    total = np.zeros(parts.shape[1:])
+    for part in parts:  # one at a time: ranks take four times the memory of cosines
+        total += special.ndtri((rankdata(part, axis=-1) - 0.5) / parts.shape[-1])
+    return total / len(parts)
 
 
 def combine(parts: Mapping[str, Array], weights: EnsembleWeights) -> Array:

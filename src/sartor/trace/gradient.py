@@ -9,6 +9,7 @@ out, and predict the effect of leaving rows out worse (docs/decisions/048-trace-
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def gradient_scores(
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         some = slice(start, start + _QUERIES_AT_ONCE)
         parts = [layer_cosines(traced, folder / label, values[some], model) for label, values in sketches.items()]
-        scores[some] = standardised(np.concatenate(parts)).mean(0)
+        for cosines in itertools.chain.from_iterable(parts):  # a layer at a time: the memory of one more
+            scores[some] += standardised(cosines)
+        scores[some] /= sum(map(len, parts))
     facts = {"sketches": labels, "row_bytes": preparation_bytes(folder, labels)}
     return Attribution(Method.GRADIENT, scores, facts=facts)
 

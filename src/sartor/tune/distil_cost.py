@@ -74,8 +74,8 @@ class DistilCost:
         objective = recipe.objective
         assert isinstance(objective, Distil)
         held_out = sum(row.tokens for row in data.held_out) if recipe.evaluations else 0
-        own = min(data.tokens, counters.tokens) if objective.on_policy < 1 else 0
-        scored_s = (held_out + own) * self.teacher_token_s
+        off_policy = min(data.tokens, counters.tokens) if objective.on_policy < 1 else 0
+        scored_s = (held_out + off_policy) * self.teacher_token_s
         if self.replies is None:
             return Interval(scored_s, scored_s, scored_s)
         replies = self.replies
