@@ -174,7 +174,7 @@ def factor_moments(second_moments: Mapping[str, torch.Tensor]) -> Moments:
 
 
 class GradientSketcher:
-    """Sketcher of tokens' parts of the factors' gradients (`row_gradients.TokenSketcher`)."""
+    """Projections of tokens' parts of the factors' gradients (`row_gradients.TokenSketcher`)."""
 
     def __init__(
         self, layout: SketchLayout, factors: Mapping[str, torch.nn.Parameter], device: torch.device | str = "cpu"
@@ -185,8 +185,8 @@ class GradientSketcher:
             factor.name: tuple(factor.signs(layout.seed, side).to(device) for side in (0, 1))
             for factor in layout.factors
         }
-        # transposed, (m, k_m) and (n, k_n), after preconditioning
-        self._projections = {name: (p.T, q.T) for name, (p, q) in self._signs.items()}
+        # after preconditioning
+        self._projections = dict(self._signs)
 
     @property
     def size(self) -> int:
@@ -202,22 +202,19 @@ class GradientSketcher:
             mean = float(row_means.mean())
             if name not in self._signs or not mean > 0 or not math.isfinite(mean):
                 continue
-            scaled = []
-            for signs, means, factor in zip(
-                self._signs[name], (row_means, column_means), (mean**0.25, 1.0), strict=True
-            ):
-                means = means.to(signs).clamp_min(_MOMENT_FLOOR * mean)
-                scaled.append((signs * means.pow(-0.25) * factor).T.contiguous())
-            self._projections[name] = (scaled[0], scaled[1])
+            p, q = self._signs[name]
+            row_scales = row_means.to(p).clamp_min(_MOMENT_FLOOR * mean).pow(-0.25) * mean**0.25
+            column_scales = column_means.to(q).clamp_min(_MOMENT_FLOOR * mean).pow(-0.25)
+            self._projections[name] = (p * row_scales, q * column_scales)
 
     def is_sketched(self, factor: torch.nn.Parameter) -> bool:
         """Return whether a factor has a place in a row's sketch."""
         return id(factor) in self._layouts
 
-    def sketch(
+    def project(
         self, factor: torch.nn.Parameter, left: torch.Tensor, right: torch.Tensor
-    ) -> tuple[slice, torch.Tensor] | None:
-        """Return the place in a row's sketch and (S, k_m k_n): P left_s right_s^T Q^T of each token s.
+    ) -> tuple[slice, torch.Tensor, torch.Tensor] | None:
+        """Return the place in a row's sketch, and P left^T (k_m, S) and Q right^T (k_n, S).
 
         left: (S, m). right: (S, n).
         """
@@ -225,7 +222,8 @@ class GradientSketcher:
         if layout is None:
             return None
         p, q = self._projections[layout.name]
-        return layout.place, ((left @ p)[:, :, None] * (right @ q)[:, None, :]).flatten(1)
+        # in this order MKL takes half the time of left @ p.T for wide sides
+        return layout.place, p @ left.T, q @ right.T
 
 
 class FeatureRecorder:
@@ -330,8 +328,9 @@ def moments_of(optimizer: Any, factors: Mapping[str, torch.nn.Parameter]) -> Mom
         if "exp_avg_sq" in state:
             # v / (1 - b2^t): without it, early visits would count more than they moved
             correction = 1 - optimizers.BETAS[1] ** max(float(state["step"]), 1.0)
-            moments[name] = state["exp_avg_sq"].float() / correction
-    return factor_moments(moments)
+            second_moment = state["exp_avg_sq"].float()
+            moments[name] = (second_moment.mean(1) / correction, second_moment.mean(0) / correction)
+    return moments
 
 
 def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], moments: Moments) -> None:
