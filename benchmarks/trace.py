@@ -16,7 +16,7 @@ planted_unrolled    the same of unrolling: few_rows, and all_rows for two replie
 by_source       trace_sources.py: bad replies whose mislabelled source `--by source` names, of `bad_replies`, by the
                 gradient method; by_source_methods: by each
 proof           trace_proof.py: {true: {right, of}, false: {right, of}}
-fix             trace_fix.py: fails_before, passes_fixed, fails_when_put_back, metric_stays, effects
+fix             trace_fix.py: {set: {fails_before, passes_fixed, fails_when_put_back, metric_stays, effects}}
 feature_overhead, bytes_per_row, retrieval_s, retrieval_first_s, gradient_s, unrolled_tunings    trace_cost.py, with
                 curves
 
@@ -82,6 +82,7 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
     if arguments.small:
         options = defaults.Options(data=defaults.write_small_data(folder / "data"), work=folder, rows=12, held_out=4)
     sets = arguments.sets or (SMALL_SETS if arguments.small else SETS)
+    waived = SMALL_WAIVED if arguments.small else WAIVED
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "lds": lambda: _lds(sets, options, size, folder, is_small=arguments.small),
         "weights": lambda: {"weights": asdict(trace_planted.fit_packaged(size, folder))},
@@ -89,7 +90,7 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
         "planted_unrolled": lambda: {"planted_unrolled": trace_planted.measure_unrolled(size, folder)},
         "source": lambda: by_source(size, folder),
         "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
-        "fix": lambda: {"fix": trace_fix.measure(size, folder, waived=SMALL_WAIVED if arguments.small else WAIVED)},
+        "fix": lambda: {"fix": trace_fix.measure(options, size, folder, waived=waived)},
         "cost": lambda: trace_cost.measure(options, size, folder),
     }
     absent: dict[str, str] = {}

@@ -97,8 +97,8 @@ KEYS = {
     "trace": "lds.snips.unrolled.mean lds.snips.gradient.min lds.snips.bm25.mean lds.snips.differences.unrolled.gradient_cosine.low "
     "planted.gradient.top1 planted.gradient.top10 planted.gradient.of planted.cross_fitted.of planted_unrolled.few_rows.top10 planted_unrolled.all_rows.of "
     "planted.swapped.gradient.of planted.discarded planted.hidden.top10 by_source by_source_methods.bm25 proof.true.right "
-    "proof.false.of fix.fails_when_put_back fix.metric_stays fix.effects.left_out fix.effects.removed feature_overhead "
-    "bytes_per_row retrieval_s gradient_s unrolled_tunings retrieval_curve gradient_curve bergson machine.processor",
+    "proof.false.of fix.home-intents.fails_when_put_back fix.snips.metric_stays fix.snips.effects.left_out "
+    "fix.snips.effects.removed feature_overhead bytes_per_row retrieval_s gradient_s unrolled_tunings retrieval_curve gradient_curve bergson machine.processor",
     "train": "tokens_per_s peak_rss_bytes roofline_fraction shared_prefix_ratio frozen_prefix_ratio ratios ratios_best refused "
     "agreement losses.sartor unsloth "
     "trl trl_bf16 llamafactory litgpt mlx",
