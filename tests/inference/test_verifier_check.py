@@ -13,7 +13,7 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.core.statistics import area_under_roc
 from sartor.inference.verifiers.json_fields import JsonFieldsVerifier
 from sartor.inference.verifiers.json_schema import JsonSchemaVerifier
-from sartor.inference.verifiers.numeric import NumericVerifier
+from sartor.inference.verifiers.numeric import NumericVerifier, last_number
 from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.inference.verifiers.reply_edits import wrong_reply
 from sartor.inference.verifiers.submission import Submission
@@ -171,3 +171,18 @@ def test_code_stays_code_unless_it_is_cut() -> None:
 
 def test_one_reply_alone_has_no_other() -> None:
     assert wrong_reply("a", ["a"], "0") in (None, "")
+
+
+@pytest.mark.parametrize("rows", [20, 200, 1000])
+def test_tolerance_above_every_answer_is_refused(rows: int) -> None:
+    replies = [f"It weighs {7 * index % 501}.5 kg." for index in range(rows)]
+    assert check_verifier(NumericVerifier(), submissions(replies), seed=0).auc > 0.99
+    with pytest.raises(ConfigError, match="0.6|every reply the reward 1"):
+        check_verifier(NumericVerifier(tolerance=1e30), submissions(replies), seed=0)
+
+
+@pytest.mark.parametrize("reply", ["3", "-2.5 m", "+7", "so 1,250.5 in all", "3 of 0.25"])
+def test_edited_number_is_another_one(reply: str) -> None:
+    others = ["19", "4"]
+    edited = {wrong_reply(reply, others, str(seed)) for seed in range(60)}
+    assert len(edited) >= 8 and all(last_number(text or "") != last_number(reply) for text in edited)

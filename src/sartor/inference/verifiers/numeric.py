@@ -55,6 +55,15 @@ def last_number(text: str) -> float | None:
     >>> last_number("3 of 1,250.5 kg, so 2e3."), last_number("none")
     (2000.0, None)
     """
-    numbers = [float(match.group().replace(",", "")) for match in _NUMBER.finditer(text)]
-    finite = [number for number in numbers if math.isfinite(number)]
+    match = last_number_match(text)
+    return _value(match) if match else None
+
+
+def last_number_match(text: str) -> re.Match[str] | None:
+    """Return the place of the last finite number of a text, or None."""
+    finite = [match for match in _NUMBER.finditer(text) if math.isfinite(_value(match))]
     return finite[-1] if finite else None
+
+
+def _value(match: re.Match[str]) -> float:
+    return float(match.group().replace(",", ""))

@@ -1,7 +1,9 @@
 """Seeded edits that make a right reply wrong: what a verifier must tell apart.
 
 An edit changes what carries the answer: fields of JSON, the last number, lines and operators of code, words. One kind
-is drawn for each reply, so that no kind of verifier is measured by the one error that it was written for.
+is drawn for each reply, so that no kind of verifier is measured by the one error that it was written for. One kind in
+five at most shows by the form alone (a number that is missing, JSON that is cut): a verifier of nothing but the form
+of a number or of JSON has an AUC of 0.6 at most, and is refused (`verifier_check.LEAST_AUC`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sartor.core import strict_json
-from sartor.inference.verifiers.numeric import last_number
+from sartor.inference.verifiers.numeric import last_number, last_number_match
 from sartor.inference.verifiers.unit_tests import code_of
 
 _NUMBER = re.compile(r"\d+")
@@ -55,7 +57,7 @@ def _edits_of(reply: str) -> list[Edit]:
     if _is_code(reply):
         return [_change_operator, _change_number, _drop_line, _cut_code]
     if last_number(reply) is not None:
-        return [_change_number, _cut_number]
+        return [_change_number, _enlarge_number, _negate_number, _cut_number]
     return [_drop_word, _scramble_word, _cut]
 
 
@@ -162,6 +164,23 @@ def _change_number(reply: str, rng: random.Random) -> str:
         return reply
     changed = numbers[-1]
     return reply[: changed.start()] + str(int(changed.group()) + rng.randint(1, 9)) + reply[changed.end() :]
+
+
+def _enlarge_number(reply: str, rng: random.Random) -> str:
+    found = last_number_match(reply)
+    if found is None:
+        return reply
+    start = found.end() - len(found.group().lstrip("+-"))
+    return reply[:start] + str(rng.randint(1, 9)) + reply[start:]
+
+
+def _negate_number(reply: str, rng: random.Random) -> str:
+    found = last_number_match(reply)
+    if found is None:
+        return reply
+    number = found.group()
+    negated = number[1:] if number.startswith("-") else f"-{number.lstrip('+')}"
+    return reply[: found.start()] + negated + reply[found.end() :]
 
 
 def _change_operator(reply: str, rng: random.Random) -> str:
