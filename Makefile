@@ -92,7 +92,7 @@ durations: $(VENV)/.dev  ## tests/durations.json anew: on an idle machine
 FILES_WITH = $$(grep -rlE 'mark\.($(1))' tests --include='test_*.py')
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone" $(call FILES_WITH,circle|services|browser) $(AGAIN)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 100 -m "(circle or services or browser) and not alone" $(call FILES_WITH,circle|services|browser) $(AGAIN)
 
 # a cache of its own, since test-slow may run beside it
 test-alone: $(VENV)/.dev

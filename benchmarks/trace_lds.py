@@ -26,12 +26,13 @@ from sartor.trace.replay import Replay
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 
 F64 = NDArray[np.float64]
-# option of recipe_of -> (its name, values, the other options); one changes at a time, around those of the sets
-CURVES: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
-    "rate": ("learning rate", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3), {"epochs": 2}),
-    "batch_rows": ("rows of an update", (2, 4, 8, 16, 32), {"epochs": 2}),
-    "epochs": ("epochs", (1, 2, 4, 8), {}),
+# option of recipe_of -> (its name, values); the others are CURVE_POINT's meanwhile
+CURVES: dict[str, tuple[str, tuple[float, ...]]] = {
+    "rate": ("learning rate", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
+    "batch_rows": ("rows of an update", (2, 4, 8, 16, 32)),
+    "epochs": ("epochs", (1, 2, 4, 8)),
 }
+CURVE_POINT: dict[str, Any] = {"rate": 5e-4, "batch_rows": 8, "epochs": 2}
 # methods that are compared with each peer
 OURS = ("unrolled", "gradient", "gradient_alone")
 CURVE_SET, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 20, 5
@@ -149,11 +150,15 @@ def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | Non
     train, held_out = set_rows(CURVE_SET, options, size.rows, min(size.queries, CURVE_QUERIES))
     scorers = {"plain gradients": trace_methods.gradients}
     lines: dict[str, list[dict[str, Any]]] = {}
-    for option, (title, values, others) in CURVES.items():
+    for option, (_, values) in CURVES.items():
         for value in values[: size.curve_points]:
-            label = f"curve, {title} {value:g}"
-            recipe = recipe_of(train, **{"batch_rows": size.batch_rows, **others, option: value})
-            traced = tune_traced(folder / f"curve-{option}-{value:g}", {CURVE_SET: train}, {**recipe, **size.recipe})
+            settings = {**CURVE_POINT, option: value}
+            # by what it is tuned with: a point that several lines share is computed once
+            name = "-".join(f"{setting:g}" for setting in settings.values())
+            label = f"curve, {name}"
+            traced = tune_traced(
+                folder / f"curve-{name}", {CURVE_SET: train}, {**recipe_of(train, **settings), **size.recipe}
+            )
             queries = queries_of(traced, held_out)
             left_out = leave_out_subsets(len(traced.rows), min(size.retrains, CURVE_RETRAINS))
             changes = true_changes(Retrains(label, traced, queries), left_out)
