@@ -56,7 +56,7 @@ VARIABLES = (
     Variable(
         "SARTOR_STUDIO_KEY",
         Use.READ,
-        "Admin's key by which the studio reads `/metrics` of a server on this machine that has keys.",
+        "Key that opens `*`: by it the studio reads `/metrics` of a server on this machine that has keys, and Talk asks.",
     ),
     Variable("SARTOR_KERNELS", Use.READ, "Folder of the compiled kernels. Default: `SARTOR_HOME/kernels`."),
     Variable("CXX", Use.READ, "C++ compiler that is tried first, before g++, c++ and clang++."),

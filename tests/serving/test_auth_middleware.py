@@ -147,6 +147,7 @@ async def test_without_an_admin_key_the_admins_routes_are_off(tmp_path: Path, ke
         ({"origin": "https://page.example"}, 200),
         ({"x-forwarded-for": "192.0.2.1"}, 403),
         ({"x-forwarded-proto": "https"}, 403),
+        ({"x-forwarded-port": "443"}, 403),
         ({"forwarded": "for=192.0.2.1"}, 403),
         ({"x-real-ip": "127.0.0.1"}, 403),
         ({"via": "1.1 proxy"}, 403),

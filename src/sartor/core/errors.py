@@ -281,9 +281,8 @@ class HealthError(RefusedError):
 class RoundError(RefusedError):
     """A federated round failed: a client refused it or left it, or too few clients stayed.
 
-    check: the condition that was not met: cohort, threshold, manifest, keys, shares, lists, unmask, replayed, stage,
-        task,
-    noise, mode or deadline.
+    check: the condition that was not met: cohort, colluders, threshold, manifest, keys, shares, lists, unmask,
+        replayed, stage, task, noise, mode or deadline.
     """
 
     def __init__(self, problem: str, remedy: str, check: str = "") -> None:

@@ -1,6 +1,6 @@
 """Robust aggregation rules: norm bound, median, trimmed mean, Krum, Multi-Krum and screening.
 
-    rule: {trimmed: {fraction: 0.2}}
+    robust: {trimmed: {fraction: 0.2}}
 
 n: clients of the round. f: how many of them may be malicious. P: values of an update, all tensors flattened.
 """
@@ -350,5 +350,5 @@ def _check_fraction(name: str, value: float) -> None:
 def _too_few(clients: int, liars: int, min_clients: int) -> ConfigError:
     return ConfigError(
         f"{clients} clients, of which {liars} may lie; this rule needs {min_clients}",
-        f"wait for {min_clients - clients} more, or rule: median",
+        f"wait for {min_clients - clients} more, or robust: median",
     )

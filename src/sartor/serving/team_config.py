@@ -181,7 +181,7 @@ class AgentOptions:
     release: str = option(REQUIRED, "directory of the Release that is live until the registry says otherwise")
     fallback: tuple[str, ...] = option(
         ("previous", "base"),
-        "who answers while this agent is in quarantine, in order: previous (version), base, or nobody",
+        "who answers while this agent is out of service, in order: previous (version), base, or nobody",
     )
     about: str = option("", "what it is for, in a sentence: told to who asks by MCP, and by the A2A card")
     tools: tuple[str, ...] = option((), "the servers of the team's `tools` whose tools it may call")
