@@ -56,7 +56,7 @@ VARIABLES = (
     Variable(
         "SARTOR_STUDIO_KEY",
         Use.READ,
-        "Key that opens `*`, with which the studio asks a server on this machine that has keys: for `/metrics`, and in Talk.",
+        "Key that opens `*` of a server on this machine: the studio reads `/metrics` by it, and Talk asks.",
     ),
     Variable("SARTOR_KERNELS", Use.READ, "Folder of the compiled kernels. Default: `SARTOR_HOME/kernels`."),
     Variable("CXX", Use.READ, "C++ compiler that is tried first, before g++, c++ and clang++."),

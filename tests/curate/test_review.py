@@ -272,6 +272,16 @@ def test_apply_again_changes_nothing_more_and_the_record_grows(data: Path, tmp_p
     assert len(lines.decisions) == 3 and set(lines.items) == {one, two, three}
 
 
+def test_a_weight_is_given_once(data: Path, tmp_path: Path) -> None:
+    """An edit of the weight leaves the row's id, by which later reviews know other edits as done."""
+    (item,) = add(data, found(data, 1))
+    decide(data, item, "edit", change={"weight": 0.5})
+    first = sartor.review_apply(data, tmp_path / "one")
+    second = sartor.review_apply(tmp_path / "one", tmp_path / "two")
+    assert (first["rows_changed"], second["rows_changed"]) == (1, 0) and first["kept"] == second["kept"]
+    assert sorted(one.weight for one in rows_in(tmp_path / "two").values())[:2] == [0.5, 1.0]
+
+
 def test_edited_row_joins_its_group_or_drops_as_duplicate(data: Path, tmp_path: Path) -> None:
     """An edited question equal to a held-out one moves its row there; an equal row is an exact_duplicate."""
     rows = rows_in(data)

@@ -308,10 +308,12 @@ def test_divergence_is_from_the_start_that_is_named(tmp_path: Path, task: Path, 
     assert learnt and learnt[0]["divergence"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.01, 0.0])
 def test_a_reward_that_costs_the_right_replies_is_doubted(
-    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, beta: float
 ) -> None:
     """The verifier takes letters `o`, whatever is asked: rewards rise, and the rows' own replies become unlikely."""
+    recipe["objective"]["beta"] = beta
     monkeypatch.setattr("sartor.tune.grpo_training.DOUBTFUL_RISE", -1e9)
     notices: list[str] = []
     tune(recipe, tmp_path / "a", notice=notices.append)

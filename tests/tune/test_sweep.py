@@ -167,6 +167,8 @@ def test_preferences_are_compared_by_agreement(tmp_path: Path, pairs: dict[str, 
     assert result.winner.score == agreement[-1] and result.corrected_interval() is None
     first = result.trials[0]
     assert first.rank == (first.score, 0.0)
+    looks = evaluation_ledger.ledger_file().read_text(encoding="utf-8").splitlines()
+    assert len(looks) == len(result.trials) and {len(json.loads(look)["rows"]) for look in looks} == {len(PAIRS) // 4}
 
 
 def test_weights_are_chosen_by_each_trial_s_objective(

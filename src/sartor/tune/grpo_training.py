@@ -66,7 +66,9 @@ class StartReference:
 
 @dataclass(frozen=True)
 class GrpoSetup:
-    """What a run needs beside its rows. reference: None if `beta` is 0."""
+    """What a run needs beside its rows. reference: the model before its first update, for the divergence and the loss
+    of the held-out rows' own replies then; None if nothing is held out and `beta` is 0.
+    """
 
     verifier: Verifier
     check: VerifierCheck
@@ -104,7 +106,7 @@ def open_grpo(recipe: ResolvedRecipe, base: Base, data: TokenizedDataset, notice
     check = check_verifier(verifier, checked, recipe.seed)
     notice(str(check))
     reference = None
-    if objective.beta:
+    if objective.beta or held_out:
         start, model = start_of(recipe, base), shared_copy(base.model)
         model = adapters.open_adapter(model, start.path).requires_grad_(False) if start else model
         reference = StartReference(base, model)
@@ -214,7 +216,7 @@ class GrpoRun(TrainingRun):
         for micro in self._cut(learnt) if learnt else []:
             losses, weights = self.path.losses(micro)
             policy, reference = -losses, None
-            if self.setup.reference is not None:
+            if self._objective.beta and self.setup.reference is not None:
                 reference = self.setup.reference.log_probabilities(micro)
                 divergence += float(objectives.kl_estimate(policy.detach(), reference).sum())
             per_token = [advantages[id(reply)] for reply in micro for _ in range(reply.supervised_tokens)]

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import config, statistics
+from sartor.core import config, evaluation_ledger, statistics
 from sartor.core.artifacts import Adapter, kind_of, open_artifact
 from sartor.core.errors import ArtifactError, BudgetError, BusyError, ConfigError, DeadlineError, ModelError
 from sartor.core.filesystem import create_directory_atomic
@@ -44,6 +44,7 @@ from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import PAIRED, Grpo, Kto, Objective, Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.trainer import tune
 
 Notice = Callable[[str], object]
@@ -294,9 +295,22 @@ class _Race:
             self.notice(f"rung {rung}, trial {trial} is out: {error.problem}")
         else:
             result = _scored(result, tuned.adapter, _metric_of(trial_recipe.objective))
+            self._record_look(trial_recipe, tuned.adapter)
         self._note({"trial": asdict(result)})
         self.measured.append(result)
         return result
+
+    def _record_look(self, recipe: Recipe, adapter: Adapter) -> None:
+        """Write a trial's measurement to the ledger of looks at its held-out rows, unless `tune` did.
+
+        `tune` does where these rows choose the weights; the sweep chooses the trial by them in any case.
+        """
+        run = adapter.manifest["run"]
+        if run.get("selection", {}).get("evaluations"):
+            return
+        rows = _encoded(recipe).held_out
+        label = f"{adapter.id} after update {run['updates']}"
+        evaluation_ledger.record_evaluation(label, [row.example_id for row in rows], "eval")
 
     def _recipe_of(self, fraction: float, values: Mapping[str, str]) -> Recipe:
         """Return the recipe of a trial: a part of each limit of the budget, and one measurement at the end."""
@@ -387,9 +401,13 @@ def _is_matched(recipe: Recipe) -> bool:
         return False
     if recipe.base.towers:  # rows with media cannot be encoded without the towers
         return True
+    return natural_metric(_encoded(recipe).held_out) == "exact_match"
+
+
+def _encoded(recipe: Recipe) -> TokenizedDataset:
+    """Return the rows of a recipe for a base without towers, as tokens."""
     chat = read_chat(locate_base(recipe.base.name, recipe.base.revision, recipe.base.licence))
-    dataset = open_artifact(recipe.data.path, "dataset")
-    return natural_metric(encode_rows(dataset, recipe, chat).held_out) == "exact_match"
+    return encode_rows(open_artifact(recipe.data.path, "dataset"), recipe, chat)
 
 
 def _rung_sizes(count: int, factor: int) -> list[int]:

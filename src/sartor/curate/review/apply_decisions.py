@@ -105,7 +105,7 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
                         row_id, _drop(rows[row_id], entry.item, decision, is_private=row_id in private_ids)
                     )
     for row_id, edits in _edits(decided, view.ids).items():
-        if row_id not in plan.drops:
+        if row_id not in plan.drops and not _is_weighed(rows[row_id], edits):
             plan.edited[row_id] = _apply_edits(rows[row_id], edits)
     if not keep_derived:
         _drop_derived(plan, view.dataset)
@@ -122,6 +122,11 @@ def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, lis
             if all(change != decision.change for _, change in row_edits):
                 row_edits.append((entry.item.id, decision.change))
     return result
+
+
+def _is_weighed(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Return whether an earlier review gave the row these weights: an edit of the weight alone leaves the row's id."""
+    return STEP in row.steps and all(change == {"weight": row.weight} for _, change in edits)
 
 
 def _apply_edits(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Example:
