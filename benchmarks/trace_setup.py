@@ -32,7 +32,8 @@ class Size:
         once. curve_points: of a curve at most.
     planted_rows: with the plants among them; few_rows: of the smaller planted set, for unrolling.
     plants: that are scored. asked_plants: a kind's plants that are tried.
-    closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply.
+    closed_rank: BM25 has to rank a plant below it. min_effect: of a plant, in nats of the reply. clear_effect: of a
+        true suspicion.
     source_rows: rows of each of ten sources. bad_replies: that are traced to their source.
     suspicions: true ones, and as many false ones. controls: matched sets of each. truth_seeds: of their truth.
     retrieval_rows, gradient_rows, curve_rows: rows of the timed calls. later_traces: after the first, of which the
@@ -53,6 +54,7 @@ class Size:
     asked_plants: int = 5
     closed_rank: int = 100
     min_effect: float = 0.1
+    clear_effect: float = 0.5
     source_rows: int = 40
     bad_replies: int = 20
     suspicions: int = 10
@@ -79,6 +81,7 @@ SMALL = Size(
     asked_plants=1,
     closed_rank=0,
     min_effect=-1e9,
+    clear_effect=-1e9,
     source_rows=6,
     bad_replies=2,
     suspicions=2,
