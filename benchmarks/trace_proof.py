@@ -3,12 +3,13 @@
 On few rows with all plants that count. A true suspicion is the two rows of a plant for its reply. A false one, for the
 reply of another plant, is two rows that have nothing to do with it: in every other case the nearest by BM25, else
 random rows of the plant's own source. The truth is the rise of the reply's loss without the suspects, by retrains with
-two other seeds: a suspicion is true if it is at least `clear_effect` nats in both, which is what a verdict promises to
-see, and false if it is less than `min_effect` in both, below which no row is said to matter. Suspicions of which the
+two other seeds: a suspicion is true if it is at least `clear_effect` nats in both, which a verdict by
+`controls` sets sees with the chance 0.8 (`ablation_proof.py`), and false if it is less than `min_effect` in both, below which no row is said to matter. Suspicions of which the
 seeds say neither, or other than was meant, are named and do not count; as many are tried as it takes.
 
-Four rows an update make 50 updates. With sixteen, twelve updates, six of ten plants moved their reply by less than half
-a nat, and two by less than 0.1 with one of the seeds.
+Sixteen rows an update make 12 updates. Four make 50, with which a plant moves its reply more, and so do control rows:
+their effects had a standard deviation of about 0.45 nats there and of 0.05 here, where a plant moves its reply by 0.1
+to 1.4 nats. So a verdict sees smaller effects after fewer updates.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def measure(planted: PlantedSet, size: Size, folder: Path) -> dict[str, Any]:
     plants = [*scored, *(plant for plant in planted.counted if plant not in scored)]
     sources = trace_plants.planted_rows(size.few_rows, plants)
     rows = [row for part in sources.values() for row in part]
-    recipe = recipe_of(rows, epochs=1, rate=RATE, batch_rows=size.batch_rows // 2)
+    recipe = recipe_of(rows, epochs=1, rate=RATE, batch_rows=2 * size.batch_rows)
     traced = tune_traced(folder / "proof", sources, {**recipe, **size.recipe})
     if not (folder / "keys").is_dir():
         sartor.keygen(folder / "keys", purposes=("proof",))

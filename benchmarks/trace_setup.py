@@ -54,11 +54,11 @@ class Size:
     asked_plants: int = 5
     closed_rank: int = 100
     min_effect: float = 0.1
-    clear_effect: float = 0.5
+    clear_effect: float = 0.3
     source_rows: int = 40
     bad_replies: int = 20
     suspicions: int = 10
-    controls: int = 5
+    controls: int = 8
     truth_seeds: tuple[int, ...] = (101, 102)
     retrieval_rows: int = 100_000
     gradient_rows: int = 10_000
