@@ -3,9 +3,10 @@
 On few rows with all plants that count. A true suspicion is the two rows of a plant for its reply. A false one, for the
 reply of another plant, is two rows that have nothing to do with it: in every other case the nearest by BM25, else
 random rows of the plant's own source. The truth is the rise of the reply's loss without the suspects, by retrains with
-two other seeds: a suspicion is true if it is at least `clear_effect` nats in both, which a verdict by
-`controls` sets sees with the chance 0.8 (`ablation_proof.py`), and false if it is less than `min_effect` in both, below which no row is said to matter. Suspicions of which the
-seeds say neither, or other than was meant, are named and do not count; as many are tried as it takes.
+two other seeds: a suspicion is true if it is at least `clear_effect` nats in both, which a verdict by `controls` sets
+sees with the chance 0.8 (`ablation_proof.py`), and false if it is less than `min_effect` in both, below which no row
+is said to matter. Suspicions of which the seeds say neither, or other than was meant, are named and do not count; as
+many are tried as it takes.
 
 Sixteen rows an update make 12 updates. Four make 50, with which a plant moves its reply more, and so do control rows:
 their effects had a standard deviation of about 0.45 nats there and of 0.05 here, where a plant moves its reply by 0.1
