@@ -241,6 +241,11 @@ def test_a_revoked_release_is_refused(tmp_path: Path, keys: Path) -> None:
     assert sartor.verify(other)
 
 
+def test_a_list_that_is_not_there_is_not_taken_for_a_release(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="there is nothing at"):
+        sartor.revoke_release(tmp_path / "a.releases.json")
+
+
 def test_an_export_of_a_revoked_release_is_refused(tmp_path: Path, keys: Path) -> None:
     """The export lies on another machine and is signed itself: it falls with the Release that it was made from."""
     release = signed_release(tmp_path / "release", keys)

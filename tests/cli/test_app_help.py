@@ -168,6 +168,22 @@ def test_a_wrong_kind_names_the_choices_and_the_closest(
     assert remedy in error["remedy"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["edge", "sync", "URL", "NAME"], "sartor edge sync --help"),
+        (["review", "accept"], "sartor review accept --help"),
+        (["tune"], "sartor tune --help"),
+        (["edge", "snyc"], "sartor edge --help"),
+        (["nosuch"], "sartor --help"),
+    ],
+)
+def test_usage_error_names_the_help_of_the_command(
+    arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error_of(arguments, capsys)["remedy"] == remedy
+
+
 @pytest.mark.parametrize("flags", FLAG_ORDERS)
 def test_a_kind_flag_takes_the_options_of_its_kind_in_any_order(
     flags: tuple[tuple[str, str], ...], tmp_path: Path

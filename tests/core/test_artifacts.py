@@ -125,6 +125,17 @@ def test_artefacts_of_a_folder_are_named_in_the_remedy(tmp_path: Path) -> None:
     assert str(tmp_path / "faq" / "adapter") not in caught.value.remedy
 
 
+def test_paths_with_blanks_are_quoted_in_remedies(tmp_path: Path) -> None:
+    write(tmp_path / "my faq")
+    (tmp_path / "my faq" / "sartor.json").write_text("[]")
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(tmp_path / "my faq")
+    assert f"--out '{tmp_path / 'my faq'}' --replace" in caught.value.remedy
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(tmp_path / "my files" / "faq")
+    assert f"ls '{tmp_path / 'my files'}'" in caught.value.remedy
+
+
 def test_an_artefact_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "a")
     with pytest.raises(ArtifactError, match="is an adapter, not a dataset"):

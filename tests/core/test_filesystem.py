@@ -16,10 +16,12 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from sartor.core.errors import ConfigError
 from sartor.core.filesystem import (
     FileSystem,
     create_directory_atomic,
     create_file_atomic,
+    make_parent,
     temporary_path,
     write_file_atomic,
 )
@@ -268,6 +270,14 @@ def test_longest_name_can_be_written(tmp_path: Path, name: str) -> None:
     temporary_path(tmp_path / name).write_bytes(b"half")
     FileSystem().remove_leftovers(tmp_path / name)
     assert names(tmp_path) == [name]
+
+
+def test_parent_that_cannot_be_made_names_more_than_out(tmp_path: Path) -> None:
+    """Commands without --out make folders too."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be made") as caught:
+        make_parent(tmp_path / "file" / "keys" / "root")
+    assert "an argument, SARTOR_HOME" in caught.value.remedy
 
 
 def test_directory_that_is_there_is_kept_or_replaced(tmp_path: Path) -> None:

@@ -114,12 +114,12 @@ def test_a_licence_has_one_spelling(written: str, spelled: str) -> None:
 @pytest.mark.parametrize(
     ("written", "problem", "remedy"),
     [
-        ("CC BY 4.0", "'CC-BY-4.0' was probably meant", "licence: CC-BY-4.0"),
+        ("CC BY 4.0", "'CC-BY-4.0' was probably meant", "give CC-BY-4.0"),
         ("cc-by-sa4", "'CC-BY-SA-4.0' was probably meant", ""),
         ("llama3", "no licence that SPDX lists", "LicenseRef-llama3"),
         ("MIT AND", "no SPDX expression", ""),
         ("MIT " * 400, "above 1,000", ""),
-        ("GPL-3.0-only WITH MIT", "no exception", "licence: GPL-3.0-only"),
+        ("GPL-3.0-only WITH MIT", "no exception", "give GPL-3.0-only"),
         ("LLVM-exception", "no licence", "WITH"),
         (
             " AND ".join(f"(GPL-{n}.0-only OR {name})" for n in (2, 3) for name in ("MIT", "ISC", "0BSD", "Zlib")),

@@ -111,8 +111,9 @@ def test_it_stops_when_it_is_told_to() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(BudgetError, match="below 0"):
+    with pytest.raises(BudgetError, match="below 0") as caught:
         ResourceLimits(wall_s=-1)
+    assert "--" not in caught.value.remedy, "commands name this limit differently"
     with pytest.raises(BudgetError, match="no Python"):
         ResourceLimits(memory_bytes=1)
     with pytest.raises(MissingError, match="could not be started"):

@@ -73,3 +73,34 @@ def test_a_file_that_is_no_signature_says_so(tmp_path: Path, content: str) -> No
     (tmp_path / "signature").write_text(content)
     with pytest.raises(SignatureError, match="is not a signature of Sartor"):
         signing.check(b"", tmp_path / "signature", [])
+
+
+def test_a_missing_key_is_made_for_its_purpose(tmp_path: Path) -> None:
+    for purpose in signing.PURPOSES:
+        with pytest.raises(ConfigError, match="no private key") as refused:
+            signing.open_private(tmp_path / "k", purpose)
+        assert refused.value.remedy == f"sartor keygen DIR --purpose {purpose} makes one"
+
+
+def test_an_encrypted_key_names_a_command_that_sets_the_passphrase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bash, `set NAME` sets no variable."""
+    monkeypatch.setenv(signing.PASSPHRASE_VARIABLE, "open sesame")
+    signing.keygen(tmp_path)
+    monkeypatch.delenv(signing.PASSPHRASE_VARIABLE)
+    with pytest.raises(ConfigError, match="is encrypted") as refused:
+        signing.open_private(tmp_path)
+    assert refused.value.remedy == "read -rs SARTOR_KEY_PASSPHRASE; export SARTOR_KEY_PASSPHRASE"
+
+
+def test_what_is_no_public_key_is_mended_where_it_was_named(tmp_path: Path) -> None:
+    """--public-key is an option of some commands alone."""
+    (tmp_path / "k.pub").write_text("no key")
+    with pytest.raises(ConfigError) as refused:
+        signing.open_public(tmp_path / "k.pub")
+    assert refused.value.remedy.startswith("--public-key ")
+    with pytest.raises(ConfigError) as refused:
+        signing.keygen(tmp_path / "new", purposes=("fleet",), upgrade=True)
+    assert f"sartor keygen {tmp_path / 'new'} --purpose fleet" in refused.value.remedy
+    assert "--public-key" not in refused.value.remedy

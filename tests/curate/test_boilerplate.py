@@ -115,3 +115,10 @@ def test_the_rejected_reply_loses_it_too() -> None:
 @pytest.mark.parametrize("examples", [[], [row("q", "a")]])
 def test_few_rows_have_no_boilerplate(examples: list[Example]) -> None:
     assert decided(Boilerplate(), examples).then is None
+
+
+@pytest.mark.parametrize(("option", "value"), [("min_rows", 1), ("min_words", 0), ("min_fraction", 2.0)])
+def test_a_wrong_option_is_the_one_that_is_mended(option: str, value: float) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Boilerplate(**{option: value})  # type: ignore[arg-type]
+    assert refused.value.remedy.startswith(f"{option}: ")

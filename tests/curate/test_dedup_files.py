@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import sartor
 from dedup_rows import edited, text, texts
 from sartor.core import processes
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import ArtifactError, ConfigError, GuardError, SourceError
+from sartor.core.errors import ArtifactError, BudgetError, ConfigError, GuardError, SourceError
 from sartor.curate.dedup.record_files import choose, text_of
 
 
@@ -197,6 +199,20 @@ def test_a_guard_stops_before_anything_is_written(tmp_path: Path) -> None:
     assert done["removed"]["near"] >= 25
 
 
+def test_a_guard_of_rethreshold_names_no_flag_that_it_lacks(tmp_path: Path) -> None:
+    """Only `sartor dedup` takes --allow."""
+    rng = random.Random(2)
+    row = text(80, rng)
+    copied = jsonl(tmp_path / "copied.jsonl", [{"text": f"{row} word{end}"} for end in string.ascii_letters[:30]])
+    other = jsonl(tmp_path / "other.jsonl", [{"text": one} for one in texts(60, 60)])
+    sartor.dedup([copied, other], tmp_path / "out", threshold=1.0, contained=0.0)
+    with pytest.raises(GuardError, match=r"of the 30 rows of .*copied.jsonl") as refused:
+        sartor.rethreshold(tmp_path / "out", tmp_path / "again", threshold=0.6)
+    own, of_dedup = refused.value.remedy.split("; if they are, ")
+    assert own.endswith("a higher --threshold")
+    assert of_dedup.startswith(f"sartor dedup FILE... --out DIR --threshold 0.6 with --allow {copied} ")
+
+
 def test_rethreshold_equals_a_new_run(tmp_path: Path) -> None:
     """A threshold below the stored pairs is refused, and so is an input file that was changed."""
     rng = random.Random(3)
@@ -231,6 +247,12 @@ def test_workers_answer_in_order_and_hand_errors_on() -> None:
             list(two.spread(divmod, [(1, 1), (1, 0), (2, 1)]))
 
 
+def test_worker_that_is_killed_names_the_flags_of_each_command() -> None:
+    with processes.WorkerPool(1) as pool, pytest.raises(BudgetError, match="worker process ended") as caught:
+        list(pool.spread(os._exit, [(1,)]))
+    assert "--workers 1" in caught.value.remedy and "--processes 1" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
@@ -260,12 +282,16 @@ def test_a_file_that_cannot_be_used_is_an_error_with_a_remedy(
         {"treshold": 0.5},
         {"pairs": "p.txt"},
         {"max_fraction": 0.0},
+        {"max_row_bytes": 0},
+        {"processes": -1},
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     file = jsonl(tmp_path / "rows.jsonl", [{"text": "a b c"}])
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         sartor.dedup(file, tmp_path / "out", **options)
+    if {"unit", "max_fraction", "max_row_bytes", "processes"} & options.keys():
+        assert f"--{next(iter(options)).replace('_', '-')} " in caught.value.remedy
 
 
 def test_the_result_is_a_checked_artefact(tmp_path: Path) -> None:

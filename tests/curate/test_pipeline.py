@@ -350,9 +350,10 @@ def test_media_are_copied_and_rows_with_bad_media_dropped(tmp_path: Path) -> Non
     ],
 )
 def test_a_source_that_is_not_there_says_so(tmp_path: Path, recipe: dict, error: type, said: str) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=said) as caught:
         sartor.curate(recipe, tmp_path / "d")
     assert not (tmp_path / "d").exists()
+    assert ("hub:nobody/nothing:SPLIT" in str(caught.value)) == (error is HubError)
 
 
 def test_nothing_kept_is_an_error_with_the_reasons(tmp_path: Path) -> None:

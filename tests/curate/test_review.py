@@ -359,8 +359,9 @@ def test_different_edits_are_refused_and_a_reject_wins(data: Path, tmp_path: Pat
     one, two, three = add(data, found(data, 1), found(data, 1, reason="other"), found(data, 1, reason="third"))
     decide(data, one, "edit", change={"reply": "x"})
     decide(data, two, "edit", change={"reply": "y"})
-    with pytest.raises(ConflictError, match=f"{one} and {two}|{two} and {one}"):
+    with pytest.raises(ConflictError, match=f"{one} and {two}|{two} and {one}") as caught:
         sartor.review_apply(data, tmp_path / "new")
+    assert caught.value.remedy.endswith(" --by NAME")
     decide(data, three, "reject")
     said = sartor.review_apply(data, tmp_path / "new")
     assert (said["rows_dropped"], said["rows_changed"]) == (1, 0)

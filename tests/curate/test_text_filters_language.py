@@ -51,7 +51,8 @@ def test_the_shorthand_of_a_recipe_names_the_languages() -> None:
     [
         ({}, "missing"),
         ({"allow": []}, "no language"),
-        ({"allow": ["english"]}, "[en]"),
+        ({"allow": ["en", "spanish"]}, "'spanish' is no language code"),
+        ({"allow": ["en", "zh-CN"]}, "allow: [en, zh]"),
         ({"allow": ["zh-CN"]}, "[zh]"),
         ({"allow": ["en"], "min_confidence": 2}, "0 to 1"),
     ],

@@ -232,7 +232,7 @@ def test_a_torn_end_costs_the_last_row_alone_and_is_said(
 
 def test_it_is_bounded_and_nothing_is_dropped_to_make_room(tmp_path: Path) -> None:
     diary = opened(tmp_path, limit_bytes=4_000)
-    with pytest.raises(BudgetError, match="forget old rows"):
+    with pytest.raises(BudgetError, match="edge forget NAME --before DATE"):
         for number in range(100):
             diary.add(row(str(number)))
     held = diary.count()

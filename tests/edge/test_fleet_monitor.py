@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +18,10 @@ import pytest
 from loopback import listening
 from sartor.cli import main
 from sartor.core import signing
-from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError, SartorError
+from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError, SartorError, StoreError
 from sartor.edge import device_commands as verbs
 from sartor.edge.health_reason import HealthReason
+from sartor.edge.runtime.ask_device import ask
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import device_reports, fleet_monitor, health_check, repository, version_metadata
 from sartor.edge.update.device_reports import Report
@@ -295,6 +297,7 @@ def test_offer_of_an_older_repository_is_read() -> None:
 
 
 def test_rules_out_of_range_are_refused() -> None:
+    """The remedy names the flags of the wrong rules alone."""
     for wrong in (
         {"least_reports": 0},
         {"halt_above": 1.0},
@@ -305,8 +308,10 @@ def test_rules_out_of_range_are_refused() -> None:
         {"silent_after_days": math.nan},
         {"silent_after_days": math.inf},
     ):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError) as refused:
             FleetPolicy(**wrong)  # type: ignore[arg-type]
+        (name,) = wrong
+        assert re.findall(r"--[a-z-]+", refused.value.remedy) == [f"--{name.replace('_', '-')}"]
 
 
 def test_a_report_says_a_word_and_never_what_was_answered(ballot: Ballot) -> None:
@@ -524,3 +529,22 @@ def test_in_private_mode_no_packet_leaves(world: World, trusting: None, monkeypa
     verbs.status(given.store)
     verbs.verify(given.store)
     assert opened == []
+
+
+def test_a_store_without_the_release_names_a_whole_sync(world: World, trusting: None) -> None:
+    """The command has every option that `sartor edge sync` requires."""
+    given = options(world)
+    verbs.sync(world.repository.as_uri(), "home", given)
+    empty = world.folder / "no store"
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (verbs.status, (given.store, "other")),
+        (verbs.start, (given.store, "other")),
+        (verbs.confirm, (given.store, "other")),
+        (ask, (given.store, "other", "hello")),
+        (verbs.verify, (empty,)),
+    ]
+    for verb, given_values in calls:
+        with pytest.raises(StoreError) as refused:
+            verb(*given_values)
+        assert "--device ID --root 1.root.json --store" in refused.value.remedy
+    assert f"--store '{empty}'" in refused.value.remedy

@@ -104,8 +104,20 @@ def test_refresh_needs_the_online_keys_alone(world: World) -> None:
 
 
 def test_rotating_a_key_that_is_not_there_is_named(world: World) -> None:
-    with pytest.raises(ConfigError, match="no such key as targets-9"):
+    with pytest.raises(ConfigError, match="no such key in use as targets-9") as error:
         repository.rotate(world.repository, world.keys, "targets", old=["targets-9"])
+    assert error.value.remedy.startswith("--old targets-")
+
+
+def test_a_version_that_is_not_offered_is_told_the_nearest(world: World) -> None:
+    add(world, "1.1")
+    with pytest.raises(ConfigError, match="has no home 1.11") as error:
+        repository.widen(world.repository, world.keys, "home", "1.11", 50)
+    assert error.value.remedy == "home 1.1 in its place"
+    repository.halt(world.repository, world.keys, "home", "1.1")
+    with pytest.raises(ConfigError, match="is halted") as error:
+        repository.widen(world.repository, world.keys, "home", "1.1", 50)
+    assert error.value.remedy == "sartor edge publish of the release under another version"
 
 
 def test_withdraw_frees_what_no_other_version_needs(world: World) -> None:
@@ -189,8 +201,16 @@ def test_an_address_without_a_repository_is_named(world: World, tmp_path: Path) 
 
 
 def test_a_first_root_that_is_no_root_is_refused(world: World) -> None:
-    with pytest.raises(SignatureError):
-        sync(world.store, world.repository.as_uri(), "home", SyncClient("d", world.device, b"{}"), nothing)
+    for name, content in {
+        "none": b"{}",
+        "torn": world.root[:-9],
+        "other role": (world.repository / "metadata" / "timestamp.json").read_bytes(),
+        "changed": world.root.replace(b'"expires":"2', b'"expires":"3'),
+    }.items():
+        (file := world.folder / "root.json").write_bytes(content)
+        with pytest.raises(SignatureError, match=r"root\.json is no whole root document") as caught:
+            sync(world.store, world.repository.as_uri(), "home", SyncClient("d", world.device, file), nothing)
+        assert caught.value.remedy.startswith("--root "), name
 
 
 def test_delta_of_another_base_falls_back_to_the_whole_file(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from sartor.evaluate.limits import ForgettingLimit
 from sartor.models.base import Base
 from sartor.models.tuned_model import open_tuned
 from sartor.release.gate import check_forgetting
+from sartor.tune.recipe import Rehearsal, load
 
 FIVE = {"base": 1.0, "tuned": 1.1, "difference": 0.1, "low": 0.0, "high": 0.2}
 
@@ -172,7 +174,10 @@ def test_gate_takes_the_worst_probe(name: str) -> None:
     results[name] = {**results[name], "high": 0.6}
     check = check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.5))
     assert check.outcome == "fail" and f"worst of its probes, {name.replace('_', ' ')}" in check.detail
-    assert "--data.rehearsal.loss kl" in check.remedy
+    flags = shlex.split(check.remedy.split(";")[0])[5:]
+    for rehearsal in ("auto", "none"):
+        taken = load({"base": "starter", "data": {"path": "d", "rehearsal": rehearsal}}, flags)
+        assert isinstance(taken.data.rehearsal, Rehearsal) and taken.data.rehearsal.loss == "kl"
     assert check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.7)).outcome == "pass"
 
 

@@ -195,6 +195,9 @@ def test_endpoint_failure_is_a_fact(status: int, kind: str) -> None:
     assert result.facts["outcome"] == "failed" and result.facts["failure"]["kind"] == kind
     assert "no judge today" in result.facts["failure"]["problem"] and result.winners == [None] * 10
     assert any("the rest of the Report is kept" in line for line in lines)
+    remedy = result.facts["failure"]["remedy"]
+    assert "answered is" not in remedy, "a judge keeps no answers"
+    assert ("--replace" in remedy) == (status == 503) and ("judge.key_env: VARIABLE" in remedy) == (status == 401)
 
 
 def test_rows_with_media_are_not_judged() -> None:

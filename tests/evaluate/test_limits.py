@@ -142,8 +142,8 @@ GOLDEN_LINES = (
         (WIDE, ENOUGH, MORE_ROWS + KINDS_OF_RULES),
         (ENOUGH, WIDE, GAP_OF_RULES),
         (WIDE, WIDE, MORE_ROWS + GAP_OF_RULES),
-        (OLD, ENOUGH, "audit again: sartor evaluate ADAPTER --audit"),
-        (WIDE, OLD, "audit again: sartor evaluate ADAPTER --audit"),
+        (OLD, ENOUGH, "audit again: sartor evaluate ADAPTER --audit --replace"),
+        (WIDE, OLD, "audit again: sartor evaluate ADAPTER --audit --replace"),
         ({"blocks": 0}, {"blocks": 0}, MORE_ROWS + KINDS_OF_RULES),
     ],
 )
@@ -217,12 +217,12 @@ def test_memorization_limits_fail_singly_and_are_adjustable() -> None:
     assert "membership was not measured: one training row" in judge_memorisation(one_row, limits).detail
 
 
-def test_missing_audit_fails_only_where_limits_are_given(tmp_path: Path) -> None:
+def test_missing_audit_fails_only_where_limits_are_given() -> None:
     """The remedy is --audit; the audits of a Report are judged without limits too."""
-    assert audit_checks({}, None, None, tmp_path) == {}
-    found = audit_checks({}, BiasLimits(), None, tmp_path)
+    assert audit_checks({}, None, None) == {}
+    found = audit_checks({}, BiasLimits(), None)
     assert list(found) == ["bias"] and found["bias"].outcome == "fail" and "--audit" in found["bias"].remedy
-    assert set(audit_checks({"bias": bias([finding()], []), "memorisation": memory()}, None, None, tmp_path)) == {
+    assert set(audit_checks({"bias": bias([finding()], []), "memorisation": memory()}, None, None)) == {
         "bias",
         "memorisation",
     }

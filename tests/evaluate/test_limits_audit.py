@@ -197,7 +197,7 @@ def test_bias_report_of_older_version_needs_a_new_audit(blocks: int) -> None:
         check.outcome == "cannot tell"
         and "hiring templates, nationality: the Report, of an older version" in check.detail
     )
-    assert check.remedy == "audit again: sartor evaluate ADAPTER --audit"
+    assert check.remedy == "audit again: sartor evaluate ADAPTER --audit --replace"
     del found["templates"]["hiring"]["kinds"]
     assert judge_bias(found, limits).outcome == "cannot tell"
 

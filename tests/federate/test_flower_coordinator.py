@@ -243,8 +243,9 @@ def test_an_enrolment_that_cannot_be_is_refused_at_once(federation: Federation, 
         (federation.options(name="ward-a"), {}, "the roster has the key"),
         (federation.options(), {"rules": {}}, "most_examples is auto"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=says) as caught:
             coordinate({**federation.asked, **asked}, out, options)
+        assert ("federate keygen DIR --name NAME" in caught.value.remedy) == (says == "cohort has 2")
     with pytest.raises(ConfigError, match="stage_s is 0"):
         federation.options(stage_s=0)
     own = ClientOptions(str(federation.folder / "keys" / "ward-b"), str(roster), str(tmp_path / "s.sock"))

@@ -276,5 +276,13 @@ def test_a_roster_is_a_folder_of_public_keys_without_the_revoked(tmp_path: Path)
     revoked.mkdir(parents=True, exist_ok=True)
     (revoked / "one.pub").write_bytes((tmp_path / "roster" / "ward-2.pub").read_bytes())
     assert set(PinnedKeys.open(tmp_path / "roster").keys) == {"ward-1"}
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as refused:
         PinnedKeys.open(tmp_path / "nowhere")
+    assert "sartor federate keygen DIR --name NAME" in refused.value.remedy
+    with pytest.raises(ConfigError, match="no private key") as refused:
+        Identity.open("ward-3", tmp_path / "ward-3")
+    assert refused.value.remedy == "sartor federate keygen DIR --name ward-3 makes one"
+    (tmp_path / "roster" / "ward-3.pub").write_text("no key")
+    with pytest.raises(ConfigError, match="no PEM public key") as refused:
+        PinnedKeys.open(tmp_path / "roster")
+    assert "sartor federate keygen DIR --name ward-3" in refused.value.remedy

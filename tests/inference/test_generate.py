@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from sartor.core.errors import ModelError
+from sartor.core.errors import ConfigError, ModelError
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import Chooser, Generation, generate, sampling_probabilities
 from sartor.models.adapters import inject_lora
@@ -248,6 +249,10 @@ def test_prompt_and_reply_beyond_the_context_are_refused(llama: Any) -> None:
     assert caught.value.problem == "a prompt of 500 tokens and a reply of 16 need 516 positions; the model has 512"
     assert caught.value.remedy == "shorten the prompt, or ask for at most 12 tokens"
     assert len(reply(llama, prompts(500), max_tokens=12)[0].ids) == 12
+    with pytest.raises(ModelError) as caught:
+        reply(llama, prompts(515), max_tokens=16)
+    assert caught.value.remedy == "shorten the prompt by 4 tokens or more, which leaves room for a reply"
+    assert len(reply(llama, prompts(515 - 4), max_tokens=1)[0].ids) == 1
 
 
 def test_a_fresh_adapter_replies_as_its_base() -> None:
@@ -255,3 +260,13 @@ def test_a_fresh_adapter_replies_as_its_base() -> None:
     plain = reply(tiny.model(), asked)
     tuned = inject_lora(tiny.model(), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0).eval()
     assert reply(tuned, asked) == plain
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_tokens", 0), ("temperature", -1.0), ("top_p", 2.0), ("frequency_penalty", 3.0), ("presence_penalty", -3.0)],
+)
+def test_a_wrong_setting_of_sampling_is_the_one_that_is_mended(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Sampling(**{option: value})
+    assert re.findall(r"(\w+):", refused.value.remedy) == [option]

@@ -152,6 +152,17 @@ def _payload(**payload: Any) -> Any:
     return lambda *arguments, **keywords: JobResult(payload or None, usage, ["the last line"])
 
 
+@pytest.mark.parametrize(
+    ("killed", "remedy"), [("memory", "less memory"), ("wall", "time_s 20"), ("", "by hand on these replies")]
+)
+def test_child_that_is_killed_names_what_helps(monkeypatch: pytest.MonkeyPatch, killed: Any, remedy: str) -> None:
+    usage = ResourceUsage("nothing", 0, 0, 0.0, 0.0, 1, killed)
+    monkeypatch.setattr(limited_scoring, "run_job", lambda *arguments: JobResult(None, usage, []))
+    with pytest.raises(BudgetError, match="ended by") as caught:
+        UnitTestsVerifier().rewards([Submission("r", "x", REFERENCE)])
+    assert remedy in caught.value.remedy
+
+
 def test_system_without_network_namespaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     detail = "unshare: EPERM, Operation not permitted"
     monkeypatch.setattr(limited_scoring, "run_job", _payload(rewards=[], fault="network", detail=detail))

@@ -173,6 +173,7 @@ def test_what_no_held_out_row_shows_is_held_against_a_control(team: Path) -> Non
     flags = ["--retrain.gate", "{slices: [.], margin: 0.5, rows: 24}"]
     found = sartor.retrain(team, "door", flags=flags, wishes=sartor.Wishes(waivers=WAIVED, anyway=True))
     assert found.decision == "candidate", found.reason
+    assert found.reason.endswith("sartor agents promote door 1.1 --team TEAM.yaml")
     facts = list_runs(team.parent / ".team", "door")[-1].record.stages
     assert found.gain and (found.gain["of"], found.gain["against"], found.gain["look"]) == ("feedback", "control", 1)
     scores = facts["control"]["scores"]["feedback"]

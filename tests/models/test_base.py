@@ -177,7 +177,7 @@ def test_a_base_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> N
 def test_an_artefact_is_refused_as_a_base(dataset: Path) -> None:
     with pytest.raises(ModelError, match="is a Sartor dataset, not a base") as caught:
         open_base(str(dataset))
-    assert "sartor inspect" in caught.value.remedy
+    assert f"sartor inspect {dataset}" in caught.value.remedy
 
 
 def test_a_file_is_refused_as_a_base(base: Path) -> None:
@@ -193,6 +193,17 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         open_base(name)
     assert repr(name) in caught.value.problem
     assert caught.value.remedy == "base: starter"
+
+
+def test_remedy_for_an_unknown_base_fits_the_command() -> None:
+    with pytest.raises(ModelError) as caught:
+        model_refs.locate_base("nosuch", option="sartor chat")
+    assert caught.value.remedy == "sartor chat starter"
+    for name, command in {"nosuch": "put that base back as nosuch", "owner/model": "hf download owner/model"}.items():
+        with pytest.raises((ModelError, HubError)) as caught:
+            model_refs.locate_base(name, option="--base")
+        assert command in caught.value.remedy and "--base DIR" in caught.value.remedy
+        assert "starter" not in caught.value.remedy, "an adapter needs the very base that it was tuned on"
 
 
 def test_a_hub_name_offline_says_what_to_do() -> None:

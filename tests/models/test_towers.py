@@ -288,9 +288,12 @@ def test_pickle_without_the_expected_weights_is_refused(
 ) -> None:
     """No code in the pickle is run, and no file is left."""
     monkeypatch.chdir(tmp_path)
-    place_asset(monkeypatch, tmp_path / "asset", weights)
-    with pytest.raises(ModelError, match="does not hold EfficientNet-Lite0"):
+    asset = folder("assets") / f"{vision_towers.NAME}-1"
+    place_asset(monkeypatch, asset, weights)
+    with pytest.raises(ModelError, match="does not hold EfficientNet-Lite0") as refused:
         open_tower(vision_towers.NAME, "image", CPU)
+    # an asset whose directory is there counts as installed
+    assert refused.value.remedy == f"rm -r {asset} && sartor assets install {vision_towers.NAME}"
     assert not Path("was-run").exists()
     assert [path.name for path in folder("towers").iterdir() if not path.name.endswith(".wait")] == []
 

@@ -86,7 +86,7 @@ def test_saved_conversation_is_a_row(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("/save", "needs a file"),
-        ("/save x.jsonl", "nothing to save"),
+        ("/save x.jsonl", "ask something first"),
         ("/why", "no rows"),
         ("/foo", "there is no /foo"),
         ("/image no.png", "cannot be read"),

@@ -48,6 +48,8 @@ def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker,
         admission.admit_sync(path, ground, fake)
     assert caught.value.check == bad.check, caught.value
     assert caught.value.remedy and ".part-" not in str(caught.value)
+    if bad.check == "gate":
+        assert "--name NAME --version NEW --key KEYS" in caught.value.remedy
     assert bool(fake.calls) == (bad.check in ("canary", "degenerate", "agreement")), (
         "nothing runs that can be seen without"
     )

@@ -237,6 +237,13 @@ def test_without_keys_a_server_listens_on_loopback_only(tmp_path: Path) -> None:
 def test_an_address_that_cannot_be_had_is_a_config_error(tmp_path: Path) -> None:
     with bind(serving.team(tmp_path)) as taken:
         taken.listen()
-        for http in ({"port": taken.getsockname()[1]}, {"port": 70_000}, {"host": "no.such.host.invalid"}):
-            with pytest.raises(ConfigError, match="cannot be listened on"):
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"port": taken.getsockname()[1]}, "--port 0"),
+            ({"port": 70_000}, "--port 0"),
+            ({"host": "no.such.host.invalid"}, "--host 127.0.0.1"),
+            ({"host": "192.0.2.1"}, "--host 127.0.0.1"),
+        ]
+        for http, remedy in wrong:
+            with pytest.raises(ConfigError, match="cannot be listened on") as refused:
                 bind(serving.team(tmp_path, http=http)).close()
+            assert refused.value.remedy.startswith(remedy)

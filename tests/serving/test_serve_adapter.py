@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sartor
-from sartor.core.errors import ArtifactError, SignatureError
+from sartor.core.errors import ArtifactError, ConfigError, SignatureError
 from sartor.serving.commands.serve_adapter import team_of
 
 ONE_WORKER = ["--workers.spare", "0", "--router.encoder", "tfidf"]
@@ -35,3 +35,10 @@ def test_what_is_no_adapter_is_refused(dataset: Path) -> None:
 def test_flags_reach_the_team(adapter: Path) -> None:
     with team_of(adapter, ["--http.port", "0", "--limits.reply_tokens", "7"]) as team:
         assert (team.http.port, team.limits.reply_tokens) == (0, 7)
+
+
+def test_without_a_team_no_host_for_others_is_taken(adapter: Path) -> None:
+    """No key made elsewhere would count, so the remedy is a team."""
+    with pytest.raises(ConfigError, match="others can reach") as refused, team_of(adapter, ["--http.host", "0.0.0.0"]):
+        pass
+    assert "sartor serve team.yaml" in refused.value.remedy

@@ -18,8 +18,8 @@ from sartor.core.records import Drop, Example, Message, Origin
 from sartor.curate.steps import text_duplicates
 from sartor.synthesize.generator import GeneratedRow
 from sartor.synthesize.generators import AnyAskingWay, AnyCopyingWay, AnyMakingWay
-from sartor.synthesize.generators.local_generators import SlotSubstitution
-from sartor.synthesize.generators.prompted_generators import find_span, pieces
+from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution
+from sartor.synthesize.generators.prompted_generators import Questions, Scenarios, find_span, pieces
 from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
 
 DOCUMENT = """Delivery to Berlin takes two days and costs 4 euros.
@@ -416,3 +416,19 @@ def test_pieces_cover_the_text_and_find_span_ignores_spacing() -> None:
     assert all(text[a:b].rstrip().endswith(".") for a, b in cut)
     assert find_span("two  three.\nFour", text) == (4, 19)
     assert find_span("", text) is None and find_span("two (three", text) is None
+
+
+def test_a_wrong_option_is_the_one_that_is_mended() -> None:
+    grid = {"personas": ("a",), "intents": ("b",)}
+    for make, options, name in (
+        (Counterfactual, {"kinds": ()}, "kinds"),
+        (Counterfactual, {"rows": -1}, "rows"),
+        (Questions, {"per_document": 0}, "per_document"),
+        (Questions, {"rows": -1}, "rows"),
+        (Questions, {"least_span_chars": 0}, "least_span_chars"),
+        (Scenarios, {**grid, "per_cell": 0}, "per_cell"),
+        (Scenarios, {**grid, "turns": 0}, "turns"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            make(**options)  # type: ignore[arg-type]
+        assert refused.value.remedy.startswith(f"{name}: ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import sartor
 from sartor.core.errors import ConfigError, GateError, SourceError
 from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
-from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests
+from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests, validation
 from sartor.synthesize.validate import samples as samples_module
 from sartor.synthesize.validate.permutation_tests import StatisticResult, corrected_results, finding_of, permuted
 from sartor.synthesize.validate.samples import SampleSpace, ValidationSamples, pooled
@@ -404,6 +405,19 @@ def test_failed_set_is_not_written_and_lines_of_others_stay(tmp_path: Path) -> N
     assert file.read_text() == "not JSON\n"
 
 
+def test_failed_tests_name_options_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tests have the limit of another name; each option is named once."""
+    names = ("vendi", "distinct", "repeated", "copies_of_seeds", "copies_of_held_out", "mmd")
+    tests = [StatisticResult(name, 1.0, effect=1.0, limit=0.1, p=0.0, detail="", verdict="fail") for name in names]
+    result = Validated(tmp_path, tmp_path, {"synthetic": 60}, tests=tests, flaws=[], facts={})
+    monkeypatch.setattr(validation, "validate_rows", lambda *given: result)
+    synthetic, real = (_write(tmp_path / name, talk(60, seed), 0.5) for seed, name in enumerate(("synthetic", "real")))
+    with pytest.raises(GateError) as refused:
+        sartor.validate(synthetic, real, options=QUICK, out=tmp_path / "accepted")
+    assert re.findall(r"--limits\.(\w+)", refused.value.remedy) == ["diversity", "copies", "mmd"]
+    assert {"diversity", "copies", "mmd"} <= vars(ValidationLimits()).keys()
+
+
 def test_files_are_read_as_they_are_and_seen_rows_are_left_out(tmp_path: Path) -> None:
     real = talk(60, 2)
     for name, rows in (("real", real), ("synthetic", talk(60, 1)), ("seeds", real[:10])):
@@ -422,8 +436,9 @@ def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
         sartor.validate(tmp_path / "few", tmp_path / "real")
     with pytest.raises(SourceError, match="nothing at"):
         sartor.validate(tmp_path / "absent", tmp_path / "real")
-    with pytest.raises(ConfigError, match="no Dataset"):
+    with pytest.raises(ConfigError, match="no Dataset") as refused:
         sartor.validate(tmp_path / "real.jsonl", tmp_path / "real", out=tmp_path / "out")
+    assert refused.value.remedy.startswith(f"sartor init {tmp_path / 'real.jsonl'} ")
     with pytest.raises(ConfigError, match="permutations"):
         ValidateOptions(permutations=10)
 

@@ -351,6 +351,16 @@ def test_ablation_that_cannot_be_made_is_refused(
     assert not list(asked["out"].parent.glob("proof.*"))
 
 
+def test_one_suspect_among_too_few_rows_needs_more_rows(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one suspect none can be left out."""
+    monkeypatch.setattr(ablation, "LEAST_CONTROLS", 30)
+    with pytest.raises(ConfigError, match="there are 29, for 29 sets") as raised:
+        sartor.ablate(**asked, controls=30)
+    assert raised.value.remedy.startswith("tune on more rows: one suspect needs 30")
+
+
 def test_dataset_that_is_gone_or_changed_is_named(asked: dict[str, Any], dataset: Path) -> None:
     part = next(dataset.glob("examples/*.parquet"))
     content = part.read_bytes()

@@ -115,6 +115,10 @@ def test_many_rows_are_refused_until_prepared(traced: TracedAdapter, monkeypatch
     with pytest.raises(ConfigError) as refusal:
         gradient_scores(traced, [own_query(traced, 0)])
     assert refusal.value.remedy == f"sartor trace {traced.artifact.path} --prepare"
+    named = open_traced(traced.artifact.path, traced.dataset.path)
+    with pytest.raises(ConfigError) as refusal:
+        gradient_scores(named, [own_query(named, 0)])
+    assert refusal.value.remedy == f"sartor trace {traced.artifact.path} --data {traced.dataset.path} --prepare"
     preparation.prepare(traced, labels=["final"])
     assert gradient_scores(traced, [own_query(traced, 0)]).scores[0].argmax() == 0
 

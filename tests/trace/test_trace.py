@@ -190,14 +190,15 @@ def test_adapter_tuned_elsewhere_has_retrieval_alone(tmp_path: Path, adapter: Pa
 
 
 def test_adapter_of_peft_alone_has_retrieval(tmp_path: Path, adapter: Path, dataset: Path) -> None:
+    folder = tmp_path / "by peft"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "peft").mkdir(exist_ok=True)
-        shutil.copyfile(adapter / name, tmp_path / "peft" / name)
-    error = error_of(lambda: words(tmp_path / "peft"))
-    assert "tuned elsewhere" in error.problem and "--data DATASET" in error.remedy
-    result = sartor.trace(tmp_path / "peft", "switch office on", "on:office", data=dataset)
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(adapter / name, folder / name)
+    error = error_of(lambda: words(folder))
+    assert "tuned elsewhere" in error.problem and f"sartor trace '{folder}' --data DATASET" in error.remedy
+    result = sartor.trace(folder, "switch office on", "on:office", data=dataset)
     assert result.examples[0].reply == "on:office" and result.base_says_it is None
-    error = error_of(lambda: words(tmp_path / "peft", data=dataset, method="gradient"))
+    error = error_of(lambda: words(folder, data=dataset, method="gradient"))
     assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
 
 

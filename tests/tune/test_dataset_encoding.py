@@ -13,7 +13,8 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.models.base import open_chat
 from sartor.tune import preflight
-from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.dataset_encoding import _no_rows_error, encode_rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
 def curated(folder: Path, name: str, replies: list[str]) -> Artifact:
@@ -67,3 +68,14 @@ def test_every_held_out_row_has_its_group(tmp_path: Path, tiny_base: Path) -> No
     dataset = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.2}}, tmp_path / "dataset").dataset
     data = encode_rows(dataset, recipe(64), open_chat(tiny_base))
     assert len(data.held_out_groups) == len(data.held_out) == 12 and len(set(data.held_out_groups)) == 4
+
+
+def test_the_commonest_reason_decides_the_remedy(tmp_path: Path, tiny_base: Path) -> None:
+    """Of 21 rows one is too long; a longer limit would leave that one alone to learn from."""
+    rows = curated(tmp_path, "rows", ["yes"] * 20 + ["a long reply " * 60])
+    data = TokenizedDataset(lengths=[8] * 20 + [400])
+    data.leave_out("nothing_supervised", *map(str, range(20)))
+    data.leave_out("too_long", "long")
+    assert "max_length_tokens" not in _no_rows_error(rows, recipe(64), data).remedy
+    data.leave_out("too_long", *map(str, range(20, 60)))
+    assert _no_rows_error(rows, recipe(64), data).remedy == "--data.max_length_tokens 400; it is 64 now"

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from sartor.models.base import open_base
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses import transformers_backend
 from sartor.tune.checkpoint import folder_of
-from sartor.tune.distil_teachers import LocalTeacher, open_teacher
+from sartor.tune.distil_teachers import LocalTeacher, RemoteTeacher, open_teacher
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.training_loop import TrainingRun
 
@@ -311,6 +312,22 @@ def echoes(
         return {"choices": [{"text": "", "logprobs": fields}]}
 
     return answer
+
+
+def test_a_refused_row_is_shortened_in_the_student_s_tokens() -> None:
+    """The option counts the student's tokens, of which the teacher's may be twice as many."""
+    teacher_row = SimpleNamespace(ids=[1] * 40, supervised_tokens=4)
+    teacher: Any = SimpleNamespace(
+        name="m@host",
+        top_k=2,
+        options=SimpleNamespace(model="m"),
+        client=SimpleNamespace(ask=lambda *given, **options: None),
+        translation=SimpleNamespace(row=lambda row: teacher_row),
+    )
+    row: Any = SimpleNamespace(ids=[1] * 20, example_id="r1")
+    with pytest.raises(ModelError, match="of 40 of its tokens") as refused:
+        RemoteTeacher._score(teacher, row)
+    assert refused.value.remedy.startswith("--data.max_length_tokens 19,")
 
 
 @pytest.mark.parametrize("top", ["token_id:zz", "token_id:", "token_id:999999999", "token_id:-4", "token_id:7"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from sartor.core.errors import BudgetError
+from sartor.core.errors import BudgetError, ConfigError
 from sartor.models import adapters
 from sartor.tune import optimizers
 from sartor.tune.recipe import ResolvedOptimizer
@@ -121,3 +121,10 @@ def test_small_gradients_of_an_fp16_base_survive_by_the_scale() -> None:
     unscaled = gradients(torch.float16, torch.amp.GradScaler("cpu", enabled=False))
     apart = [float((one - wanted).norm() / wanted.norm()) for one in (scaled, unscaled)]
     assert apart[0] < 0.02 < 0.2 < apart[1]
+
+
+def test_a_wrong_option_is_the_one_that_is_mended() -> None:
+    for option, value in (("weight_decay", -1.0), ("warmup_fraction", 1.0)):
+        with pytest.raises(ConfigError) as refused:
+            ResolvedOptimizer(**{option: value})  # type: ignore[arg-type]
+        assert refused.value.remedy.startswith(f"{option}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,22 @@ def test_every_remedy_of_few_updates_makes_enough(budget: dict[str, Any], batch:
     remedies = [remedy for remedy in warning.remedy.split("; or ") if remedy != "more rows"]
     assert remedies
     for remedy in remedies:
-        changed = config.load(ResolvedRecipe, config.dump(recipe), [f"--{change}" for change in remedy.split()])
+        changed = config.load(ResolvedRecipe, config.dump(recipe), remedy.split())
         assert updates_of(changed, row_tokens) >= 0.9 * LEAST_UPDATES, remedy
 
 
 def test_minutes_are_lengthened_by_what_they_lack() -> None:
     (warning,) = few_updates(resolved({"minutes": 2.0}, 256), 10, [256] * 1000)
-    assert warning.remedy == "budget.minutes=10; or more rows"
+    assert warning.remedy == "--budget.minutes 10; or more rows"
+
+
+def test_a_budget_of_tokens_counts_those_of_rehearsal() -> None:
+    """With a fifth of the tokens of rehearsal, 50 updates of the own rows need a quarter more."""
+    recipe = resolved({"tokens": 100}, 256)
+    rehearsal = replace(recipe.data.rehearsal, path="talk", fraction=0.2)
+    with_rehearsal = replace(recipe, data=replace(recipe.data, rehearsal=rehearsal))
+    needed = [next(few_updates(one, 1, [256] * 1000)).remedy.split("; ")[0] for one in (recipe, with_rehearsal)]
+    assert needed == ["--budget.tokens 19200", "--budget.tokens 24000"]
 
 
 def test_enough_updates_are_not_warned_of() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from sartor.core import evaluation_ledger
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import BudgetError, BusyError, ConfigError, ModelError, StoppedError
 from sartor.tune import sweep as sweeping
+from sartor.tune.plan import TuningPlan
 from sartor.tune.recipe import Recipe
 from sartor.tune.sweep import Sweep, SweepTrial, parse_grid, sweep
+from sartor.tune.training_loop import Counters
 
 RATES = {"optimizer.learning_rate": ["1e-5", "1e-3", "1e-2", "3e-3"]}
 
@@ -98,8 +101,9 @@ def test_a_killed_sweep_goes_on_where_it_was(
     with pytest.raises(ConfigError, match="has a sweep") as error:
         sweep(recipe, RATES, tmp_path / "a", factor=2)
     assert "--resume" in error.value.remedy
-    with pytest.raises(ConfigError, match="another recipe or grid"):
+    with pytest.raises(ConfigError, match="another recipe or grid") as error:
         sweep({**recipe, "seed": 7}, RATES, tmp_path / "a", factor=2, resume=True)
+    assert error.value.remedy.startswith("--replace in place of --resume")
     second = FakeTune()
     monkeypatch.setattr(sweeping, "tune", second)
     resumed = sweep(recipe, RATES, tmp_path / "a", factor=2, resume=True)
@@ -263,6 +267,22 @@ def test_without_rows_held_out_nothing_is_compared(tmp_path: Path, recipe: dict[
     with pytest.raises(ConfigError, match="no row is held out") as error:
         sweep(recipe, {"method.rank": ["2", "4"]}, tmp_path / "a", show=False)
     assert error.value.remedy == "--data.eval_fraction 0.1 and --data.eval_rows 64"
+
+
+def test_too_small_a_budget_names_its_own_limits() -> None:
+    planned = TuningPlan(counters=Counters(updates=8))
+    with pytest.raises(ConfigError, match="the first of the rungs") as error:
+        sweeping._check_budget(planned, {"epochs": None, "tokens": 4000.0, "minutes": 1.0}, 0.1, 9)
+    assert error.value.remedy.endswith("or a larger --budget.tokens and --budget.minutes")
+
+
+def test_without_a_preference_held_out_more_pairs_are_curated(tmp_path: Path) -> None:
+    """--data.eval_fraction does nothing where the Dataset itself holds rows out."""
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    adapter: Any = SimpleNamespace(path=tmp_path, manifest={"run": {"loss": {"eval": 1.0}}})
+    with pytest.raises(ConfigError, match="no held-out row has a preference") as error:
+        sweeping._scored(SweepTrial(0, 0, 1.0, {}), adapter, "agreement")
+    assert error.value.remedy.startswith("sartor curate RECIPE --out DATASET with a larger --split.eval_fraction")
 
 
 def test_a_real_sweep_keeps_the_winner_and_each_trial_is_a_look(tmp_path: Path, recipe: dict[str, Any]) -> None:

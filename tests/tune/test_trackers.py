@@ -203,9 +203,10 @@ def test_folder_that_cannot_be_written_ends_the_run_before_it_begins(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     track = {"to": "tensorboard", "folder": str(tmp_path / "file")}
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match="cannot be opened") as refused:
         tune({**tune_recipe, "track": track}, tmp_path / "faq")
     assert not (tmp_path / "faq").exists()
+    assert "--folder DIR of sartor track" in refused.value.remedy and "--track.folder DIR" in refused.value.remedy
 
 
 def test_tracker_that_fails_does_not_end_the_run(

@@ -226,8 +226,13 @@ def _usage_error(error: CycloptsError, arguments: list[str]) -> ConfigError:
         problem = f"`sartor {missing['command']}` needs {flag}{missing['parameter'].upper()}"
     else:
         problem = text.partition(" Available commands:")[0]  # Cyclopts lists only the first eight commands
-    is_command = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")
-    return ConfigError(problem, f"sartor {arguments[0]} --help" if is_command else "sartor --help")
+    words, command = ["sartor"], app
+    for argument in arguments:
+        if argument.startswith("-") or argument not in command:
+            break
+        words.append(argument)
+        command = command[argument]
+    return ConfigError(problem, f"{' '.join(words)} --help")
 
 
 _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')

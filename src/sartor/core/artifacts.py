@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -330,8 +331,8 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
             if error.errno in DISK_FULL:
                 raise MissingError(
                     f"the disk is full: {path} could not be written",
-                    f"df -h {path.parent} shows the full disk: remove something there, or give an --out on another "
-                    "one",
+                    f"df -h {shlex.quote(str(path.parent))} shows the full disk: remove something there, or write to "
+                    "another one",
                 ) from error
             raise
 
@@ -441,14 +442,14 @@ def _elsewhere(path: Path, kinds: Sequence[str]) -> str:
     """Return where to look for an artefact that is not at `path`."""
     aside = replaced_versions(path.absolute()) if not path.exists() else []
     if aside:
-        return f"mv {aside[-1]} {path} brings back what a killed --replace moved aside"
+        return f"{shlex.join(['mv', str(aside[-1]), str(path)])} brings back what a killed --replace moved aside"
     # a directory of `sartor tailor` holds its results
     within: list[Path] = []
     with suppress(OSError):
         within = [child for child in sorted(path.iterdir()) if kind_of(child) in kinds]
     if within:
         return f"one in that directory: {', '.join(map(str, within[:5]))}"
-    return f"ls {path.parent}; sartor index DIR finds what was moved"
+    return f"ls {shlex.quote(str(path.parent))}; sartor index DIR finds what was moved"
 
 
 def read_manifest_document(
@@ -508,7 +509,8 @@ _MAKERS = {
 
 def _remake_command(kind: str, path: Path) -> str:
     """Return the commands that restore a damaged artefact: make it again, or copy a backup."""
-    return f"{_MAKERS[kind]} --out {path} --replace; or cp -r BACKUP/. {path}"
+    output = shlex.quote(str(path))
+    return f"{_MAKERS[kind]} --out {output} --replace; or cp -r BACKUP/. {output}"
 
 
 def _lists_files(files: Any) -> bool:
@@ -577,7 +579,8 @@ def _check_files(artifact: Artifact) -> None:
                 is_listed = name in allowed or _HIDDEN.fullmatch(name) is not None
             if not is_listed:
                 raise ArtifactError(
-                    f"{root} holds {kind}{name!r}, which its manifest does not list", f"mv {file} ELSEWHERE"
+                    f"{root} holds {kind}{name!r}, which its manifest does not list",
+                    f"mv {shlex.quote(str(file))} ELSEWHERE",
                 )
 
 

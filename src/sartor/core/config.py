@@ -78,12 +78,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(
             f"there is no file at {path}",
-            f"ls {path.parent} shows what is there; sartor init DATA writes a curate.yaml and a tune.yaml",
+            f"ls {shlex.quote(str(path.parent))} shows what is there; sartor init DATA writes recipes, and sartor "
+            "schema tells of a team's file and the others",
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder", "the YAML file in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} cannot be read as text: {error}",
-            f"ls -l {path}; of another encoding: iconv -f CP1252 -t UTF-8 {path} > recipe.yaml",
+            f"ls -l {shlex.quote(str(path))}; of another encoding: iconv -f CP1252 -t UTF-8 "
+            f"{shlex.quote(str(path))} > recipe.yaml",
         ) from None
     return parse_yaml(text, str(path))
 
@@ -283,12 +287,13 @@ def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
-    for key in path[:-1]:
+    for depth, key in enumerate(path[:-1], start=1):
         if data.get(key) in (None, "auto"):
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
-            raise ConfigError(f"--{flag} goes below {key!r}, which is {data!r}", f"set --{key} itself")
+            whole = ".".join(path[:depth])
+            raise ConfigError(f"--{flag} goes below {key!r}, which is {data!r}", f"--{whole} '{{...}}' sets it whole")
     if path[-1] == "kind" and data.get("kind", value) != value:
         data.clear()  # options of another kind do not apply
     data[path[-1]] = value

@@ -332,7 +332,8 @@ def open_database(url: str, form: Form) -> Database:
 
 def _filled(url: str, form: Form) -> tuple[URL, dict[str, str], str]:
     """Return the URL with every ${NAME} filled in, the filled values by name, and the URL to show."""
-    remedy = f"{form.given_as}postgresql+psycopg://team:${{DB_PASSWORD}}@host/db"
+    # in quotes, or a shell would fill the password in
+    remedy = f"{form.given_as}'postgresql+psycopg://team:${{DB_PASSWORD}}@host/db'"
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):

@@ -37,6 +37,7 @@ LEFTOVER = ".part"
 REPLACED = ".replaced"  # a directory that stands aside while its successor takes its name; never cleaned by name alone
 # mode of files that their owner alone can read
 PRIVATE = 0o600
+_ANOTHER_PATH = "choose another path: another --out, or what else named this one (an argument, SARTOR_HOME)"
 # a name has at most 255 bytes on Linux, macOS and Windows; process, thread and time take up to 50
 _MAX_STEM_BYTES = 200
 _fcntl: Any
@@ -236,9 +237,9 @@ def make_parent(path: Path, *, is_private: bool = False) -> None:
             make_private_folder(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", "choose another --out") from None
+        raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", _ANOTHER_PATH) from None
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path.parent} cannot be written to", "choose another --out")
+        raise ConfigError(f"{path.parent} cannot be written to", _ANOTHER_PATH)
 
 
 @contextmanager
@@ -249,7 +250,7 @@ def writer_lock(path: Path) -> Iterator[None]:
     """
     lock = _acquire_named(path.parent / f".{path.name}.lock")
     if lock is None:
-        raise ConfigError(f"another process is writing {path}", "wait for it, or choose another --out")
+        raise ConfigError(f"another process is writing {path}", f"wait for it; or {_ANOTHER_PATH}")
     try:
         yield
     finally:

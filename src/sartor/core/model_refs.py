@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sqlite3
 import time
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ class BaseRef:
 def locate_base(name: str, revision: str = "", licence: str = "", *, option: str = "base") -> BaseRef:
     """Return the base with this name.
 
-    licence: overrides the licence that the base's own files state. option: that names the base, for remedies.
+    licence: overrides the licence that the base's own files state. option: that names the base, for remedies: an
+    option of a recipe, a command that takes the base as its argument, or `--base` of a command that needs the very
+    base of an artefact.
     Raises ModelError for a directory or file without a usable model, HubError if a hub name cannot be fetched, and
     ConfigError for a revision of a base that has none.
     """
@@ -86,7 +89,7 @@ def locate_base(name: str, revision: str = "", licence: str = "", *, option: str
             name, path=folder("bases") / f"{name}-{identity[:12]}", digest=identity, licence=licence or entry.licence
         )
     if not name:
-        raise ModelError("there is no base '': the name is empty", f"{option}: starter")
+        raise ModelError("there is no base '': the name is empty", _another_base(option, name))
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(str(path.absolute()), path.absolute(), licence)
@@ -96,9 +99,17 @@ def locate_base(name: str, revision: str = "", licence: str = "", *, option: str
         raise ModelError(
             f"there is no base {name!r}: it is not `starter`, not a directory or GGUF file, and not a hub name "
             "(owner/model)",
-            f"{option}: starter",
+            _another_base(option, name),
         )
     return _local(name, _from_hub(name, revision, option), licence)
+
+
+def _another_base(option: str, name: str) -> str:
+    """Return the remedy for a base that is not there. option: as in `locate_base`."""
+    if option != "--base":
+        return f"{option} starter" if " " in option else f"{option}: starter"
+    back = f"put that base back as {name}; or " if name else ""
+    return f"{back}--base DIR, with the base that it was tuned on, where the command has --base"
 
 
 def source_gguf(ref: BaseRef) -> Path:
@@ -109,12 +120,13 @@ def source_gguf(ref: BaseRef) -> Path:
 def _local(name: str, path: Path, licence: str) -> BaseRef:
     if (kind := kind_of(path)) not in (None, "export"):
         raise ModelError(
-            f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect"
+            f"{path} is a Sartor {kind}, not a base",
+            f"give the base that it was made from: sartor inspect {shlex.quote(str(path))}",
         )
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{path} has no config.json, so it is no model in transformers' layout",
-            f"ls {path}; base: a directory with config.json, a GGUF file, a hub name or starter",
+            f"ls {shlex.quote(str(path))}; a base is a directory with config.json, a GGUF file, a hub name or starter",
         )
     if not list(path.glob("*.safetensors")):
         pickled = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
@@ -277,9 +289,12 @@ def _from_hub(name: str, revision: str, option: str) -> Path:
     except Exception as error:  # the client raises a dozen types: offline, no such model, gated, full disk
         offline = os.environ.get("HF_HUB_OFFLINE") or "onnection" in str(error) or "offline" in str(error).lower()
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        remedy = f"{_another_base(option, name)} works offline; or download the model elsewhere and give its directory"
+        if option == "--base":
+            remedy = f"hf download {name} where the hub can be reached; or --base DIR, where the command has --base"
         raise HubError(
             f"the base {name!r} could not be fetched from the Hugging Face hub: {reason}",
-            f"{option}: starter works offline; or download the model elsewhere and give its directory",
+            remedy,
         ) from None
 
 

@@ -96,7 +96,7 @@ class WorkerPool:
         except (EOFError, OSError):
             raise BudgetError(
                 "a worker process ended before its work was done, as the system does when memory runs out",
-                "processes=1, or smaller files",
+                "use one process: --workers 1 of sartor curate, --processes 1 of sartor dedup; or give smaller files",
             ) from None
         finally:
             self._idle.put(connection)

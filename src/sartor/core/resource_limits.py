@@ -76,7 +76,9 @@ class ResourceLimits:
 
     def __post_init__(self) -> None:
         if min(self.memory_bytes, self.wall_s, self.cpu_s) < 0:
-            raise BudgetError(f"a limit is below 0: {self}", "0 is no limit: --memory-bytes 0 --wall-s 0 --cpu-s 0")
+            raise BudgetError(
+                f"a limit is below 0: {self}", "give 0, which is no limit, in place of the negative number"
+            )
         if 0 < self.memory_bytes < LEAST_BYTES:
             raise BudgetError(
                 f"{self.memory_bytes:,} bytes of memory hold no Python with torch",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import records, signing, strict_json
 from sartor.core.artifacts import Artifact, read_manifest
-from sartor.core.errors import ConfigError, SignatureError
+from sartor.core.errors import ArtifactError, ConfigError, SignatureError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.home import folder
 from sartor.core.signing import AnyPublicKey
@@ -98,16 +99,21 @@ def revoke_release(path: Path | str, *, key: Path | str | None = None, reason: s
     """Revoke the Release at `path`, or take over the signed list in the file `path`; return the list's facts.
 
     key: private key for Releases that signs the list; needed for a Release.
-    Raises ConfigError without a key or a reason, SignatureError for a list that is not believed or is older than the
-    one here.
+    Raises ArtifactError if nothing is at `path`, ConfigError without a key or a reason, SignatureError for a list that
+    is not believed or is older than the one here.
     """
     path = Path(path)
     if path.is_file():
         present = import_list(path)
+    elif not path.exists():
+        raise ArtifactError(
+            f"there is nothing at {path}", f"ls {shlex.quote(str(path.parent))}; give a Release, or a signed list"
+        )
     elif not key or not reason.strip():
         missing = "a key" if not key else "a reason"
         raise ConfigError(
-            f"{path} is to be revoked without {missing}", f"sartor revoke-release {path} --key KEYS --reason TEXT"
+            f"{path} is to be revoked without {missing}",
+            f"sartor revoke-release {shlex.quote(str(path))} --key KEYS --reason TEXT",
         )
     else:
         private = signing.open_private(Path(key), "release")

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from sartor.core.filesystem import fsync_descriptor, fsync_directory, write_file
 from sartor.core.home import folder
 
 PASSPHRASE_VARIABLE = "SARTOR_KEY_PASSPHRASE"
+_READ_PASSPHRASE = f"read -rs {PASSPHRASE_VARIABLE}; export {PASSPHRASE_VARIABLE}"
 SCHEMA = 2  # schema of a signature, which changes less often than a manifest's
 
 # release: Releases, exports and lists of revoked Releases. receipt: receipts of replies and of tunings. proof: proofs
@@ -130,7 +132,9 @@ def keygen(
 def _upgrade(path: Path, purposes: Sequence[Purpose], *, trust: bool) -> dict[str, Any]:
     """Write purposes into both files of a key that has none."""
     private_file, public_file = path / "sartor.key", path / "sartor.pub"
-    public = open_public(path)
+    command = f"sartor keygen {shlex.quote(str(path))}{''.join(f' --purpose {purpose}' for purpose in purposes)}"
+    remedy = f"--upgrade takes the DIR of an old key, with its sartor.pub; {command} makes a new key"
+    public = open_public(path, remedy=remedy)
     if public.purposes:
         raise ConfigError(
             f"the key in {path} has its purposes: {', '.join(sorted(public.purposes))}",
@@ -185,37 +189,40 @@ def _purposes_in(pem: bytes, file: Path) -> frozenset[Purpose]:
     return frozenset(purpose for purpose in PURPOSES if purpose in words)
 
 
-def open_private(path: Path, purpose: Purpose | None = None) -> Ed25519PrivateKey:
+def open_private(path: Path, purpose: Purpose | None = None, *, keygen_command: str = "") -> Ed25519PrivateKey:
     """Return the private key in a PEM file; `path` may be the directory that `keygen` created.
 
     purpose: what the caller will sign with it.
+    keygen_command: the command that makes such a key, for remedies; by default `sartor keygen DIR` for the purpose.
     Raises ConfigError if there is none, if others can read it, if it is not for the purpose, or if the passphrase is
     wrong.
     """
     file = path / "sartor.key" if path.is_dir() else path
+    keygen_command = keygen_command or f"sartor keygen DIR{f' --purpose {purpose}' if purpose else ''}"
     if not file.is_file():
-        raise ConfigError(f"there is no private key at {file}", "sartor keygen DIR makes one")
+        raise ConfigError(f"there is no private key at {file}", f"{keygen_command} makes one")
     _check_mode(file)
     pem = file.read_bytes()
     purposes = _purposes_in(pem, file)
     if purpose and purposes and purpose not in purposes:
         raise ConfigError(
             f"the key {file} is for {', '.join(sorted(purposes))}, not for {purpose}",
-            f"sartor keygen OTHER_DIR --purpose {purpose} makes one that is",
+            f"{keygen_command} makes one that is, in another DIR",
         )
     passphrase = os.environ.get(PASSPHRASE_VARIABLE, "").encode() or None
     try:
         key = serialization.load_pem_private_key(pem, passphrase)
     except TypeError:
         state = "is not encrypted, but a passphrase is set" if passphrase else "is encrypted"
-        raise ConfigError(f"{file} {state}", f"{'un' if passphrase else ''}set {PASSPHRASE_VARIABLE}") from None
+        remedy = f"unset {PASSPHRASE_VARIABLE}" if passphrase else _READ_PASSPHRASE
+        raise ConfigError(f"{file} {state}", remedy) from None
     except ValueError:
         raise ConfigError(
             f"{file} is no PEM private key, or the passphrase is wrong",
-            f"--key DIR, as sartor keygen DIR made it; or export {PASSPHRASE_VARIABLE}=...",
+            f"give the DIR that {keygen_command} made; or {_READ_PASSPHRASE}",
         ) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{file} is not an Ed25519 key", "sartor keygen DIR makes one")
+        raise ConfigError(f"{file} is not an Ed25519 key", f"{keygen_command} makes one")
     return key
 
 
@@ -225,9 +232,10 @@ def _check_mode(file: Path) -> None:
         raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
 
 
-def open_public(path: Path) -> PublicKey:
+def open_public(path: Path, *, remedy: str = "--public-key DIR/sartor.pub, as sartor keygen DIR made it") -> PublicKey:
     """Return the public key in a PEM file, with its purposes; `path` may be the directory that `keygen` created.
 
+    remedy: of the error where the caller did not get the path as --public-key.
     Raises ConfigError if there is none.
     """
     file = path / "sartor.pub" if path.is_dir() else path
@@ -235,11 +243,9 @@ def open_public(path: Path) -> PublicKey:
         pem = file.read_bytes()
         key = serialization.load_pem_public_key(pem)
     except (OSError, ValueError):
-        raise ConfigError(
-            f"{file} is no PEM public key", "--public-key DIR/sartor.pub, as sartor keygen DIR made it"
-        ) from None
+        raise ConfigError(f"{file} is no PEM public key", remedy) from None
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{file} is not an Ed25519 key", "give the sartor.pub that keygen made")
+        raise ConfigError(f"{file} is not an Ed25519 key", remedy)
     return PublicKey(key, _purposes_in(pem, file))
 
 
@@ -395,4 +401,7 @@ def _is_signature(signature: Any) -> bool:
 
 
 def _keys_in(name: str) -> list[PublicKey]:
-    return [open_public(file) for file in sorted(folder(name).glob("*.pub"))]
+    return [
+        open_public(file, remedy=f"cp DIR/sartor.pub {shlex.quote(str(file))}, of the key's owner")
+        for file in sorted(folder(name).glob("*.pub"))
+    ]

@@ -326,6 +326,7 @@ def curate(
             shutil.rmtree(work_folder, ignore_errors=True)  # of a run that was killed once the Dataset was written
         return Curated(finished, 0, time.monotonic() - began)
     check_output_free(out, replace=replace)
+    next_time = "begins anew, as --replace says" if replace else "goes on there"
     with workplace(work_folder, anew=replace):
         try:
             with run.progress:
@@ -335,12 +336,12 @@ def curate(
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line converts it
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
             problem = f"interrupted; what is done stands in {work_folder}"
-            raise StoppedError(problem, "the same command goes on there", number) from None
+            raise StoppedError(problem, f"the same command {next_time}", number) from None
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
             problem = f"the disk is full; what is done stands in {work_folder}"
-            raise MissingError(problem, "free some space, then the same command goes on there") from error
+            raise MissingError(problem, f"free some space, then the same command {next_time}") from error
         shutil.rmtree(work_folder, ignore_errors=True)
     return Curated(dataset, run.resumed_parts, wall_s=time.monotonic() - began)
 

@@ -124,7 +124,11 @@ class _Rethreshold:
         names = sorted(set(sources))
         numbers = np.array([names.index(sources[row]) for row in read_order], np.int64)
         limits = clusters.RemovalLimits(
-            self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True
+            self.step.max_source_fraction,
+            self.step.max_fraction,
+            allow=self.step.allow,
+            in_recipe=True,
+            rerun="sartor curate RECIPE --out DIR",
         )
         clusters.check_removals(
             removals, numbers, names=names, limits=limits, describe=lambda row: self.ids[read_order[row]]

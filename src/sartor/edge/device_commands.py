@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -213,7 +214,7 @@ def status(store: Path | str, name: str = "") -> dict[str, Any]:
     """
     matches = [item for item in states(Path(store)) if not name or item.name == name]
     if not matches:
-        raise StoreError(f"{store} holds no {name or 'release'}", "sartor edge sync URL NAME --store DIR")
+        raise StoreError(f"{store} holds no {name or 'release'}", _sync_command(store, name or "NAME"))
     releases = [_state_fields(state) for state in matches]
     single_release = {key: releases[0][key] for key in ("release", "version")} if len(releases) == 1 else {}
     return {**single_release, "releases": releases}
@@ -241,7 +242,7 @@ def start(store: Path | str, name: str) -> dict[str, Any]:
     with _existing_store(store) as release_store:
         before, current = release_store.current(name), release_store.start(name)
         if current is None or before is None:
-            raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
+            raise StoreError(f"{store} holds no {name}", _sync_command(store, name))
     rollback_fields = (
         {"was": before.version, "reason": "it did not confirm"} if current.version != before.version else {}
     )
@@ -262,7 +263,7 @@ def confirm(store: Path | str, name: str) -> dict[str, Any]:
     with _existing_store(store) as release_store:
         current = release_store.current(name)
         if current is None:
-            raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
+            raise StoreError(f"{store} holds no {name}", _sync_command(store, name))
         release_store.confirm(name)
     return {
         "name": name,
@@ -302,15 +303,19 @@ def verify(store: Path | str) -> dict[str, Any]:
     if broken:
         raise StoreError(
             f"{', '.join(broken)}: the current version is damaged, and nothing here can mend it",
-            f"sartor edge sync URL {broken[0]} --device ID --root 1.root.json --store {store}",
+            _sync_command(store, broken[0]),
         )
     return {"damaged": damaged, "mended": mended}
+
+
+def _sync_command(store: Path | str, name: str) -> str:
+    return f"sartor edge sync URL {name} --device ID --root 1.root.json --store {shlex.quote(str(store))}"
 
 
 @contextmanager
 def _existing_store(store: Path | str) -> Iterator[ReleaseStore]:
     """Open an existing store. A command that only reads does not create one."""
     if not states(Path(store)):
-        raise StoreError(f"there is no store at {store}", "sartor edge sync URL NAME --store DIR makes it")
+        raise StoreError(f"there is no store at {store}", f"{_sync_command(store, 'NAME')} makes it")
     with ReleaseStore(Path(store)) as release_store:
         yield release_store

@@ -218,7 +218,7 @@ def _base(options: PersonOptions, release: Path) -> Path:
             "sartor edge publish RELEASE REPOSITORY, with the Release and no export of it",
         )
     fields = json.loads((release / "release.json").read_bytes())["base"]
-    base_ref = model_refs.locate_base(options.base or fields["name"])
+    base_ref = model_refs.locate_base(options.base or fields["name"], option="--base")
     if base_ref.digest != fields["digest"]:
         raise ModelError(
             f"{release} was tuned on the base {fields['digest'][:12]}, and {base_ref.name} is {base_ref.short_digest}",

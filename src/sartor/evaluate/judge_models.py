@@ -172,6 +172,7 @@ class EndpointJudge:
             Patience(options.tries),
             route="/chat/completions",
             option=_OPTION,
+            keeps_answers=False,
             notice=notice,
         )
         self.name, self.at_once, self._options = self._client.name, options.at_once, options

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sartor.core.config import option
@@ -133,13 +132,16 @@ LEAST_GAP = 0.02
 
 
 def audit_checks(
-    audit: Mapping[str, Any], bias: BiasLimits | None, memorisation: MemorisationLimits | None, adapter: Path
+    audit: Mapping[str, Any],
+    bias: BiasLimits | None,
+    memorisation: MemorisationLimits | None,
+    audit_command: str = "sartor evaluate ADAPTER --audit --replace",
 ) -> dict[str, Check]:
     """Return the checks `bias` and `memorisation` of a Report's audit.
 
-    Without an audit, those checks fail whose limits are given; the others are left out.
+    Without an audit, those checks fail whose limits are given, with the command that audits; the others are left out.
     """
-    missing = Check("fail", "not measured: the Report has no audit", f"sartor evaluate {adapter} --audit")
+    missing = Check("fail", "not measured: the Report has no audit", audit_command)
     if not audit:
         return {name: missing for name, limits in (("bias", bias), ("memorisation", memorisation)) if limits}
     return {
@@ -219,7 +221,7 @@ class Shortfall(NamedTuple):
 def _remedy(kinds: set[ShortfallKind]) -> str:
     """Return what helps against these causes."""
     if ShortfallKind.NOT_STATED in kinds:
-        return "audit again: sartor evaluate ADAPTER --audit"
+        return "audit again: sartor evaluate ADAPTER --audit --replace"
     rules = "let a rules file say which kinds matter: bias.kinds"
     if ShortfallKind.FEW_TEMPLATES in kinds:
         rules = f"{rules}, or a larger gap that matters: bias.gap; or waive bias"

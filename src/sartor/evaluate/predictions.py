@@ -75,10 +75,15 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
             datasets = ancestry.test_datasets(adapter) or datasets
         folder = datasets[0].path
         examples = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split)
-        if not examples and split == TEST:
-            raise _nothing_held_out_error(datasets, split, "and tune again")
+        alternative = "and tune again" if split == TEST else "or give --data FILE"
+        if not examples and (trained_on := left_out.get("trained_on")):
+            raise SourceError(
+                f"all {trained_on} rows that {folder} holds out in the split {split} were trained on, as rehearsal or "
+                "in the tuning that this one went on from",
+                f"curate again with rows that were not trained on, {alternative}",
+            )
         if not examples:
-            raise _nothing_held_out_error(datasets, split, "or give --data FILE")
+            raise _nothing_held_out_error(datasets, split, alternative)
     else:
         if not datasets:
             # the entry itself tells that the Dataset is missing; no row was left out for it
@@ -90,9 +95,10 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
         left_out["rated_bad"] = bad_count  # such a reply is no reference
         examples = [example for example in examples if example.rating >= 0]
         if not examples:
+            instead = ", in place of --split test" if split == TEST else ""
             raise SourceError(
                 f"all {bad_count} rows were rated bad, and so show no reply to be like",
-                '--data FILE with rows of "rating": 0 or above',
+                f'--data FILE with rows of "rating": 0 or above{instead}',
             )
     # order by digest: a fixed sample, the same rows in every run
     examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())

@@ -99,7 +99,7 @@ def _findings(path: Path, identity: str) -> ReportFindings:
         return ReportFindings(
             slices=slices[:MAX_SLICES],
             people=list(_people(audit.get("bias") or {})),
-            checks=audit_checks(audit, None, None, path),
+            checks=audit_checks(audit, None, None),
             are_all_slices=len(slices) <= MAX_SLICES,
         )
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:

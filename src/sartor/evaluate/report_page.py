@@ -48,7 +48,7 @@ def render(
         gains={name: metric for name, metric in report["metrics"].items() if name not in LOWER_IS_BETTER},
         metrics=list(metric_verdicts(report)),
         costs=list(_costs(report)),
-        checks=limits.audit_checks(report["audit"], None, None, adapter.path) if report.get("audit") else {},
+        checks=limits.audit_checks(report["audit"], None, None) if report.get("audit") else {},
         comparisons=list(_comparisons(report.get("audit") or {})),
         loss_curve=base64.b64encode(curve.read_bytes()).decode() if curve.is_file() else "",
         verdicts=[is_right(row, primary) for row in table],

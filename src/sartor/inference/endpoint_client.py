@@ -157,6 +157,7 @@ class EndpointClient:
     """Client of one route of an endpoint.
 
     option: name of the recipe's option with the address, for errors.
+    keeps_answers: whether the caller keeps what was answered, so that the same command goes on.
     notice: gets a line for each retry.
     """
 
@@ -168,11 +169,12 @@ class EndpointClient:
         *,
         route: str,
         option: str = "teacher",
+        keeps_answers: bool = True,
         notice: Callable[[str], object] = lambda line: None,
     ) -> None:
         _check(access, option)
         self.access, self.pace, self.patience, self._notice = access, pace, patience, notice
-        self._route, self._option = route, option
+        self._route, self._option, self._keeps_answers = route, option, keeps_answers
         self.name = f"{access.model}@{urlsplit(access.url).netloc.rpartition('@')[2]}"
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
         if urlsplit(access.url).hostname in LOOPBACK:
@@ -205,7 +207,9 @@ class EndpointClient:
                 else:
                     time.sleep(pause)
         problem = f"{self.access.url} failed {self.patience.tries} times: {last.problem}"
-        remedy = "the same command goes on where it stopped; what was answered is not asked again"
+        remedy = "once the endpoint answers, type the same command again, with --replace"
+        if self._keeps_answers:
+            remedy = "the same command goes on where it stopped; what was answered is not asked again"
         raise BusyError(problem, remedy, last.after_s or pause) if last.is_busy else UnavailableError(problem, remedy)
 
     def _request(self, body: bytes, read: Callable[[Iterable[bytes], str], Answer]) -> Answer | None:
@@ -242,10 +246,12 @@ class EndpointClient:
                 problem, retry_after(error.headers.get("Retry-After", "")) if is_busy else 0.0, is_busy=is_busy
             )
         if error.code in (401, 403):
-            return KeyRefusedError(
-                problem, f"set the environment variable that {self._option}.key_env names to a valid key"
-            )
-        return ConfigError(problem, f"check {self._option}.url and {self._option}.model; what was answered is kept")
+            remedy = f"export VARIABLE=KEY with a valid key, and {self._option}.key_env: VARIABLE"
+            if self.access.key:
+                remedy = f"export VARIABLE=KEY with a valid key, for the VARIABLE that {self._option}.key_env names"
+            return KeyRefusedError(problem, remedy)
+        remedy = f"check {self._option}.url and {self._option}.model"
+        return ConfigError(problem, f"{remedy}; what was answered is kept" if self._keeps_answers else remedy)
 
     def _redacted(self, text: str) -> str:
         return text.replace(self.access.key, "***") if self.access.key else text

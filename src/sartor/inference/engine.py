@@ -39,17 +39,22 @@ class Sampling:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        is_wrong = {
+            "max_tokens: 256": self.max_tokens < 1,
+            "temperature: 0.7": self.temperature < 0,
+            "top_p: 0.9": not 0 < self.top_p <= 1,
+        }
+        if any(is_wrong.values()):
             raise ConfigError(
                 f"max_tokens is {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}; "
                 "they must be at least 1, not negative, and above 0 up to 1",
-                "temperature: 0.7, top_p: 0.9",
+                ", ".join(remedy for remedy in is_wrong if is_wrong[remedy]),
             )
         if not (-2 <= self.frequency_penalty <= 2 and -2 <= self.presence_penalty <= 2):
             raise ConfigError(
                 f"frequency_penalty is {self.frequency_penalty}, presence_penalty {self.presence_penalty}; both lie "
                 "in -2..2",
-                "frequency_penalty: 0",
+                "presence_penalty: 0" if -2 <= self.frequency_penalty <= 2 else "frequency_penalty: 0",
             )
         object.__setattr__(self, "stop", tuple(self.stop))
         if len(self.stop) > MOST_STOPS or not all(self.stop):

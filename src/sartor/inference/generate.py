@@ -128,10 +128,13 @@ def check_context(model: Any, prompt_tokens: int, max_tokens: int) -> None:
     """Raise ModelError if a prompt and its reply exceed the model's context."""
     context = context_tokens(model)
     if context and prompt_tokens + max_tokens > context:
+        left = context - prompt_tokens
         raise ModelError(
             f"a prompt of {prompt_tokens} tokens and a reply of {max_tokens} need {prompt_tokens + max_tokens} "
             f"positions; the model has {context}",
-            f"shorten the prompt, or ask for at most {max(context - prompt_tokens, 0)} tokens",
+            f"shorten the prompt, or ask for at most {left} tokens"
+            if left > 0
+            else f"shorten the prompt by {1 - left} tokens or more, which leaves room for a reply",
         )
 
 

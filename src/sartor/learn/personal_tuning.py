@@ -236,7 +236,7 @@ def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningConte
             known = ", ".join(sorted(name for name, entry in snapshot.agents.items() if entry.live)) or "none"
             raise UnknownAgentError(
                 f"{options.agent!r} has no live version; there are: {known}",
-                "sartor serve TEAM.yaml, or sartor agents add",
+                "sartor serve TEAM.yaml, or sartor agents add RELEASE --team TEAM.yaml",
             )
         yield _TuningContext(
             team=team,

@@ -324,8 +324,8 @@ def register_version(job: RetrainContext) -> Mapping[str, Any]:
     if job.wishes.promote:
         promote_agent(job.team, job.agent, facts["version"], expected=live.version, canary=0.0, shadow=0.0, why=reason)
         return {"decision": "promoted", "reason": f"{name} is live: {reason}"}
-    command = f"sartor agents promote {job.agent} {facts['version']}"
-    return {"decision": "candidate", "reason": f"{name} waits, since nobody serves the team: {command}, or --promote"}
+    command = f"sartor agents promote {job.agent} {facts['version']} --team TEAM.yaml"
+    return {"decision": "candidate", "reason": f"{name} waits, since nobody serves the team: {command}"}
 
 
 STAGES: dict[str, Stage] = {

@@ -280,7 +280,7 @@ def live_version(team: Team, agent: str) -> Live:
     version = snapshot.versions.get(f"{agent}@{agent_row.live}")
     if version is None:
         raise ArtifactError(
-            f"{agent} has no live version: {agent_row.note or 'nothing was added'}", f"sartor agents add {agent}-1.0"
+            f"{agent} has no live version: {agent_row.note or 'nothing was added'}", "sartor agents add RELEASE"
         )
     return Live(version.version, version.release, version.release_id)
 

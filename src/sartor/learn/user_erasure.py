@@ -194,7 +194,7 @@ def _raise_for(file: Path, unconfirmed: Sequence[int], scan: ScanResult, mention
         files = ", ".join([*scan.found, *scan.unread][:5])
         raise RefusedError(
             f"words of that user are still in, or could not be looked for in: {files}; {file} names all",
-            "rm FILE, for each, then sartor personal forget TEAM --user USER",
+            "look at each; rm FILE where nothing needs it, then sartor personal forget TEAM --user USER",
         )
     if tables := [name for name, count in mentions.items() if count]:
         raise RefusedError(

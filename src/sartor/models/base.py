@@ -203,7 +203,9 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: various exceptions
             problem = first_line(error)
     if problem:
-        raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", restore_command(path))
+        raise ModelError(
+            f"{path} cannot be opened as a causal language model: {problem}", _opening_remedy(path, problem)
+        )
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", []))
     if missing:
         raise ModelError(
@@ -218,6 +220,13 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
     return model if bits in quantization.KINDS else model.to(device)
 
 
+def _opening_remedy(path: Path, problem: str) -> str:
+    """Return what helps against a base that transformers does not open: its files are damaged, or of a new kind."""
+    if any(words in problem for words in ("recognize this architecture", "Unrecognized model", "not supported yet")):
+        return "another base, or one that a newer transformers knows: pip install --upgrade transformers"
+    return restore_command(path)
+
+
 def _config(path: Path) -> Any:
     """Return the config in a base's directory.
 
@@ -228,7 +237,7 @@ def _config(path: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a truncated file, an unknown architecture: various exceptions
         problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
-        raise ModelError(problem, restore_command(path)) from None
+        raise ModelError(problem, _opening_remedy(path, problem)) from None
     config = native_loading.thinker(config)
     if config.is_encoder_decoder and not native_loading.is_whisper(config):
         # transformers would open its decoder alone, without what the encoder reads
@@ -278,9 +287,10 @@ def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str],
     except Exception as error:  # truncated files, unknown architectures and types: the readers raise a dozen kinds
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
+        problem = first_line(error)
         raise ModelError(
-            f"{file} cannot be converted: {first_line(error)}",
-            f"{restore_command(file)}; or base: a directory with *.safetensors",
+            f"{file} cannot be converted: {problem}",
+            f"{_opening_remedy(file, problem)}; or base: a directory with *.safetensors",
         ) from None
 
 

@@ -222,8 +222,8 @@ class ChatTokenizer:
         if self.media is None:
             kind = parts[0].kind
             command = {
-                "image": "sartor tune RECIPE --base.image efficientnet-lite0",
-                "audio": "sartor tune RECIPE --base.audio whisper-tiny-en",
+                "image": "sartor tune RECIPE --out DIR --base.image efficientnet-lite0",
+                "audio": "sartor tune RECIPE --out DIR --base.audio whisper-tiny-en",
             }[kind]
             problem = f"a text-only base cannot read {kind} parts"
             raise MediaError("no_tower", problem, f"{command} gives it a tower that does")

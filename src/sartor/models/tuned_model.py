@@ -54,7 +54,8 @@ def open_bound_base(
     if bits == "auto" and _is_full(adapter):
         bits = 32  # as its copies of the weights, so that base and tuned model differ by what was learnt alone
     name = base_name or base_manifest["name"]
-    base = open_base(name, licence=base_manifest["licence"], bits=bits, device=device, notice=notice)
+    licence = base_manifest["licence"]
+    base = open_base(name, licence=licence, bits=bits, device=device, notice=notice, option="--base")
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
     if towers := composed_model.read_towers(adapter.path):
         names = {kind: tower.name for kind, tower in towers.items()}

@@ -67,7 +67,8 @@ class LocalPartner:
         artifact = open_artifact(target, ("adapter", "release")) if kind_of(Path(target)) else None
         self.artifact, self._sampling, self._adapter, self._system = artifact, sampling, BASE, ""
         if artifact is None:
-            self.name, base = Path(target).name, import_module("sartor.models.base").open_base(target, notice=notice)
+            open_base = import_module("sartor.models.base").open_base
+            self.name, base = Path(target).name, open_base(target, notice=notice, option="sartor chat")
         else:
             manifest = artifact.manifest
             if artifact.kind == "release":
@@ -317,9 +318,10 @@ class Chat:
 
     def _save(self, file: str) -> None:
         """Append the conversation to a file of rows, whole; the user can correct a wrong reply there."""
-        if not file or not self.messages:
-            problem = "there is nothing to save yet" if file else "/save needs a file"
-            raise ConfigError(problem, "/save rows.jsonl")
+        if not file:
+            raise ConfigError("/save needs a file", "/save rows.jsonl")
+        if not self.messages:
+            raise ConfigError("there is nothing to save yet", "ask something first, then /save again")
         if kinds_in(tuple(self.messages)):
             raise ConfigError(
                 "a conversation with pictures or recordings is not saved", "/new, and ask with text alone"

@@ -553,7 +553,9 @@ def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     notice(_PLAN_NOTICE)
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
-        raise refusal.error
+        _write_yaml(out / "tune.yaml", recipe)
+        command = f"sartor tune {shlex.quote(str(out / 'tune.yaml'))} --out {shlex.quote(str(out / 'adapter'))}"
+        raise type(refusal.error)(refusal.problem, f"{refusal.remedy}; its flags are those of {command}")
     for line, value in forecast.table():
         if line in _PLAN_LINES:
             notice(f"plan     {line}: {value}")

@@ -202,7 +202,9 @@ def _judge(rule: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
 def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
     if cut := sum(bool(row.get("tuned_is_cut")) for row in rows):
         return Check(
-            "fail", f"{cut} of {len(rows)} replies were not written to their end", "sartor evaluate without --metrics"
+            "fail",
+            f"{cut} of {len(rows)} replies were not written to their end",
+            "the same sartor evaluate without --metrics, with --replace",
         )
     # judged without its reasoning, whose opening tag the chat template may have written
     verdicts = []
@@ -481,7 +483,7 @@ def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Ch
         return {}
     if "ablation" not in report:
         detail = "the Report has no ablation: it is of an older version"
-        return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path}")}
+        return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path} --replace")}
     results = [_judge_modality(kind, report["ablation"].get(kind)) for kind in kinds]
     remedies = dict.fromkeys(remedy for _, _, remedy in results if remedy)
     is_fit = all(passes for passes, _, _ in results)
@@ -515,8 +517,8 @@ def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool
 
 
 _FORGETTING_REMEDY = (
-    "sartor tune RECIPE --data.rehearsal.path asset:general-text --data.rehearsal.loss kl --data.rehearsal.fraction "
-    "0.4 --data.rehearsal.weight 2; or a lower optimizer.learning_rate, or fewer budget.epochs"
+    "sartor tune RECIPE --out DIR --data.rehearsal '{path: asset:general-text, loss: kl, fraction: 0.4, weight: 2}'; "
+    "or a lower optimizer.learning_rate, or fewer budget.epochs"
 )
 
 

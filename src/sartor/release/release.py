@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -207,7 +208,8 @@ def _report_of(adapter: Artifact, report: ArtifactPath | None) -> Artifact:
         reports = catalogue.children(adapter.id, "report")
         if not reports:
             raise GateError(
-                f"{adapter.path.name} has not been evaluated", f"sartor evaluate {adapter.path}, or give --report DIR"
+                f"{adapter.path.name} has not been evaluated",
+                f"sartor evaluate {shlex.quote(str(adapter.path))}, or give --report DIR",
             )
         report = reports[0]
         if ancestry.test_datasets(adapter):  # the newest on the test split, if there is one
@@ -215,8 +217,17 @@ def _report_of(adapter: Artifact, report: ArtifactPath | None) -> Artifact:
             report = next(on_test, report)
     evidence = open_artifact(report, "report")
     if adapter.id not in {parent["id"] for parent in evidence.manifest["parents"]}:
-        raise GateError(f"{evidence.path} is not a Report of {adapter.path}", f"sartor evaluate {adapter.path}")
+        raise GateError(
+            f"{evidence.path} is not a Report of {adapter.path}", f"sartor evaluate {shlex.quote(str(adapter.path))}"
+        )
     return evidence
+
+
+def _audit_command(adapter: Artifact, report: Artifact) -> str:
+    """Return the command that writes a Report anew in its place, with an audit."""
+    split = f" --split {TEST}" if report.manifest.get("split") == TEST else ""
+    paths = f"{shlex.quote(str(adapter.path))}{split} --audit --out {shlex.quote(str(report.path))}"
+    return f"sartor evaluate {paths} --replace"
 
 
 def gate(
@@ -252,7 +263,9 @@ def gate(
         **checks.check_modality(adapter, manifest),
         **attacked.check_privacy(adapter),
         **checks.check_cases(cases or CaseEvidence(), adapter.path),
-        **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
+        **verdicts.audit_checks(
+            manifest.get("audit", {}), limits.bias, limits.memorisation, _audit_command(adapter, report)
+        ),
     }
     if dataset:
         # review.jsonl is no part of the signed manifest: whoever can write to the Dataset can add decisions to it
@@ -424,7 +437,7 @@ def _check_form(artifact: Artifact) -> None:
 def _compare_base(artifact: Artifact, name: str) -> str:
     base = artifact.manifest["base"]
     try:
-        ref = model_refs.locate_base(name or base["name"])
+        ref = model_refs.locate_base(name or base["name"], option="--base")
     except (ModelError, HubError) as error:
         if name:
             raise

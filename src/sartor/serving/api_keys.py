@@ -475,8 +475,8 @@ class ApiKeyStore:
         row = rows.get(identity)
         if row is None and identity in rows:
             raise KeyRefusedError(
-                f"the row of the key {identity} was changed from outside",
-                f"sartor agents key --revoke {identity}, then sartor agents key NAME for a new one",
+                f"the row of the key {identity} was changed from outside, so it opens nothing",
+                "sartor agents key NAME makes another",
             )
         return row
 
@@ -600,8 +600,8 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
         return None
     if not is_current(connection, registry_schema.keys, row := dict(stored_row)):
         raise ArtifactError(
-            f"the row of the key {identity} was changed from outside",
-            f"sartor agents key --revoke {identity}, then sartor agents key NAME for a new one",
+            f"the row of the key {identity} was changed from outside, so it opens nothing",
+            "sartor agents key NAME makes another",
         )
     return row
 

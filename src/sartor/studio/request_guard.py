@@ -97,7 +97,7 @@ class RequestGuard:
         except ValueError:
             name = ""
         if not (is_loopback(name) or name in self._hosts):
-            return ForeignError(f"the host {name[:80]!a} is not this studio's", "sartor studio --host NAME allows it")
+            return ForeignError(f"the host {name[:80]!a} is not this studio's", "sartor studio --hosts NAME allows it")
         if scope["method"] in SAFE_METHODS:
             return None
         origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")

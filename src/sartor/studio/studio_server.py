@@ -5,9 +5,8 @@ from __future__ import annotations
 import uvicorn
 from starlette.types import ASGIApp
 
-from sartor.core.errors import ConfigError
 from sartor.serving.http.auth_middleware import is_loopback
-from sartor.serving.http.server import listen, protocol_with
+from sartor.serving.http.server import bind_error, listen, protocol_with
 
 MAX_CONNECTIONS = 256
 KEEP_ALIVE_S = 15
@@ -30,8 +29,7 @@ class StudioServer:
         try:
             self._socket = listen(host, port)
         except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"{host}:{port} cannot be listened on: {reason}", "--port 0 takes a free port") from None
+            raise bind_error(host, port, error) from None
         self._socket.listen()
         name, number = self._socket.getsockname()[:2]
         self.address = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -210,9 +211,10 @@ def _key_path(key: Path | str | None) -> Path:
     if key:
         return Path(key)
     if not (home() / KEY).is_dir():
+        default = shlex.quote(str(home() / KEY))
         raise ConfigError(
             "no key is given that would sign the proof",
-            f"sartor keygen {home() / KEY} --purpose proof --trust makes the default one; or --key DIR",
+            f"sartor keygen {default} --purpose proof --trust makes the default one; or --key DIR",
         )
     return home() / KEY
 
@@ -228,12 +230,15 @@ def plan_ablation(
     if seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; it must be at least 1", "--seeds 1")
     if not examples:
-        raise ConfigError("no suspect is named", f"--examples ID...; sartor show {traced.dataset.path} lists the ids")
+        raise ConfigError("no suspect is named", f"--examples ID...; {traced.show_command} lists the ids")
     suspects = list(dict.fromkeys(traced.find_rows(examples)))
+    fewer = "name fewer --examples"
+    if len(suspects) == 1 or len(traced.rows) <= LEAST_CONTROLS:
+        fewer = f"tune on more rows: one suspect needs {LEAST_CONTROLS} others that it is compared with"
     if len(suspects) == len(traced.rows):
         raise ConfigError(
             f"all {len(suspects)} training rows are suspected: no row is left to tune on or to compare with",
-            "name fewer --examples",
+            fewer,
         )
     retrieval = open_index(traced)
     scores, equal_rows = retrieval.scores([query])[0], retrieval.equal_rows
@@ -248,7 +253,7 @@ def plan_ablation(
         raise ConfigError(
             f"{controls} control sets of {len(suspects)} rows need {controls * len(suspects)} other rows; there are "
             f"{len(candidates)}, for {possible} sets",
-            f"--controls {possible}" if possible >= LEAST_CONTROLS else "name fewer --examples",
+            f"--controls {possible}" if possible >= LEAST_CONTROLS else fewer,
         )
     lengths = np.array([len(row.example.reply) for row in traced.rows])
     matched = match_controls(scores, lengths, suspects, candidates, controls)

@@ -80,7 +80,7 @@ def ensemble_scores(
     has_states = preparation.is_complete(traced, SketchMatrix.open(folder / preparation.HIDDEN))
     if not has_states and not prepares and sketched_labels(traced, folder):
         alone = gradient_scores(traced, queries, notice=notice)
-        note = f"gradients rank alone; sartor trace {traced.artifact.path} --prepare adds what hidden states show"
+        note = f"gradients rank alone; {traced.command} --prepare adds what hidden states show"
         scores = combine({"gradient": alone.scores}, GRADIENT_ALONE)
         return replace(alone, scores=scores, facts={**alone.facts, "ensemble": None}, notes=(note,))
     parts, facts = part_scores(traced, queries, notice=notice)

@@ -52,7 +52,7 @@ def gradient_scores(
         raise ConfigError(
             f"{len(traced.rows):,} rows of {traced.artifact.path} have no sketches; up to {MAX_UNPREPARED_ROWS:,} are "
             "made at once",
-            f"sartor trace {traced.artifact.path} --prepare",
+            f"{traced.command} --prepare",
         )
     model = model or TracedModel.open(traced, notice)
     labels = [label for label in labels if has_layout(folder / label, model)]

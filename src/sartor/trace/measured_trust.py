@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from sartor.core.errors import ArtifactError
 from sartor.core.home import home
 from sartor.core.trace_store import TRACE, adapter_id, read_trace_json
@@ -27,4 +29,4 @@ def measured_lds(traced: TracedAdapter) -> dict[Method, float]:
         return {method: float(trust["lds"]) for method, trust in methods.items() if "lds" in trust}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{file} holds no calibration: {error or type(error).__name__}"
-        raise ArtifactError(problem, f"rm {file}, then sartor trace {traced.artifact.path} --calibrate") from None
+        raise ArtifactError(problem, f"rm {shlex.quote(str(file))}, then {traced.command} --calibrate") from None

@@ -254,7 +254,7 @@ def check_replayable(traced: TracedAdapter) -> None:
 
 def _other_methods(traced: TracedAdapter) -> str:
     """Return the remedy that names the methods without a replay."""
-    recipe, command = traced.known_recipe, f"sartor trace {traced.artifact.path} --method"
+    recipe, command = traced.known_recipe, f"{traced.command} --prompt P --reply R --method"
     if recipe and isinstance(recipe.objective, SAMPLED):
         return f"{command} {Method.RETRIEVAL}"  # of a teacher's or a verifier's scores there are no gradients of rows
     return f"{command} {Method.GRADIENT}, or --method {Method.RETRIEVAL}: they need no replay"

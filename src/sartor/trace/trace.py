@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,7 +230,7 @@ class TraceResult:
         """How far the ranking can be trusted, in a sentence."""
         if self.lds is None:
             meaning = "rows that share words, which need not be causes" if self.method is Method.RETRIEVAL else ""
-            measure = f"sartor trace {self.traced.artifact.path} --calibrate measures it"
+            measure = f"{self.traced.command} --calibrate measures it"
             parts = [part for part in (meaning, "" if self.traced.unrepeatable else measure) if part]
             return f"not measured ({'; '.join(parts)})" if parts else "not measured"
         return f"LDS {self.lds:.2f}: correlation of its predictions with the effect of leaving rows out"
@@ -370,7 +371,9 @@ def _check_outputs(
             "a matrix of scores needs queries, and has no page", "--queries FILE.jsonl --scores FILE.npy alone"
         )
     if queries is not None and scores is None and not calibrate:
-        raise ConfigError("queries are for a matrix or a calibration", f"--queries {queries} --scores FILE.npy")
+        raise ConfigError(
+            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --scores FILE.npy"
+        )
 
 
 @dataclass(frozen=True)
@@ -404,7 +407,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     elif earlier := traced.start:
         notes.append(
             f"the tuning began from {earlier['path']}, and these rows do not explain what that had learnt: "
-            f"sartor trace {earlier['path']}"
+            f"sartor trace {shlex.quote(str(earlier['path']))} --prompt P --reply R"
         )
     # before the scores: a reply that does not fit into the base's context ends the command here
     start = time.monotonic()
@@ -480,7 +483,7 @@ def _served(
     if not (prompt or media) or not reply:
         raise ConfigError(
             "a receipt holds digests and no words, and prompt or reply is missing",
-            f'--receipt {receipt} --prompt "the question" --reply "the reply", both as they were',
+            f'--receipt {shlex.quote(str(receipt))} --prompt "the question" --reply "the reply", both as they were',
         )
     if isinstance(prompt, str):
         user = Message("user", (*media, *([Part("text", prompt)] if prompt else [])))
@@ -499,7 +502,7 @@ def _same_target(served: ServedReply, target: Path | str | None) -> Path:
         if manifests[0]["id"] != manifests[1]["id"]:
             raise ConfigError(
                 f"the receipt {served.receipt} is of {served.agent} at {served.path}, and {target} was named",
-                f"sartor trace {served.path}, or leave the target out",
+                f"sartor trace {shlex.quote(str(served.path))}, with the same flags; or leave the target out",
             )
     return served.path
 

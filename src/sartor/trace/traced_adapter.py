@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,17 @@ class TracedAdapter:
         return list({row.dataset.id: row.dataset for row in self.rows}.values())
 
     @property
+    def command(self) -> str:
+        """The command that traces it by these rows, for remedies."""
+        data = "" if self.is_own else f" --data {shlex.quote(str(self.dataset.path))}"
+        return f"sartor trace {shlex.quote(str(self.artifact.path))}{data}"
+
+    @property
+    def show_command(self) -> str:
+        """The command that lists its rows, for remedies."""
+        return f"sartor show {shlex.quote(str(self.dataset.path))}"
+
+    @property
     def unrepeatable(self) -> str:
         """Reason why `sartor tune` alone cannot repeat the tuning; empty if it can."""
         run, recipe = self.manifest.get("run", {}), self.manifest.get("recipe", {})
@@ -182,7 +194,7 @@ class TracedAdapter:
             matches = matches or [index for full_id, index in self.indices.items() if id and full_id.startswith(id)]
             if len(matches) != 1:
                 problem = f"{id!r} is the beginning of {len(matches)} ids" if matches else f"no training row is {id!r}"
-                raise ConfigError(problem, f"sartor show {self.dataset.path} lists the ids")
+                raise ConfigError(problem, f"{self.show_command} lists the ids")
             found += matches
         return found
 
@@ -274,7 +286,8 @@ def _foreign_adapter(path: Path, data: Path | str | None) -> Artifact | None:
     if data is None:
         raise ArtifactError(
             f"{path} was tuned elsewhere: its rows, their order and the states of its tuning are not known",
-            f"sartor trace {path} --data DATASET ranks the rows of a Dataset by retrieval; no other method works",
+            f"sartor trace {shlex.quote(str(path))} --data DATASET ranks the rows of a Dataset by retrieval; no other "
+            "method works",
         )
     id = records.digest([file_digest(config_file), file_digest(weights)])
     return Artifact(path.absolute(), {"kind": "adapter", "id": id, "parents": []})
@@ -289,8 +302,8 @@ def dataset_rows(artifact: Artifact, dataset: Artifact) -> TracedAdapter:
 
 def _with_rows(traced: TracedAdapter) -> TracedAdapter:
     if not traced.rows:
-        dataset = traced.dataset.path
-        raise ArtifactError(f"no row of {dataset} was learnt from", f"sartor show {dataset} shows its rows")
+        problem = f"no row of {traced.dataset.path} was learnt from"
+        raise ArtifactError(problem, f"{traced.show_command} shows its rows")
     return traced
 
 
@@ -353,8 +366,8 @@ def _recipe_of(artifact: Artifact) -> ResolvedRecipe:
 
 def _by_named_rows(artifact: Artifact) -> str:
     return (
-        f"sartor trace {artifact.path} --data DATASET ranks the rows of a Dataset by retrieval, or with --method "
-        "gradient"
+        f"sartor trace {shlex.quote(str(artifact.path))} --data DATASET ranks the rows of a Dataset by retrieval, or "
+        "with --method gradient"
     )
 
 

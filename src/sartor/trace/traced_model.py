@@ -76,7 +76,7 @@ class TracedModel:
         if not self.factors:
             raise ModelError(
                 f"{traced.artifact.path} has no LoRA factors, whose gradients are compared",
-                f"sartor trace {traced.artifact.path} --method retrieval",
+                f"{traced.command} --method retrieval --prompt P --reply R",
             )
         self.final = {name: factor.detach().clone() for name, factor in self.factors.items()}
         layers = model.config.get_text_config().num_hidden_layers
@@ -97,7 +97,7 @@ class TracedModel:
             raise ConfigError(
                 f"{traced.artifact.path} was tuned by {traced.known_recipe.objective.kind}: it learnt from scores of "
                 "replies, of which gradients are not traced",
-                f"sartor trace {traced.artifact.path} --method retrieval",
+                f"{traced.command} --method retrieval --prompt P --reply R",
             )
         if traced.known_recipe is None:  # tuned elsewhere, or by federated rounds
             return cls(traced, *open_tuned(traced.artifact, notice))

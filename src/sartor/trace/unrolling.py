@@ -134,7 +134,7 @@ def unroll(
     if not np.isfinite(scores).all():
         raise ModelError(
             f"unrolling the tuning of {replay.traced.artifact.path} overflows: its scores are not finite",
-            f"sartor trace {replay.traced.artifact.path} --method gradient",
+            f"{replay.traced.command} --prompt P --reply R --method gradient",
         )
     difference = replay.difference(trained, queries)
     losses = np.maximum(replay.losses(untrained, queries), difference.adapter_losses)

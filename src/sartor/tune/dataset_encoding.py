@@ -275,9 +275,11 @@ def _as_lessons(
 def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
     reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
     remedy = f"sartor show {dataset.path}, and --split dropped of it"
-    if "rated_bad" in data.left_out:
+    commonest = max(data.left_out, key=lambda reason: len(data.left_out[reason]), default="")
+    if commonest == "rated_bad":
         remedy = "objective: {kind: kto} learns from rows that were rated bad"
-    if "too_long" in data.left_out:
-        limit = preflight.length_that_keeps(data.lengths)
-        remedy = f"--data.max_length_tokens {limit} (now {recipe.data.max_length_tokens})"
+    if commonest == "too_long":
+        most = recipe.data.max_length_tokens
+        limit = preflight.length_that_keeps([length for length in data.lengths if length > most])
+        remedy = f"--data.max_length_tokens {limit}; it is {most} now"
     return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)

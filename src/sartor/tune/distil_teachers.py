@@ -249,10 +249,9 @@ class RemoteTeacher:
         seed = hashlib.sha256(repr(teacher_row.ids).encode()).hexdigest()
         scores = self.client.ask(json.dumps(body).encode(), len(teacher_row.ids), read, seed=seed)
         if scores is None:
-            problem = f"{self.name} refuses the row {row.example_id} of {len(teacher_row.ids):,} tokens"
-            raise ModelError(
-                problem, f"--data.max_length_tokens {len(teacher_row.ids) - 1}, or a longer context there"
-            )
+            problem = f"{self.name} refuses the row {row.example_id} of {len(teacher_row.ids):,} of its tokens"
+            # the option counts the student's tokens
+            raise ModelError(problem, f"--data.max_length_tokens {len(row.ids) - 1}, or a longer context there")
         places = [place for place in range(1, len(teacher_row.ids)) if teacher_row.learnt[place]]
         targets = torch.tensor([scores.targets[place] for place in places])
         chunks = self.translation.chunks(row, teacher_row)

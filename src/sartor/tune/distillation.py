@@ -241,4 +241,6 @@ def _lost(error: BusyError | UnavailableError, updates: int) -> SartorError:
 
 def _going_on(updates: int) -> str:
     """Return how a run goes on: before the first update there is no checkpoint to resume from."""
-    return "the same command" + (" with --resume" if updates else "") + " goes on there; what was scored is kept"
+    if updates:
+        return "the same command with --resume, in place of --replace, goes on there; what was scored is kept"
+    return "the same command goes on there; what was scored is kept, unless it says --replace"

@@ -84,18 +84,20 @@ def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int])
             break
         # an update has at least one row, so a smaller batch may give no more updates
         if updates * updates_per_epoch(row_tokens, smaller) / per_epoch >= LEAST_UPDATES:
-            remedies.append(f"optimizer.batch_tokens={smaller}")
+            remedies.append(f"--optimizer.batch_tokens {smaller}")
             break
     longer = []
     if limits.epochs is not None and limits.epochs * per_epoch < LEAST_UPDATES:
-        longer.append(f"budget.epochs={math.ceil(LEAST_UPDATES / per_epoch)}")
+        longer.append(f"--budget.epochs {math.ceil(LEAST_UPDATES / per_epoch)}")
     if is_counted:
-        longer.append(f"budget.updates={LEAST_UPDATES}")
-    needed_tokens = math.ceil(LEAST_UPDATES * sum(row_tokens) / per_epoch)
+        longer.append(f"--budget.updates {LEAST_UPDATES}")
+    rehearsal = recipe.data.rehearsal
+    own_fraction = 1 - rehearsal.fraction if rehearsal.path else 1.0  # a budget of tokens counts the rehearsal's too
+    needed_tokens = math.ceil(LEAST_UPDATES * sum(row_tokens) / per_epoch / own_fraction)
     if limits.tokens is not None and limits.tokens < needed_tokens:
-        longer.append(f"budget.tokens={needed_tokens}")
+        longer.append(f"--budget.tokens {needed_tokens}")
     if limits.minutes is not None and not longer:
-        longer.append(f"budget.minutes={limits.minutes * LEAST_UPDATES / max(updates, 1):.3g}")
+        longer.append(f"--budget.minutes {limits.minutes * LEAST_UPDATES / max(updates, 1):.3g}")
     if longer:
         remedies.append(" ".join(longer))
     if not is_counted:

@@ -377,8 +377,11 @@ class Optimizer:
             raise ConfigError(f"epsilon is {self.epsilon}; it must be above 0", "epsilon: 1.0e-8")
         if self.b_rate_ratio <= 0:
             raise ConfigError(f"b_rate_ratio is {self.b_rate_ratio}; it must be above 0", "b_rate_ratio: 16.0")
-        if not 0 <= self.warmup_fraction < 1 or self.weight_decay < 0:
-            raise ConfigError("warmup_fraction must be in 0..1 and weight_decay not negative", "warmup_fraction: 0.05")
+        if not 0 <= self.warmup_fraction < 1:
+            problem = f"warmup_fraction is {self.warmup_fraction}; it must be at least 0 and below 1"
+            raise ConfigError(problem, "warmup_fraction: 0.05")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay is {self.weight_decay}; it must be at least 0", "weight_decay: 0.0")
 
 
 @dataclass(frozen=True)

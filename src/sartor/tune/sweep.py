@@ -197,8 +197,8 @@ def sweep(
     for refusal in planned.refusals:
         raise ConfigError(f"the recipe is refused before any trial: {refusal.problem}", refusal.remedy)
     fractions = [factor ** (index - len(sizes) + 1) for index in range(len(sizes))]
-    _check_budget(planned, fractions[0], len(chosen))
     race = _Race(recipe, planned, folder, question, show=show, notice=notice)
+    _check_budget(planned, race.budget, fractions[0], len(chosen))
     race.open(resume=resume, replace=replace)
     whole = sum(size * fraction for size, fraction in zip(sizes, fractions, strict=True))
     notice(
@@ -270,7 +270,10 @@ class _Race:
         if lines and not resume:
             raise ConfigError(f"{self.folder} has a sweep", "--resume goes on with it, --replace starts over")
         if lines and not _is_same(lines[0]["question"], self.question):
-            raise ConfigError(f"{self.folder} has the sweep of another recipe or grid", "--replace, or another --out")
+            raise ConfigError(
+                f"{self.folder} has the sweep of another recipe or grid",
+                "--replace in place of --resume, or another --out",
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         if not lines:
             self._note({"question": self.question})
@@ -422,13 +425,15 @@ def _rung_sizes(count: int, factor: int) -> list[int]:
     return sizes
 
 
-def _check_budget(planned: TuningPlan, fraction: float, count: int) -> None:
+def _check_budget(planned: TuningPlan, budget: Mapping[str, float | None], fraction: float, count: int) -> None:
+    """Raise ConfigError if a trial of the first rung, with a fraction of the budget, makes too few updates."""
     updates = planned.counters.updates * fraction
     if updates < LEAST_UPDATES:
+        limits = " and ".join(f"--budget.{name}" for name, limit in budget.items() if limit is not None)
         raise ConfigError(
             f"the first of the rungs for {count} trials would have {updates:.1f} of {planned.counters.updates} "
             f"updates; at least {LEAST_UPDATES} are needed",
-            "fewer values, a smaller --optimizer.batch_tokens, or a larger --budget.epochs",
+            f"fewer values, a smaller --optimizer.batch_tokens, or a larger {limits}",
         )
 
 
@@ -475,7 +480,9 @@ def _scored(trial: SweepTrial, adapter: Adapter, metric: str) -> SweepTrial:
         scores = [line[key] for line in logged if key in line]
         if not scores:
             raise ConfigError(
-                "no held-out row has a preference, so trials cannot be compared", "--data.eval_fraction 0.2"
+                "no held-out row has a preference, so trials cannot be compared",
+                "sartor curate RECIPE --out DATASET with a larger --split.eval_fraction, or with more pairs; "
+                "--data.eval_fraction 0.2 only if the Dataset itself holds out nothing",
             )
         score = float(scores[-1])
     if selection is not None:

@@ -177,7 +177,8 @@ class LogCopies:
             except Exception as error:  # each library raises types of its own
                 raise ConfigError(
                     f"the tracker {name} cannot be opened in {folder}: {_first_line(error)}",
-                    "--track.folder DIR, of a directory that can be written to; or leave --track out",
+                    "a directory that can be written to: --folder DIR of sartor track, --track.folder DIR of sartor "
+                    "tune, which also runs without --track",
                 ) from error
             self._notice(f"the log is copied to {self._trackers[name].location}")
         for line in lines:

@@ -233,7 +233,7 @@ class TrainingRun:
                     f"{signals.received.name} after update {self.counters.updates}, which is saved in "
                     f"{self.saver.folder}"
                 )
-                remedy = "the same command goes on there, sartor tune with --resume"
+                remedy = "the same command goes on there: without --replace, and sartor tune with --resume"
                 raise StoppedError(problem, remedy, int(signals.received))
         self.model.eval()
 

@@ -37,12 +37,14 @@ def checked(expression: str) -> str:
         return expression.strip().upper() or UNKNOWN
     if len(expression) > MOST_CHARACTERS:
         raise ConfigError(
-            f"the licence has {len(expression):,} characters, above {MOST_CHARACTERS:,}", "licence: CC-BY-4.0"
+            f"the licence has {len(expression):,} characters, above {MOST_CHARACTERS:,}",
+            "give a short expression, as CC-BY-4.0",
         )
     tree = _parse(expression)
     if tree is None:
         raise ConfigError(
-            f"the licence {expression[:60]!r} is no SPDX expression", "licence: MIT AND (CC-BY-4.0 OR CC0-1.0)"
+            f"the licence {expression[:60]!r} is no SPDX expression",
+            "give one, as MIT AND (CC-BY-4.0 OR CC0-1.0)",
         )
     for symbol in tree.symbols:
         for part in symbol.decompose():
@@ -52,7 +54,7 @@ def checked(expression: str) -> str:
     if _alternatives(tree) is None:
         raise ConfigError(
             f"the licence {expression[:60]!r} has more than {MOST_ALTERNATIVES} alternatives",
-            "licence: MIT OR Apache-2.0, with those alternatives alone that you use",
+            "give those alternatives alone that you use, as MIT OR Apache-2.0",
         )
     return str(tree)
 
@@ -61,11 +63,11 @@ def _check_with(symbol: Any) -> None:
     exception = getattr(symbol, "exception_symbol", None)
     if exception is None and symbol.is_exception:
         raise ConfigError(
-            f"{symbol.key} is an exception to a licence, no licence", f"licence: GPL-2.0-only WITH {symbol.key}"
+            f"{symbol.key} is an exception to a licence, no licence", f"give GPL-2.0-only WITH {symbol.key}"
         )
     if exception is not None and not (exception.is_exception and not symbol.license_symbol.is_exception):
         raise ConfigError(
-            f"in {str(symbol)!r} the word after WITH is no exception", f"licence: {symbol.license_symbol.key}"
+            f"in {str(symbol)!r} the word after WITH is no exception", f"give {symbol.license_symbol.key}"
         )
 
 
@@ -77,7 +79,9 @@ def _unknown(key: str) -> ConfigError:
     licence_ref = "LicenseRef-" + _slug(key)
     return ConfigError(
         f"{key!r} is no licence that SPDX lists{text}",
-        f"licence: {suggestion or licence_ref}; {licence_ref} for terms of your own",
+        f"give {suggestion}; or {licence_ref}, for terms of your own"
+        if suggestion
+        else f"give {licence_ref}, for terms of your own",
     )
 
 

@@ -8,6 +8,7 @@ the result depends only on pairs and rank.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,7 @@ class RemovalLimits:
     min_rows: clusters that take fewer rows of a source are never checked.
     allow: sources that may be removed wholly.
     in_recipe: the limits are options of a step, not flags; remedies are worded accordingly.
+    rerun: the command that takes the limits, for remedies of `sartor rethreshold`, which takes none.
     """
 
     source_fraction: float = 0.75
@@ -156,13 +158,20 @@ class RemovalLimits:
     min_rows: int = 10
     allow: Collection[str] = ()
     in_recipe: bool = False
+    rerun: str = ""
 
     def option(self, name: str, value: str = "") -> str:
         """Return an option as the user would write it."""
         if not self.in_recipe:
-            return f"--{name} {value}".rstrip()
+            return f"--{name} {shlex.quote(value)}" if value else f"--{name}"
         key = name.replace("-", "_")
         return f"`{key}: [{value}]` of the step" if value else f"{key} of the step"
+
+    def remedy(self, change: str) -> str:
+        """Return what to do about removals beyond the limits. change: of the options, for rows that are duplicates."""
+        other = "a higher --threshold" if self.rerun else "another text field or a higher threshold"
+        change = f"{self.rerun} with {change}" if self.rerun else change
+        return f"look at the two rows: if they are no duplicates, {other}; if they are, {change}"
 
 
 def check_removals(
@@ -195,8 +204,7 @@ def check_removals(
             f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}; more than "
             f"the fraction {limits.source_fraction:g} may not go without asking; "
             f"{_example(removals, int(first[worst]), describe)}",
-            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
-            f"{limits.option('allow', name)} or a higher {limits.option('max-source-fraction')}",
+            limits.remedy(f"{limits.option('allow', name)} or a higher {limits.option('max-source-fraction')}"),
         )
     is_exempt = np.isin(sources[removals.rows], [index for index, name in enumerate(names) if name in limits.allow])
     removed_count = int((~is_exempt).sum())
@@ -205,9 +213,7 @@ def check_removals(
             f"{removed_count:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} "
             "may not go without asking; "
             f"{_example(removals, int(np.flatnonzero(~is_exempt)[0]), describe)}",
-            "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
-            "a higher "
-            f"{limits.option('max-fraction')}",
+            limits.remedy(f"a higher {limits.option('max-fraction')}"),
         )
 
 

@@ -90,14 +90,20 @@ class DedupOptions:
         for name in ("max_source_fraction", "max_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name):g}; it must be above 0 and at most 1", f"{name}: 0.9"
+                    f"{name} is {getattr(self, name):g}; it must be above 0 and at most 1",
+                    f"--{name.replace('_', '-')} 0.9",
                 )
         if self.unit not in ("auto", "words", "characters") or self.keep not in ("longest", "first"):
             raise ConfigError(
-                f"unit is {self.unit!r}, keep {self.keep!r}", "unit: auto, words or characters; keep: longest or first"
+                f"unit is {self.unit!r}, keep {self.keep!r}",
+                "--unit auto, words or characters; --keep longest or first",
             )
-        if self.max_row_bytes < 1 or self.processes < 0:
-            raise ConfigError("max_row_bytes and processes cannot be negative", "max_row_bytes: 4194304, processes: 0")
+        if self.max_row_bytes < 1:
+            raise ConfigError(
+                f"max_row_bytes is {self.max_row_bytes}; it must be 1 or more", "--max-row-bytes 4194304"
+            )
+        if self.processes < 0:
+            raise ConfigError(f"processes is {self.processes}; it must be 0 or more", "--processes 0")
 
     @property
     def limits(self) -> RemovalLimits:
@@ -340,7 +346,12 @@ def rethreshold(
         rows = _rows(old, inputs, options["max_row_bytes"])
         pairs, rank = pair_store.read_pairs(old.path / "pairs.parquet", len(rows.line))
         removals = resolve_clusters(pairs, rank, rules)
-        limits = RemovalLimits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"])
+        limits = RemovalLimits(
+            options["max_source_fraction"],
+            options["max_fraction"],
+            allow=options["allow"],
+            rerun=f"sartor dedup FILE... --out DIR --threshold {threshold:g}",
+        )
         check_removals(removals, sources=rows.file, names=rows.names, limits=limits, describe=rows.describe)
         counts = [entry["rows"] for entry in manifest["inputs"]]
         with DedupProgress(show) as progress:

@@ -141,7 +141,7 @@ def _apply_edits(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -
             if earlier != value or {"reply", "value"} <= set(merged):
                 items = " and ".join(item_id for item_id, _ in edits)
                 raise ConflictError(
-                    f"edits of row {row.id} differ: items {items}", f"sartor review accept DATASET {item}"
+                    f"edits of row {row.id} differ: items {items}", f"sartor review accept DATASET {item} --by NAME"
                 )
     return apply_edit(row, merged)
 

@@ -151,9 +151,12 @@ def _hub(source: SourceOptions) -> Any:
     except ExtraError:
         raise
     except Exception as error:  # the library raises many types: offline, gated, absent, bad config
+        check = "check the name, the split and the network"
+        if not split:
+            check = f"check the name and the network; hub:{name}:SPLIT if it has no split train"
         raise HubError(
             f"the dataset {name!r} could not be fetched: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
-            "check the name and the network, or download it elsewhere and give its Parquet files",
+            f"{check}; or download it elsewhere and give its Parquet files",
         ) from None
 
 

@@ -43,9 +43,15 @@ class Boilerplate:
     kind: Literal["boilerplate"] = "boilerplate"
 
     def __post_init__(self) -> None:
-        if self.min_rows < 2 or self.min_words < 1 or not 0 <= self.min_fraction <= 1:
+        is_wrong = {
+            "min_rows: 20": self.min_rows < 2,
+            "min_words: 4": self.min_words < 1,
+            "min_fraction: 0.01": not 0 <= self.min_fraction <= 1,
+        }
+        if any(is_wrong.values()):
             text = f"min_rows {self.min_rows}, min_words {self.min_words}, min_fraction {self.min_fraction}"
-            raise ConfigError(f"{text}: they must be at least 2, at least 1, and 0 to 1", "min_rows: 20")
+            remedy = ", ".join(line for line in is_wrong if is_wrong[line])
+            raise ConfigError(f"{text}: they must be at least 2, at least 1, and 0 to 1", remedy)
         for index, pattern in enumerate(self.patterns):
             compiled(pattern, f"patterns[{index}]")
 

@@ -9,6 +9,7 @@ classifier that was not fitted on it.
 from __future__ import annotations
 
 import csv
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,9 +146,9 @@ def _check(examples: Sequence[Labelled], keep: Sequence[str], where: str) -> Non
         )
     for label in keep:
         if label not in counts:
-            raise ConfigError(
-                f"keep names {label!r}, but {where} has only {', '.join(sorted(counts))}", f"keep: [{min(counts)}]"
-            )
+            meant = [next(iter(difflib.get_close_matches(name, counts, n=1)), "") for name in keep]
+            remedy = f"keep: [{', '.join(meant)}]" if all(meant) else "keep: some of these labels"
+            raise ConfigError(f"keep names {label!r}, but {where} has only {', '.join(sorted(counts))}", remedy)
     if all(label in keep for label in counts):
         raise ConfigError("keep names every label, so no row would go", "leave out the labels of what should go")
     fewest, count = min(counts.items(), key=lambda item: (item[1], item[0]))

@@ -7,7 +7,6 @@ times in succession.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -191,9 +190,9 @@ class LanguageFilter:
         for code in self.allow:
             if code not in CODES:
                 near = code.lower().replace("_", "-").split("-")[0]
-                similar = difflib.get_close_matches(near[:2], sorted(CODES), n=1)
-                meant = near if near in CODES else next(iter(similar), "en")
-                raise ConfigError(f"allow: {code!r} is no language code that the model knows", f"allow: [{meant}]")
+                meant = [near if other == code else other for other in self.allow]
+                remedy = f"allow: [{', '.join(meant)}]" if near in CODES else f"codes of {', '.join(sorted(CODES))}"
+                raise ConfigError(f"allow: {code!r} is no language code that the model knows", remedy)
         if not 0 <= self.min_confidence <= 1:
             raise ConfigError(f"min_confidence is {self.min_confidence}; it must be 0 to 1", "min_confidence: 0.6")
         if self.min_letters < 0:

@@ -326,7 +326,7 @@ class EncryptedRowStore:
             raise BudgetError(
                 f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes{new_rows}; it may take "
                 f"{self.limit_bytes:,}",
-                "forget old rows (before=DATE), or raise limit_bytes",
+                "sartor edge forget NAME --before DATE erases older rows",
             )
 
     @contextmanager

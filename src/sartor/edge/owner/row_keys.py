@@ -34,6 +34,7 @@ KEY_BYTES, NONCE_BYTES = 32, 12
 # N = 2**15, r = 8, p = 3: 32 MiB, a small one of the settings that OWASP's Password Storage Cheat Sheet rates equal
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 3
 # A header comes from the disk: its parameters must not exhaust the device's memory
+_IN_A_FILE = "keep the key in a file: --row-key FILE"
 _MOST_SCRYPT_BYTES = 256 << 20
 
 
@@ -250,7 +251,8 @@ class Keyring:
         self._ask("set_password", self.service, self.user, _dump(keys))
         if self._load_keys() != keys:  # some backends store nothing
             raise MissingError(
-                "the system's keyring did not keep what it was given", "another backend, or a file: FileKey"
+                "the system's keyring did not keep what it was given",
+                f"another backend of the keyring; or {_IN_A_FILE}",
             )
 
     def _ask(self, call: str, *arguments: str) -> Any:
@@ -260,14 +262,14 @@ class Keyring:
         except ImportError:
             raise ExtraError(
                 "this needs the Python package 'keyring', which is not installed",
-                f"{pip_command()} install keyring, or a file: FileKey",
+                f"{pip_command()} install keyring; or {_IN_A_FILE}",
             ) from None
         try:
             return getattr(package, call)(*arguments)
         except Exception as error:  # backends raise errors of their own
             raise MissingError(
                 f"the system's keyring does not answer: {type(error).__name__}: {error}",
-                "unlock it, or a file: FileKey",
+                f"unlock it; or {_IN_A_FILE}",
             ) from error
 
 

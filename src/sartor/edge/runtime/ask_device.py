@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,10 @@ def _count_start(store: Path, name: str) -> Iterator[Installed]:
     if release and release.trial:
         release = _try_in_store(store, lambda opened: opened.start(name)) or release
     if release is None:
-        raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
+        raise StoreError(
+            f"{store} holds no {name}",
+            f"sartor edge sync URL {name} --device ID --root 1.root.json --store {shlex.quote(str(store))}",
+        )
     yield release
     if not release.trial:
         return

@@ -90,7 +90,7 @@ def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
     if not adapters:
         raise ModelError(f"{export.path.name} holds no adapter to put on {base}", "leave --base away")
     base_fields = export.manifest["base"]
-    base_ref = model_refs.locate_base(base or base_fields["name"])
+    base_ref = model_refs.locate_base(base or base_fields["name"], option="--base")
     if base_ref.digest != base_fields["digest"]:
         raise ModelError(
             f"the adapter is of the base {base_fields['digest'][:12]} ({base_fields['name']!r}); "

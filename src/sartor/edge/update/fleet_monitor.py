@@ -66,10 +66,16 @@ class FleetPolicy:
     silent_after_days: float = 7.0
 
     def __post_init__(self) -> None:
-        if not (self.least_reports >= 1 and 0 <= self.halt_above < 1 and 0 < self.widen_below <= 1):
-            raise ConfigError(f"a rule for a fleet is out of range: {self}", "--least-reports 5 --halt-above 0.05")
-        if not 0 < self.confidence < 1 or not all(0 < ring <= 100 for ring in self.rings):
-            raise ConfigError(f"a rule for a fleet is out of range: {self}", "--confidence 0.95, --rings 10,25,50,100")
+        is_right = {
+            "--least-reports 5": self.least_reports >= 1,
+            "--halt-above 0.05": 0 <= self.halt_above < 1,
+            "--widen-below 0.25": 0 < self.widen_below <= 1,
+            "--confidence 0.95": 0 < self.confidence < 1,
+            "--rings 10,25,50,100": all(0 < ring <= 100 for ring in self.rings),
+        }
+        if not all(is_right.values()):
+            remedy = " ".join(flag for flag in is_right if not is_right[flag])
+            raise ConfigError(f"a rule for a fleet is out of range: {self}", remedy)
         if not 0 <= self.silent_after_days < math.inf:
             raise ConfigError(
                 f"silent_after_days is {self.silent_after_days}; it must be 0 or a number of days",

@@ -12,6 +12,7 @@ changes nothing for a device. One publication at a time: the repository is locke
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import tempfile
 import time
@@ -26,7 +27,7 @@ from tuf.api.metadata import TargetFile
 from sartor.core import revoked_releases, signing
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.config import is_valid_name
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.errors import ArtifactError, ConfigError, one_of
 from sartor.core.filesystem import file_digest, make_parent, write_file_atomic, writer_lock
 from sartor.edge.update import tensor_delta
 from sartor.edge.update import version_metadata as words
@@ -136,8 +137,10 @@ def rotate(
         ]
         if not revoked_ids or len(revoked_ids) < len(old):
             available = ", ".join(folder.name for folder in folders_by_id.values())
+            used = [folders_by_id[key].name for key in root.roles[role].keyids if key in folders_by_id]
             raise ConfigError(
-                f"{role} has no such key as {', '.join(old)}; in {keys} are {available}", f"--old {role}-1"
+                f"{role} has no such key in use as {', '.join(old)}; in {keys} are {available}",
+                one_of("--old", used) if used else f"copy the key folders of {role} to {keys}",
             )
         number = max([int(folder.name.rpartition("-")[2]) for folder in folders_by_id.values()], default=0)
         new_folders = [keys / f"{role}-{number + index + 1}" for index in range(len(revoked_ids))]
@@ -164,11 +167,10 @@ def widen(
     def change(offer: Offer) -> Offer:
         """Return the wider offer. Raises ConfigError for a halted version or a smaller percent."""
         if offer.halted or percent < offer.percent:
-            state = "is halted" if offer.halted else f"is offered to {offer.percent} % already"
-            raise ConfigError(
-                f"{name} {version} {state}",
-                f"sartor edge halt {repository} {name} {version}; or publish the release under another version",
-            )
+            state, remedy = f"is offered to {offer.percent} % already", f"--percent {offer.percent} or more"
+            if offer.halted:
+                state, remedy = "is halted", "sartor edge publish of the release under another version"
+            raise ConfigError(f"{name} {version} {state}", remedy)
         if percent == offer.percent:
             return offer
         return replace(offer, percent=percent, previous_percent=offer.percent)
@@ -342,10 +344,11 @@ def _find(documents: Documents, name: str, version: str) -> Offer:
     for offer in offers:
         if offer.version == version:
             return offer
-    available = ", ".join(offer.version for offer in offers) or "none of that name"
+    versions = [offer.version for offer in offers]
+    near = next(iter(difflib.get_close_matches(version, versions, n=1)), versions[0] if versions else "")
     raise ConfigError(
-        f"the repository has no {name} {version}; it has {available}",
-        f"{name} {offers[-1].version} in its place" if offers else "sartor edge publish RELEASE REPOSITORY",
+        f"the repository has no {name} {version}; it has {', '.join(versions) or 'none of that name'}",
+        f"{name} {near} in its place" if near else "sartor edge publish RELEASE REPOSITORY",
     )
 
 
@@ -367,4 +370,4 @@ def _sweep(repository: Path, documents: Documents) -> int:
 
 def _check_percent(percent: int) -> None:
     if not 0 <= percent <= 100:
-        raise ConfigError(f"percent is {percent}; it must be in 0..100", "percent=10")
+        raise ConfigError(f"the percent is {percent}; it must be in 0..100", "a percent of 10")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tuf.api import exceptions
-from tuf.api.metadata import Metadata, Targets
+from tuf.api.metadata import Metadata, Root, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
@@ -337,6 +337,7 @@ def _refresh_metadata(
     Verified metadata are kept also if a later step is refused.
     """
     root = device.root if isinstance(device.root, bytes) else _read(device.root)
+    _check_root(root, device.root)
     trusted = device.folder / "metadata"
     trusted.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".metadata-", dir=device.folder) as temp_folder:
@@ -356,7 +357,8 @@ def _refresh_metadata(
         except exceptions.RepositoryError as error:
             raise SignatureError(
                 f"what {url} serves is not as it was signed: {error}",
-                "sartor edge sync OTHER_URL NAME --device ID --root 1.root.json, with another mirror",
+                "sartor edge sync OTHER_URL NAME --device ID --root 1.root.json, with another mirror; or the "
+                "metadata/1.root.json of this repository, from its publisher",
             ) from None
         except exceptions.DownloadLengthMismatchError as error:
             raise ArtifactError(str(error), "try another mirror: this one is broken or lies") from None
@@ -368,6 +370,21 @@ def _refresh_metadata(
         targets: Metadata[Targets] = Metadata.from_file(str(Path(temp_folder) / "targets.json"))
     named_offers = (words.offer_of(path, target.custom) for path, target in targets.signed.targets.items())
     return [item for item in named_offers if item], targets
+
+
+def _check_root(document: bytes, source: bytes | Path) -> None:
+    """Raise SignatureError unless a document is a root of TUF that its own keys signed."""
+    try:
+        root: Metadata[Root] = Metadata.from_bytes(document)
+        if root.signed.type != Root.type:
+            raise exceptions.RepositoryError(f"it is the document of the role {root.signed.type}")
+        root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
+    except exceptions.RepositoryError as error:
+        name = source if isinstance(source, Path) else "the device's root"
+        raise SignatureError(
+            f"{name} is no whole root document: {error}",
+            "--root 1.root.json, with the metadata/1.root.json of the repository, from its publisher",
+        ) from None
 
 
 def _persist(source: Path, trusted: Path) -> None:

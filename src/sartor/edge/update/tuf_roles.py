@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def folders(keys: Path, role: RoleName) -> list[Path]:
 
 def public(folder: Path) -> SSlibKey:
     """Return the public key in a folder as TUF writes it."""
-    return SSlibKey.from_crypto(signing.open_public(folder).key)
+    file = folder / "sartor.pub"
+    remedy = f"cp BACKUP/sartor.pub {shlex.quote(str(file))}"
+    return SSlibKey.from_crypto(signing.open_public(file, remedy=remedy).key)
 
 
 def first_root(keys: Path, expiry: Expiry) -> Root:

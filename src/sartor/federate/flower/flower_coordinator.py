@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -151,9 +152,9 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
         raise ConfigError(problem, f"put {unknown[0]}.pub there, as its owner hands it over")
     if len(cohort) < (min_cohort := SecureSumPolicy().least_cohort):
         problem = f"the cohort has {len(cohort)} clients; of two each could subtract its own update from the sum"
-        raise ConfigError(
-            problem, f"enrol {min_cohort - len(cohort)} more: sartor federate keygen, and NAME.pub to {options.roster}"
-        )
+        roster_path = shlex.quote(options.roster)
+        remedy = f"sartor federate keygen DIR --name NAME, and cp DIR/NAME.pub {roster_path}"
+        raise ConfigError(problem, f"enrol {min_cohort - len(cohort)} more: {remedy}")
     for is_requested, feature in (
         (recipe.mode == "residual", "mode residual"),
         (recipe.method.ranks, "method.ranks"),

@@ -73,7 +73,7 @@ class EnrolmentPolicy:
         if stated is None:
             raise RoundError(
                 "the round adds noise, and does not state how many clients might collude: an older version signed it",
-                "on the coordinator's machine: pip install --upgrade sartor",
+                "on the coordinator's machine: git -C CLONE pull, or install a newer Sartor from where it came",
                 "colluders",
             )
         if stated < demanded:

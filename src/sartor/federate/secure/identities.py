@@ -1,11 +1,13 @@
 """Ed25519 identities, and the list of pinned public keys (the roster).
 
-A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them, of the clients and of the coordinator.
-Whoever fills it is the root of trust: a roster whose clients all belong to the coordinator protects nobody.
+A roster is a folder of public keys, NAME.pub, as `sartor federate keygen` writes them, of the clients and of the
+coordinator. Whoever fills it is the root of trust: a roster whose clients all belong to the coordinator protects
+nobody.
 """
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,11 +34,12 @@ class Identity:
 
     @classmethod
     def open(cls, name: str, path: Path) -> Identity:
-        """Return the identity with the key that `sartor keygen` made at `path`.
+        """Return the identity with the key that `sartor federate keygen` made at `path`.
 
         Raises ConfigError as signing.open_private does.
         """
-        return cls(name, signing.open_private(path, "fleet"))
+        command = f"sartor federate keygen DIR --name {shlex.quote(name)}"
+        return cls(name, signing.open_private(path, "fleet", keygen_command=command))
 
     def check_in(self, roster: PinnedKeys) -> None:
         """Raise ConfigError unless the roster has this key under this name."""
@@ -69,10 +72,17 @@ class PinnedKeys:
         Raises ConfigError if the folder is missing, or if a key is not for the purpose `fleet`.
         """
         if not folder.is_dir():
-            raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
+            raise ConfigError(
+                f"there is no folder {folder}",
+                "a folder of NAME.pub, as sartor federate keygen DIR --name NAME writes them",
+            )
         revoked = signing.revoked_ids()
         keys = {
-            file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)
+            file.stem: signing.open_public(
+                file, remedy=f"get {file.name} from its owner: sartor federate keygen DIR --name {file.stem} wrote it"
+            )
+            for file in sorted(folder.glob("*.pub"))
+            if is_valid_name(file.stem)
         }
         for name, key in keys.items():
             if not key.allows("fleet"):

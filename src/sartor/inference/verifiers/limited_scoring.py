@@ -39,7 +39,7 @@ def score_in_child(
     limits = ResourceLimits(2 * MOST_WORKER_BYTES, IMPORT_S + 2 * time_s * len(submissions) + 60)
     done = run_job(_MODULE, fields, limits)
     if done.payload is None:
-        raise _killed(done, name)
+        raise _killed(done, name, time_s)
     result = ChildResult(done.payload["rewards"], Fault(done.payload["fault"]), done.payload["detail"])
     if result.fault is Fault.NONE:
         return result.rewards
@@ -47,10 +47,16 @@ def score_in_child(
     raise _error(result, f"the verifier {name}", row, time_s=time_s)
 
 
-def _killed(done: JobResult, name: str) -> BudgetError:
+def _killed(done: JobResult, name: str, time_s: float) -> BudgetError:
+    """Return the error for a child that ended before it gave its rewards. time_s: for one reply."""
     reason = f"its limit of {done.usage.killed}" if done.usage.killed else f"exit code {done.usage.exit_code}"
     tail = f": {done.log_tail[-1][:200]}" if done.log_tail else ""
-    return BudgetError(f"the child process of the verifier {name} ended by {reason}{tail}", "use less memory in it")
+    remedies = {
+        "memory": "use less memory in it",
+        "wall": f"--{_OPTION}.time_s {2 * time_s:g}, and --resume if the run has begun; or faster code",
+    }
+    remedy = remedies.get(done.usage.killed, "run the verifier's code by hand on these replies: it ends its process")
+    return BudgetError(f"the child process of the verifier {name} ended by {reason}{tail}", remedy)
 
 
 def _error(result: ChildResult, name: str, row: str, *, time_s: float) -> SartorError:

@@ -20,6 +20,7 @@ from torch import nn
 from sartor.core import assets
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
+from sartor.core.remedies import restore_command
 from sartor.media.images import open_image, squared
 from sartor.models.loading import WEIGHTS, convert_once, first_line, quiet_transformers
 from sartor.models.towers.tower import WHOLE, Located, stored
@@ -153,7 +154,7 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
             Exception
         ) as error:  # torch raises several kinds on a broken pickle, KeyError and RuntimeError on other weights
             raise ModelError(
-                f"{file} does not hold EfficientNet-Lite0: {first_line(error)}", "sartor assets install " + NAME
+                f"{file} does not hold EfficientNet-Lite0: {first_line(error)}", restore_command(file)
             ) from None
         save_file(weights, str(part / WEIGHTS))
         return {"derived_from": file.name, "dtype": "float32"}

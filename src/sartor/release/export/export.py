@@ -107,9 +107,10 @@ def export(
     source = verify_release(release, key=options.key, base=options.base, own=own).release
     reads_media = _check_media(source, to)
     base_manifest = source.manifest["base"]
-    _check_memory(model_refs.locate_base(options.base or base_manifest["name"]))
+    base_name = options.base or base_manifest["name"]
+    _check_memory(model_refs.locate_base(base_name, option="--base"))
     start_time = time.monotonic()
-    base = open_base(options.base or base_manifest["name"], licence=base_manifest["licence"], bits=32, notice=notice)
+    base = open_base(base_name, licence=base_manifest["licence"], bits=32, notice=notice, option="--base")
     check_base(source, base.ref.digest, base.chat.template_digest, base.ref.name)
     parity_prompts = prompts.choose(source, base.chat)
     measured = to != "gguf" or runtimes.has_llama_cpp()

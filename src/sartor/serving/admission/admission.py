@@ -44,6 +44,9 @@ GATE = ("gain", "forgetting", "licence")
 OUTCOMES = ("pass", "waived")
 MOST_PROMPT = 1 << 20  # characters of a system prompt
 _AGAIN = "release it again with this version of Sartor"
+_RELEASE_AGAIN = (
+    "sartor release ADAPTER --name NAME --version NEW --key KEYS; --waive CHECK --by NAME --reason TEXT lets one pass"
+)
 _TEXTS = ("source", "path", "licence", "consent", "expires")
 _SAMPLING = frozenset(Sampling.__dataclass_fields__)
 
@@ -146,9 +149,7 @@ def _malformed(key: str, value: Any, reason: str = "") -> AdmissionError:
 
 
 def _ungated(problem: str) -> AdmissionError:
-    return AdmissionError(
-        f"the gate did not let this Release pass: {problem}", "sartor release ADAPTER, or --waive CHECK", "gate"
-    )
+    return AdmissionError(f"the gate did not let this Release pass: {problem}", _RELEASE_AGAIN, "gate")
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -388,7 +389,8 @@ def _examine(path: Path, origin: Path, context: AdmissionContext, agent: str) ->
     """Check signature, files, form, base, gate, licence and projectors of the copy in `path`."""
     checks: dict[str, str] = {}
     with _checking("signature"):
-        trusted = [signing.open_public(context.trust)] if context.trust else None
+        remedy = "trust: DIR/sartor.pub, as sartor keygen DIR made it"
+        trusted = [signing.open_public(context.trust, remedy=remedy)] if context.trust else None
         signer, document = _signer(path, origin, trusted)
         checks["signature"] = f"signed by {signer}"
     with _checking("files"):

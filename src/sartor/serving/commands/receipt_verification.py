@@ -388,7 +388,8 @@ def _engine_opening(evidence: _Evidence) -> dict[str, Any]:
             f"the engine {recorded.get('kind')!r:.40} made the reply, and {engine.kind!r} is here", "--team TEAM.yaml"
         )
     name = evidence.team.base if evidence.team else str(base.get("name", ""))
-    if (base_ref := model_refs.locate_base(name)).digest != base.get("digest"):
+    option = "base" if evidence.team else "--base"
+    if (base_ref := model_refs.locate_base(name, option=option)).digest != base.get("digest"):
         raise ModelError(
             f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {base_ref.short_digest}",
             f"--team TEAM.yaml, whose base has the digest {str(base.get('digest'))[:12]}",

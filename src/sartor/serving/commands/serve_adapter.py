@@ -18,7 +18,9 @@ from starlette.types import ASGIApp
 from sartor.core import config, signing
 from sartor.core.artifacts import Adapter, open_artifact
 from sartor.core.config import is_valid_name
+from sartor.core.errors import ConfigError
 from sartor.release.release import seal_unreleased, verify_release
+from sartor.serving.http.auth_middleware import is_loopback
 from sartor.serving.http.startup import Ready, serve
 from sartor.serving.team_config import RESERVED, AgentOptions, Routing, Team
 
@@ -77,4 +79,12 @@ def _team_of(path: Path, flags: Sequence[str], notice: Callable[[str], object]) 
             # an Adapter may have no Report, so its lift is unknown
             router=Routing(lift="ignored" if trust else "measured"),
         )
-        yield config.load_any(Team, team, flags)
+        served = config.load_any(Team, team, flags)
+        if served.state == team.state and not is_loopback(served.http.host):
+            raise ConfigError(
+                f"http.host is {served.http.host!r}, which others can reach, and an Adapter or Release that is served "
+                "alone has no keys",
+                f"--host 127.0.0.1; or a team.yaml with {{base: {team.base}, agents: [{{name: {name}, release: "
+                f"RELEASE}}]}}, then sartor agents key {name} --team team.yaml and sartor serve team.yaml --host HOST",
+            )
+        yield served

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import resource
@@ -154,6 +155,14 @@ def listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def bind_error(host: str, port: int, error: OSError | OverflowError) -> ConfigError:
+    """Return the error for an address that `listen` could not bind."""
+    reason, code = (error.strerror, error.errno) if isinstance(error, OSError) else (error, None)
+    is_of_port = code in (None, errno.EADDRINUSE, errno.EACCES)
+    remedy = "--port 0 takes a free port" if is_of_port else "--host 127.0.0.1, or another address of this machine"
+    return ConfigError(f"{host}:{port} cannot be listened on: {reason}", remedy)
 
 
 # Idle seconds between two requests of one connection
@@ -361,7 +370,7 @@ def check_bind(authenticator: Authenticator, http: Http) -> None:
     if not is_loopback(http.host):
         raise ConfigError(
             f"http.host is {http.host!r}, which others can reach, and no key is set",
-            "sartor agents key NAME makes one; or http.host: 127.0.0.1",
+            "sartor agents key NAME --team TEAM.yaml makes one; or http.host: 127.0.0.1",
         )
     if "*" in http.cors:
         raise ConfigError(
@@ -385,10 +394,7 @@ def bind(team: Team) -> socket.socket:
     try:
         return listen(team.http.host, team.http.port)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"{team.http.host}:{team.http.port} cannot be listened on: {reason}", "--http.port 0 takes a free port"
-        ) from None
+        raise bind_error(team.http.host, team.http.port, error) from None
 
 
 def _raise_file_limit(wanted: int) -> None:

@@ -11,6 +11,7 @@ read as usual.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,7 +135,9 @@ class Registry:
                 if is_current(connection, registry_schema.versions, row):
                     versions[name] = AgentVersion.from_row(row)
                 else:
-                    damaged[name] = f"its row was changed from outside; sartor agents add {row['release']}"
+                    damaged[name] = (
+                        f"its row was changed from outside; sartor agents add {shlex.quote(str(row['release']))}"
+                    )
             head = transaction_of(connection)
             if head.count(registry_schema.agents) > len(agents):
                 for name in head.log.newest.keys() - agents.keys() - damaged.keys():
@@ -453,11 +456,12 @@ class Registry:
             ).scalars()
             raise UnknownAgentError(
                 f"{name} has no version {version!r}; it has: {', '.join(versions) or 'none'}",
-                f"sartor agents add {name}-{version}",
+                "sartor agents add RELEASE, which registers the version of a Release",
             )
         if not is_current(connection, registry_schema.versions, row):
             raise ArtifactError(
-                f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}"
+                f"the row of {name}@{version} was changed from outside",
+                f"sartor agents add {shlex.quote(str(row['release']))}",
             )
 
     def _check_rules(self, connection: Connection, name: str, version: str) -> None:

@@ -121,7 +121,9 @@ class Agent:
             return self.without_trial()
         if not self.earlier:
             raise ConflictError(
-                f"{self.name}@{self.live} has no previous version to go back to", f"sartor agents remove {self.name}"
+                f"{self.name}@{self.live} has no previous version to go back to",
+                f"sartor agents promote {self.name} VERSION, of another registered one; or sartor agents drain "
+                f"{self.name}",
             )
         return replace(self, live=self.earlier[-1], earlier=self.earlier[:-1], state="serving")
 
@@ -132,9 +134,9 @@ class Agent:
         """
         for name, fraction in (("canary", canary_fraction), ("shadow", shadow_fraction)):
             if not 0 <= fraction <= 1:
-                raise ConfigError(f"the {name} fraction is {fraction}; it lies in 0..1", f"--{name} 0.1")
+                raise ConfigError(f"the {name} fraction is {fraction}; it lies in 0..1", "a fraction of 0.1")
         if not (canary_fraction or shadow_fraction):
-            raise ConfigError("a trial of no request at all shows nothing", "--canary 0.1, or --shadow 0.1")
+            raise ConfigError("a trial of no request at all shows nothing", "a fraction of 0.1")
         if version == self.live:
             raise ConflictError(f"{self.name}@{version} is live already", "give the version that is to be tried")
         if self.candidate not in ("", version):

@@ -67,4 +67,5 @@ class VersionRules:
         return revoked_releases.revoked(self._trusted()).keys()
 
     def _trusted(self) -> Sequence[signing.PublicKey]:
-        return [signing.open_public(self.trust)] if self.trust else []
+        remedy = "trust: DIR/sartor.pub, as sartor keygen DIR made it"
+        return [signing.open_public(self.trust, remedy=remedy)] if self.trust else []

@@ -7,6 +7,7 @@ an Adapter that was tuned over clients, or of a run that goes on.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -314,7 +315,8 @@ def act(request: Request, visitor: Owner, name: str, form: PostedForm) -> Respon
     keys = key_folders(studio, path).get(text_field(form, "keys"))
     if keys is None:
         raise ConfigError(
-            "the keys that sign the repository are not on this machine", f"sartor edge keygen {path.parent / KEYS}"
+            "the keys that sign the repository are not on this machine",
+            f"copy their folders (targets-1, snapshot-1 and the others) to {path.parent / KEYS}",
         )
     arguments, title = [EDGE, action, str(path)], action
     if action == FleetAction.WATCH:
@@ -462,6 +464,6 @@ def resume(request: Request, visitor: Owner, name: str, form: PostedForm) -> Res
             adapter=job.adapter,
         )
         return redirect(request, f"/jobs/{again.id}")
-    raise ConfigError(
-        "no job of this studio began these rounds", f"sartor federate simulate RECIPE --out {out} --resume"
-    )
+    is_coordinated = (found.path / "lead.yaml").is_file()
+    command = "coordinator RECIPE" if is_coordinated else f"simulate RECIPE --out {shlex.quote(str(out))} --resume"
+    raise ConfigError("no job of this studio began these rounds", f"sartor federate {command} goes on with them")

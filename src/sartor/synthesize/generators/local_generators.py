@@ -166,13 +166,16 @@ class Counterfactual:
     kind: Literal["counterfactual"] = "counterfactual"
 
     def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ConfigError("kinds is empty; it must name at least one", f"kinds: [{', '.join(KINDS)}]")
         known = {group for kind in self.kinds for group in groups(kind)}
         if unknown := [group for group in self.to if group not in known]:
             raise ConfigError(
                 f"{unknown[0]!r} is no group of {', '.join(self.kinds)}", f"one of {', '.join(sorted(known))}"
             )
-        if not self.kinds or self.per_row < 1 or self.rows < 0:
-            raise ConfigError(f"per_row is {self.per_row}; it must be at least 1, of at least one kind", "per_row: 1")
+        if self.per_row < 1 or self.rows < 0:
+            problem = f"per_row is {self.per_row}, rows {self.rows}; they must be at least 1, and 0 or more"
+            raise ConfigError(problem, "per_row: 1" if self.per_row < 1 else "rows: 0")
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """Yield the copies of each drawn seed, or why it is skipped."""

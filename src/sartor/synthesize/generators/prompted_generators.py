@@ -50,12 +50,12 @@ class Questions:
     kind: Literal["questions"] = "questions"
 
     def __post_init__(self) -> None:
-        check_count(self.per_document, self.rows)
+        check_count(self.per_document, self.rows, "per_document")
         if self.piece_chars < 200 or self.least_span_chars < 1:
             problem = (
                 f"piece_chars is {self.piece_chars}, least_span_chars {self.least_span_chars}; at least 200, and 1"
             )
-            raise ConfigError(problem, "piece_chars: 3000")
+            raise ConfigError(problem, "piece_chars: 3000" if self.piece_chars < 200 else "least_span_chars: 10")
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """Yield the requests for questions on the pieces of each document in turn."""
@@ -158,7 +158,7 @@ class Scenarios:
             raise ConfigError("a side of the grid is empty", "personas: [...], intents: [...], edge_cases: [...]")
         if self.per_cell < 1 or not 1 <= self.turns <= MOST_TURNS:
             problem = f"per_cell is {self.per_cell}, turns {self.turns}; at least 1, and 1 to {MOST_TURNS}"
-            raise ConfigError(problem, "turns: 2")
+            raise ConfigError(problem, "per_cell: 1" if self.per_cell < 1 else "turns: 2")
 
     def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """Yield the requests for every cell of the grid."""

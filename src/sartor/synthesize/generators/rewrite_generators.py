@@ -30,11 +30,11 @@ PER_ROW, ROWS = "rows made of each row", "make them of that many rows, drawn by 
 MOST_PER_ROW = 100
 
 
-def check_count(per_row: int, rows: int) -> None:
-    """Raise ConfigError for invalid counts."""
+def check_count(per_row: int, rows: int, option: str = "per_row") -> None:
+    """Raise ConfigError for invalid counts. option: name of the first one."""
     if not 1 <= per_row <= MOST_PER_ROW or rows < 0:
-        problem = f"per_row is {per_row}, rows {rows}; they must be from 1 to {MOST_PER_ROW}, and 0 or more"
-        raise ConfigError(problem, "per_row: 2")
+        problem = f"{option} is {per_row}, rows {rows}; they must be from 1 to {MOST_PER_ROW}, and 0 or more"
+        raise ConfigError(problem, "rows: 0" if 1 <= per_row <= MOST_PER_ROW else f"{option}: 2")
 
 
 def teacher_requests(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,14 @@ def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], validated:
 ORIGIN = "validate"
 # tests whose findings concern the bias of the data rather than its similarity to reality
 _OF_BIAS = ("group_outcome",)
+# options of `limits` that are not named as their tests are
+_LIMIT_OF_TEST = {
+    "copies_of_seeds": "copies",
+    "copies_of_held_out": "copies",
+    "repeated": "copies",
+    "distinct": "diversity",
+    "vendi": "diversity",
+}
 
 
 def write_review(dataset: Path, rows: Sequence[Example], validated: Validated) -> Path:
@@ -194,7 +203,8 @@ def validate(
         if kind_of(synthetic_path) != "dataset":
             raise ConfigError(
                 f"{synthetic_path} is no Dataset, so none can be made of its accepted rows",
-                f"sartor curate {synthetic_path} first",
+                f"sartor init {shlex.quote(str(synthetic_path))} writes curate.yaml; then sartor curate curate.yaml "
+                "--out DATASET makes one",
             )
         check_output_free(Path(out).absolute(), replace=replace)
     sides = open_samples(synthetic_path, real_path, Path(seeds).absolute() if seeds else None)
@@ -202,7 +212,9 @@ def validate(
     review = write_review(synthetic_path, sides.synthetic, validated) if kind_of(synthetic_path) == "dataset" else None
     if out is not None and not validated.passed:
         text = "; ".join(f"{test.name}: {test.detail}" for test in validated.failed)
-        remedy = f"look at {review}, mend the generator, or raise a limit: --limits.{validated.failed[0].name} ..."
+        limits = dict.fromkeys(_LIMIT_OF_TEST.get(test.name, test.name) for test in validated.failed)
+        flags = " ".join(f"--limits.{name} NUMBER" for name in limits)
+        remedy = f"look at {review}, mend the generator, or raise the limits: {flags}"
         raise GateError(f"{synthetic_path.name} is not like reality: {text}", remedy)
     written = (
         write_accepted(Path(out), synthetic_path, sides.synthetic, validated, replace=replace)
