@@ -119,7 +119,7 @@ def test_make_test_is_every_tier_in_order() -> None:
     tiers = [line.partition("pytest -q ")[2].partition(" $(grep")[0].strip() for line in lines if "pytest -q" in line]
     assert tiers == [
         "-n 2 --dist worksteal",
-        '-n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone"',
+        '-n 2 --dist loadfile --no-loadscope-reorder --durations 100 -m "(circle or services or browser) and not alone"',
         '--durations 10 -o cache_dir=.pytest_cache/alone -m "(circle or services or browser) and alone"',
     ]
 

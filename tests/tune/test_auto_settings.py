@@ -103,7 +103,7 @@ def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe
         "weight": 1.0,
     }
     assert [warning["reason"] for warning in plan["warnings"]] == [plan_warnings.FEW_UPDATES]
-    assert "budget.updates=50" in plan["warnings"][0]["remedy"]
+    assert "--budget.updates 50" in plan["warnings"][0]["remedy"]
     assert manifest["run"]["warnings"] == plan["warnings"]
     assert f"warning: {plan['warnings'][0]['problem']}; {plan['warnings'][0]['remedy']}" in notices
 

@@ -38,7 +38,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback", "/v1/audio/speech")
 _COUNTED_READS = "/v1/receipts/"
 # Headers by which proxies tell whom they speak for
-_PROXY_HEADERS = re.compile(r"forwarded|via|x-forwarded-.+|x-real-ip")
+_PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 # Threads for key look-ups in the database. The loop's default threads may all be waiting for a slow disk.
 _threads = ThreadPoolExecutor(4, "sartor-doors")
 
@@ -128,7 +128,7 @@ class RequestGate:
         allowed. Behind a proxy every client comes from loopback, and the Host header may be the proxy's own: what
         shows a proxy is refused. HTTP/1.0 is what nginx's `proxy_pass` speaks if nothing else is set.
         """
-        if scope.get("http_version") == "1.0" or any(_PROXY_HEADERS.fullmatch(name) for name in headers):
+        if scope.get("http_version") == "1.0" or _is_passed_on(headers):
             raise ForeignError(
                 "this server has no keys, and a proxy passed this request on, so that anybody could have sent it",
                 "sartor agents key NAME, then send the key; or ask the server itself, by HTTP/1.1",
@@ -145,6 +145,11 @@ class RequestGate:
             raise ForeignError(
                 f"a page of {origin[:80]!a} may not ask this server", "name the origin in http.cors of TEAM.yaml"
             )
+
+
+def _is_passed_on(headers: Headers) -> bool:
+    """Return whether the headers show a proxy. There are more of the form X-Forwarded-* than those that are named."""
+    return any(name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in headers)
 
 
 def is_same_host(origin: str, host: str) -> bool:
