@@ -175,28 +175,25 @@ def gradient_seconds(traced: TracedAdapter, count: int) -> dict[str, Any]:
     model = TracedModel.open(generated)
     fields = {"layout": model.layout.as_json()}
     ids = [row.example.id for row in generated.rows]
-    labels = [prepare.FINAL, *prepare.STATES]
-    matrices = [
-        SketchMatrix.create(folder / name, ids, model.layout.size, {**fields, "label": name}) for name in labels
-    ]
-    moments = model.estimate_moments()
-    for name in labels:  # that of the reply is preconditioned by them
-        write_moments(folder / name, moments)
+    # one set of sketches, as `--prepare` makes
+    sketches = folder / prepare.FINAL
+    matrix = SketchMatrix.create(sketches, ids, model.layout.size, {**fields, "label": prepare.FINAL})
+    write_moments(sketches, model.estimate_moments())  # that of the reply is preconditioned by them
     rng = np.random.default_rng(0)
-    for matrix in [*matrices, prepare.open_hidden(generated, folder, model)]:
-        _generate(matrix, rng)
+    for part in (matrix, prepare.open_hidden(generated, folder, model)):
+        _generate(part, rng)
     del model
     query = queries_of(generated, [_asked()])
     started = time.monotonic()
     part_scores(generated, query, notice=notice)
     seconds = time.monotonic() - started
-    return {"seconds": seconds, "sketches": "random" if count <= RANDOM_ROWS else "zeros", "weights": len(labels)}
+    return {"seconds": seconds, "sketches": "random" if count <= RANDOM_ROWS else "zeros"}
 
 
 def _generate(matrix: SketchMatrix, rng: np.random.Generator) -> None:
     """Write a sketch for every row."""
     if len(matrix.ids) > RANDOM_ROWS:
-        # a file of zeros takes no place on the disk as long as nothing writes to it
+        # blocks that are reserved and were never written read as zeros, without the disk
         np.memmap(matrix.folder / SCALES, np.float32, "r+")[:] = 1.0
         return
     for start in range(0, len(matrix.ids), PIECE_ROWS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +141,8 @@ def test_reply_comes_in_pieces(served: Site, replies: HeldReplies) -> None:
         time.sleep(0.01)
     assert 'data-reply="' in page and "aria-busy=true" in page and "sky" not in page and "Stop" in page
     assert served.post(path, from_page="/talk", prompt="x", first=key).status_code == 409  # one after the other
-    replies.is_held = False
+    # once the stream is open: a reply that is over by then has no more pieces
+    threading.Timer(0.5, setattr, (replies, "is_held", False)).start()
     events = served.client.get(f"{path}/replies/0/0/events?after=4")
     pieces = [json.loads(line[6:]) for line in events.text.split("\n") if line.startswith('data: "')]
     assert "".join(pieces) == "sky is blue " and events.text.endswith("event: end\ndata: over\n\n")
