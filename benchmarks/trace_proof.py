@@ -9,7 +9,7 @@ is said to matter. Suspicions of which the seeds say neither, or other than was 
 many are tried as it takes.
 
 Sixteen rows an update make 12 updates. Four make 50, with which a plant moves its reply more, and so do control rows:
-their effects had a standard deviation of about 0.45 nats there and of 0.05 here, where a plant moves its reply by 0.1
+their effects had a standard deviation of 0.4 to 0.5 nats there and of 0.05 here, where a plant moves its reply by 0.1
 to 1.4 nats. So a verdict sees smaller effects after fewer updates.
 """
 

@@ -512,3 +512,13 @@ def test_the_starter_opens_with_its_identity_and_answers() -> None:
     assert model_refs.template_digest(model_refs.chat_template(base.ref.path)) == base.chat.template_digest
     assert base.chat.tokenizer.convert_tokens_to_ids("<|im_end|>") in base.chat.stops
     assert base.chat.pad not in base.chat.stops
+
+
+def test_an_unknown_architecture_is_not_a_damaged_base(tmp_path: Path, tiny_base: Path) -> None:
+    """Its files are whole: to copy or fetch them again would end in the same error."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
+    with pytest.raises(ModelError, match="nonesuch") as caught:
+        open_base(str(folder), bits=32)
+    assert "newer transformers" in caught.value.remedy and "BACKUP" not in caught.value.remedy
