@@ -17,6 +17,7 @@ from PIL import Image
 import sartor
 from sample_data import write_jsonl
 from sartor.core import parquet_io
+from sartor.curate.sources import row_formats
 
 
 def curated(tmp_path: Path, *said: dict[str, Any]) -> tuple[list[list[tuple[str, str]]], dict[str, int]]:
@@ -145,3 +146,26 @@ def test_parquet_as_the_hub_writes_it_holds_its_pictures_itself(tmp_path: Path) 
     (file,) = (tmp_path / "d" / "media").iterdir()
     assert file.suffix == ".bmp" and file.read_bytes() == out.getvalue()
     assert [part.kind for part in found.messages[0].content] == ["image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "first", "second", "suggested"),
+    [
+        # a number or code of the row is neither, nor is a date
+        (("ref no", "Complaint", "Department"), ("R-1", "My knee hurts a lot", "ortho"), ("R-2", "No one called me", "ortho"), ("Complaint", "Department")),
+        (("id", "created on", "Frage", "Antwort"), (1, "2026-01-01 10:00", "Wie öffne ich das?", "So."), (2, "2026-01-02 11:00", "Wie schließe ich es?", "Anders."), ("Frage", "Antwort")),
+        # a label may come first, and a name is shorter than what is asked
+        (("label", "review"), ("good", "I liked it very much"), ("good", "It came on the same day"), ("review", "label")),
+        (("name", "asked", "said"), ("Ann Li", "When do you open today?", "At nine."), ("Bo Ek", "Is there a lift in it?", "Yes."), ("asked", "said")),
+        # a number is the answer where nothing else is
+        (("item", "price"), ("a large blue umbrella", 12), ("a small table of oak", 80), ("item", "price")),
+        (("問題", "回答"), ("これは何ですか", "机です"), ("どこですか", "駅です"), ("問題", "回答")),
+        (("a", "b"), ("x", "1"), ("y", "2"), ("a", "b")),
+        (("text of a row",), ("one row of words",), ("one more of them",), ("text of a row", "COLUMN")),
+    ],
+)  # fmt: skip
+def test_columns_of_an_unknown_format_are_suggested(
+    columns: tuple[str, ...], first: tuple[Any, ...], second: tuple[Any, ...], suggested: tuple[str, str]
+) -> None:
+    rows = [dict(zip(columns, row, strict=True)) for row in (first, second)]
+    assert row_formats.suggest_columns(rows) == suggested

@@ -14,7 +14,8 @@ import yaml
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.sources.planner import columns_of, plan_reading
+from sartor.curate.sources.planner import first_rows, plan_reading
+from sartor.curate.sources.row_formats import column_names, suggest_columns
 from sartor.curate.sources.types import SourceOptions
 from sartor.quickstart.preview import preview
 from sartor.quickstart.yaml_schemas import schema, schema_comment, schema_file
@@ -85,12 +86,12 @@ def init(
     form = next(
         (file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), ""
     )
-    columns = [] if form else columns_of(source, CurateRecipe.max_row_bytes)
+    rows = [] if form else first_rows(source, CurateRecipe.max_row_bytes)
     name = re.sub(r"[^\w.-]+", "-", Path(str(data).partition("#")[0]).stem.lower()).strip("-") or "rows"
     names = {"curate": files[0], "tune": files[1], "name": name}
     make_parent(files[0])
     texts = {
-        "curate": _CURATE.format(path=_quoted(str(data)), fields=_field_lines(columns), **names),
+        "curate": _CURATE.format(path=_quoted(str(data)), fields=_field_lines(rows), **names),
         "tune": _TUNE.format(**names),
     }
     for file, (recipe, text) in zip(files, texts.items(), strict=True):
@@ -98,19 +99,20 @@ def init(
             schema(recipe, out=schema_files[recipe], replace=replace)
             text = schema_comment(recipe) + text
         write_file_atomic(file, text.encode())
-    if not form and not columns:
+    if not form and not rows:
         for drop in preview(data, rows=1).drops:
             notice(f"warning  {drop.locator}: {drop.detail}")
-    notice(f"form     {form or 'not known'}{': name the columns in ' + str(files[0]) if columns else ''}")
+    notice(f"form     {form or 'not known'}{': name the columns in ' + str(files[0]) if rows else ''}")
     return Initialized(*files, schemas=tuple(schema_files.values()))
 
 
-def _field_lines(columns: Sequence[str]) -> str:
-    """Return the recipe's lines about columns."""
-    if not columns:
+def _field_lines(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the recipe's lines about the columns of the first rows."""
+    if not rows:
         return "    # fields: {prompt: COLUMN, completion: COLUMN}  # where columns have names of their own\n"
-    prompt, completion = (*columns, "COLUMN")[:2]
-    listed = ", ".join(map(_quoted, columns[:12]))  # quoted, since a line end in a name would end the comment
+    prompt, completion = suggest_columns(rows)
+    # quoted, since a line end in a name would end the comment
+    listed = ", ".join(map(_quoted, column_names(rows)[:12]))
     return (
         f"    # the columns are: {listed}\n"
         f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are "

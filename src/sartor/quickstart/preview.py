@@ -15,7 +15,8 @@ from sartor.curate.pipeline import load_recipe
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.shards import apply_steps
 from sartor.curate.sources.encodings import KNOWN_ENCODINGS
-from sartor.curate.sources.planner import columns_of, plan_reading, read_all
+from sartor.curate.sources.planner import first_rows, plan_reading, read_all
+from sartor.curate.sources.row_formats import column_names
 from sartor.curate.sources.types import SourceOptions
 from sartor.curate.step import RowStep
 from sartor.curate.steps import makes_copies, needs_all_rows
@@ -71,7 +72,7 @@ def preview(
     return SourcePreview(
         form=files[0].form if files else "unknown",
         encoding=files[0].encoding if files else "",
-        columns=columns_of(source, CurateRecipe.max_row_bytes),
+        columns=column_names(first_rows(source, CurateRecipe.max_row_bytes)),
         rows=kept[:rows],
         drops=drops[:rows],
         encodings=KNOWN_ENCODINGS if encoding or is_unknown else (),

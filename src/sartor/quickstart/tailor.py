@@ -43,7 +43,8 @@ from sartor.core.splits import LEAST_GROUPS
 from sartor.curate.pipeline import Curated, curate
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources import python_rows
-from sartor.curate.sources.planner import columns_of, plan_reading, read_all
+from sartor.curate.sources.planner import first_rows, plan_reading, read_all
+from sartor.curate.sources.row_formats import column_names, suggest_columns
 from sartor.curate.sources.source_files import sheet_of
 from sartor.curate.sources.types import Columns, SourceOptions
 from sartor.evaluate.bootstrap import Comparison, groups_needed
@@ -645,16 +646,16 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
         files = plan_reading([source], CurateRecipe.max_row_bytes).files
         if fields or not files or any(file.form != "unknown" for file in files):
             continue
-        columns = columns_of(source, CurateRecipe.max_row_bytes)
+        rows = first_rows(source, CurateRecipe.max_row_bytes)
+        columns = column_names(rows)
         if not columns:
             continue  # curate reports the problem of each file
         name = Path(source.path).name
         if ask is None:
-            prompt, completion = (*columns, "COLUMN")[:2]
             raise ConfigError(
                 f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or "
                 "completion",
-                _fields_flag(prompt, completion),
+                _fields_flag(*suggest_columns(rows)),
             )
         notice(f"{name} has the columns {', '.join(columns)}")
         fields = {

@@ -216,14 +216,14 @@ def _inspect(
         return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}")), []
 
 
-def columns_of(source: SourceOptions, most_bytes: int) -> list[str]:
-    """Return the column names of the first readable table of a source in order; empty if there is none."""
+def first_rows(source: SourceOptions, most_bytes: int) -> list[dict[str, Any]]:
+    """Return the first rows of the first readable table of a source; empty if there is none."""
     for file, pieces in _surveyed(source, most_bytes):
         if file.refusal[0] or file.kind not in (*_TABLE_KINDS, "xlsx"):
             continue
         with open_regular(file.path) as stream:
             head = _head_rows(stream, file, pieces, most_bytes)
-        return list(dict.fromkeys(str(key) for _, row in head if isinstance(row, dict) for key in row))
+        return [row for _, row in head if isinstance(row, dict)]
     return []
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.html import clipped
 from sartor.curate.sources import file_formats, source_files
+from sartor.curate.sources.row_formats import column_names, suggest_columns
 from sartor.curate.sources.source_files import HEAD_ROWS, ROWS
 from sartor.curate.sources.types import SourceOptions
 
@@ -50,11 +51,6 @@ class WrittenRows:
     count: int = 0
     head: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns of the first rows, in order."""
-        return list(dict.fromkeys(key for _, row in self.head for key in row))
 
 
 def named_rows(rows: Any) -> dict[str, Any]:
@@ -138,8 +134,9 @@ def check_form(source: SourceOptions, written: WrittenRows) -> None:
     """Raise ConfigError, with the columns, unless the first rows have a form that is read."""
     if source_files.form_of(written.head, source, f"the table {written.file.stem!r}"):
         return
-    columns = written.columns
-    prompt, completion = (*columns, "COLUMN", "COLUMN")[:2]
+    rows = [row for _, row in written.head]
+    columns = column_names(rows)
+    prompt, completion = suggest_columns(rows)
     raise ConfigError(
         f"the rows have the columns {', '.join(map(repr, columns[:12])) or 'none'}, and none is called prompt or "
         "completion",

@@ -29,6 +29,8 @@ from sartor.curate.sources.row_tools import check_calls, normalized_calls
 
 _MARK = re.compile(r"\n?<(image|audio)>\n?")
 _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}
+_CODE = re.compile(r"[\x21-\x7e]*")  # one word of ASCII
+_SENTENCE_CHARACTERS = 15  # mean length from which a column is taken for what is asked
 
 
 def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
@@ -188,6 +190,36 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
         if has_fields and (form != "rated" or _stated_rating(row) is not None):
             return form
     return None
+
+
+def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the columns of rows, in order."""
+    return list(dict.fromkeys(str(name) for row in rows for name in row))
+
+
+def suggest_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the columns that most likely hold what is asked and the answer, of the first rows of an unknown format.
+
+    What is asked is the first column of sentences, the answer the next column of words. A column of numbers or dates,
+    or with another code in each row, is neither unless there is no other. Where a column is missing it is "COLUMN".
+    """
+    values = {name: [str(row[name]) for row in rows if row.get(name) is not None] for row in rows for name in row}
+    names = [str(name) for name in values]
+    words = [str(name) for name, texts in values.items() if _are_words(texts)]
+    lengths = {str(name): sum(map(len, texts)) / max(1, len(texts)) for name, texts in values.items()}
+    sentences = [name for name in words if lengths[name] >= _SENTENCE_CHARACTERS]
+    prompt = (*sentences, *words, *names, "COLUMN")[0]
+    after = names[names.index(prompt) + 1 :] if prompt in names else []
+    others = [name for name in (*after, *names) if name != prompt]
+    completion = (*(name for name in others if name in words), *others, "COLUMN")[0]
+    return prompt, completion
+
+
+def _are_words(texts: Sequence[str]) -> bool:
+    """Return whether values of a column have letters and are no codes, of which each row has another."""
+    if not any(character.isalpha() for text in texts for character in text):
+        return False
+    return len(set(texts)) < len(texts) or not all(map(_CODE.fullmatch, texts))
 
 
 def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
