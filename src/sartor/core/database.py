@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
@@ -264,7 +265,8 @@ class Database:
             primary == sqlite3.SQLITE_ERROR and message.startswith("no such")
         ):  # the file was overwritten or emptied
             return ArtifactError(
-                f"{subject} is damaged: {message}", f"cp BACKUP {file}; or mv {file} ELSEWHERE, and start anew"
+                f"{subject} is damaged: {message}",
+                f"cp BACKUP {shlex.quote(str(file))}; or mv {shlex.quote(str(file))} ELSEWHERE, and start anew",
             )
         has_file = Path(self._engine.url.database or "").exists()
         if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not has_file):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class LineLedger:
     noun: name of the ledger in errors.
     schema: number that this version writes and reads.
     is_whole: tests whether a line has the fields that its reader needs; may raise KeyError, TypeError or ValueError.
-    remedy_template: remedy for a damaged file, with `{file}` in place of its path.
+    remedy_template: remedy for a damaged file, with `{file}` in place of its path, quoted for a shell.
     """
 
     noun: str
@@ -58,7 +59,8 @@ class LineLedger:
         return line
 
     def _damage(self, file: Path, detail: str) -> ArtifactError:
-        return ArtifactError(f"{file} is no whole {self.noun}: {detail}", self.remedy_template.format(file=file))
+        remedy = self.remedy_template.format(file=shlex.quote(str(file)))
+        return ArtifactError(f"{file} is no whole {self.noun}: {detail}", remedy)
 
     def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace the file by these lines atomically. Raises OSError."""

@@ -309,8 +309,10 @@ def _seen_serials() -> dict[str, dict[str, Any]]:
         if not all(type(entry["serial"]) is int and isinstance(entry["digest"], str) for entry in seen.values()):
             raise ValueError("an entry has another form")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        quoted = shlex.quote(str(file))
         raise SignatureError(
             f"{file} cannot be read: {error}",
-            f"cp BACKUP/{_SERIALS} {file}; without a copy, rm {file}, then sartor revoke-release LIST for each list",
+            f"cp BACKUP/{_SERIALS} {quoted}; without a copy, rm {quoted}, then sartor revoke-release LIST for each "
+            "list",
         ) from None
     return seen

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import shlex
 from collections.abc import Mapping
 from hmac import compare_digest
 from pathlib import Path
@@ -83,12 +84,17 @@ def create_key(file: Path) -> bytes:
 
 def read_key(file: Path) -> bytes:
     """Return the key in a file. Raises ConfigError if it is absent, truncated, or readable by others."""
+    quoted = shlex.quote(str(file))
     try:
         mode, key = file.stat().st_mode, file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}", f"ls -l {file}; then cp BACKUP {file}") from None
+        raise ConfigError(
+            f"{file} cannot be read: {error.strerror}", f"ls -l {quoted}; then cp BACKUP {quoted}"
+        ) from None
     if os.name == "posix" and mode & 0o077:
-        raise ConfigError(f"{file} can be read by others (mode {mode & 0o777:o})", f"chmod 600 {file}")
+        raise ConfigError(f"{file} can be read by others (mode {mode & 0o777:o})", f"chmod 600 {quoted}")
     if len(key) != KEY_BYTES:
-        raise ConfigError(f"{file} has {len(key)} bytes, not {KEY_BYTES}", f"cp BACKUP/{file.name} {file}")
+        raise ConfigError(
+            f"{file} has {len(key)} bytes, not {KEY_BYTES}", f"cp BACKUP/{shlex.quote(file.name)} {quoted}"
+        )
     return key

@@ -97,7 +97,7 @@ def keygen(
     if unknown := [purpose for purpose in purposes if purpose not in PURPOSES] or not purposes:
         raise ConfigError(
             f"a key has the purposes {', '.join(PURPOSES)}, and not {unknown if purposes else 'none'}",
-            f"sartor keygen {path} --purpose release",
+            f"sartor keygen {shlex.quote(str(path))} --purpose release",
         )
     if upgrade:
         return _upgrade(path, purposes, trust=trust)
@@ -229,7 +229,10 @@ def open_private(path: Path, purpose: Purpose | None = None, *, keygen_command: 
 def _check_mode(file: Path) -> None:
     """Raise ConfigError for a private key that others can read."""
     if os.name == "posix" and file.stat().st_mode & 0o077:
-        raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
+        raise ConfigError(
+            f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})",
+            f"chmod 600 {shlex.quote(str(file))}",
+        )
 
 
 def open_public(path: Path, *, remedy: str = "--public-key DIR/sartor.pub, as sartor keygen DIR made it") -> PublicKey:

@@ -14,6 +14,7 @@ can be computed again.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -60,9 +61,11 @@ def read_trace_json(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}", f"rm {file}; it is computed again") from None
+        raise ArtifactError(
+            f"{file} cannot be read: {error}", f"rm {shlex.quote(str(file))}; it is computed again"
+        ) from None
     if not isinstance(fields, dict):
-        raise ArtifactError(f"{file} holds no JSON object", f"rm {file}; it is computed again")
+        raise ArtifactError(f"{file} holds no JSON object", f"rm {shlex.quote(str(file))}; it is computed again")
     return fields
 
 

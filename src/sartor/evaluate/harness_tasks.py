@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ _MISSING_DATA = (ConnectionError, FileNotFoundError, huggingface_hub.errors.Loca
 def _load_file(path: Path, notice: Notice) -> dict[str, Any]:
     """Return the tasks of a YAML file. What it names as `!function` is Python code, and `notice` says so."""
     if not path.is_file():
-        raise ConfigError(f"there is no task at {path}", f"ls {path.parent}")
+        raise ConfigError(f"there is no task at {path}", f"ls {shlex.quote(str(path.parent))}")
     text = path.read_text(encoding="utf-8", errors="replace")
     if "!function" in text or "\nclass:" in text:
         notice(f"{path} names Python code, which runs")

@@ -207,7 +207,7 @@ def _requested_record(
 ) -> FixRecord:
     """Return the record of what is asked for, after every row and change was tried. Raises ConfigError."""
     if not examples:
-        raise ConfigError("no row is named", f"--examples ID...; sartor show {traced.dataset.path} lists the ids")
+        raise ConfigError("no row is named", f"--examples ID...; {traced.show_command} lists the ids")
     rows = [traced.rows[index] for index in dict.fromkeys(traced.find_rows(examples))]
     if rehearsed := [row for row in rows if row.is_rehearsal]:
         raise ConfigError(

@@ -15,6 +15,7 @@ import html
 import json
 import mmap
 import os
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -188,7 +189,9 @@ def _holds(file: Path, needles: SearchTerms) -> bool:
         finally:
             view.release()
     if file.suffix == ".parquet" and not is_packed(head):
-        raise MissingError("not read as Parquet: its first bytes are others", f"rm {file}, if nothing needs it")
+        raise MissingError(
+            "not read as Parquet: its first bytes are others", f"rm {shlex.quote(str(file))}, if nothing needs it"
+        )
     with file.open("rb") as packed:
         return is_packed(head) and any(needles.are_in(buffer) for buffer in unpacked(packed, _LONGEST))
 

@@ -10,6 +10,7 @@ documents: a reader therefore tests the kind and the fields of what was signed, 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,9 @@ class Intent:
                 fields = json.loads(stream.read())
             return cls(tuple(fields["ids"]), tuple(fields["gone"]), fields["began"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise StoreError(f"{file} is not whole", f"sartor edge forget NAME ID... again, then rm {file}") from None
+            raise StoreError(
+                f"{file} is not whole", f"sartor edge forget NAME ID... again, then rm {shlex.quote(str(file))}"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -480,7 +480,8 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
             f"{out} was made of another number of rows", "--replace makes it anew; or --out DIR for another one"
         )
     if known and _without_licences(known) != _without_licences(recipe):
-        remedy = f"sartor curate {file} --out DIR curates as it says; --replace writes it and everything after it anew"
+        command = f"sartor curate {shlex.quote(str(file))} --out DIR"
+        remedy = f"{command} curates as it says; --replace writes it and everything after it anew"
         raise ConfigError(f"{file} is not as tailor wrote it", remedy)
     if known != recipe:
         _clear(out, job)
@@ -489,8 +490,8 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
     dropped = _dropped_text(curated.dropped)
     notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped: {dropped}")
     if curated.dropped:
-        count = sum(curated.dropped.values())
-        notice(f"         sartor show {curated.dataset.path} --split dropped -n {count} lists them with reasons")
+        count, dataset = sum(curated.dropped.values()), shlex.quote(str(curated.dataset.path))
+        notice(f"         sartor show {dataset} --split dropped -n {count} lists them with reasons")
     _show_warnings(curated, notice)
     return curated.dataset
 

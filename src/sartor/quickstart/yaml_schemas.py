@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +90,8 @@ def schema(name: str, *, out: Path | str | None = None, replace: bool = False) -
     if result.path is None:
         return result
     if result.path.exists() and not replace:
-        raise ConfigError(f"{result.path} is there already", f"sartor schema {name} --out {result.path} --replace")
+        command = f"sartor schema {name} --out {shlex.quote(str(result.path))} --replace"
+        raise ConfigError(f"{result.path} is there already", command)
     make_parent(result.path)
     write_file_atomic(result.path, f"{result.text}\n".encode())
     return result

@@ -35,6 +35,7 @@ import difflib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -412,7 +413,7 @@ def _remedy(
         else:
             text.append("tune a base whose licence permits it")
     if removable:
-        path = dataset.path if dataset else "DATASET"
+        path = shlex.quote(str(dataset.path)) if dataset else "DATASET"
         text.append(
             f"leave out {', '.join(removable[:3])} and curate and tune again (sartor revoke {path} --source "
             f"{removable[0]})"
@@ -483,7 +484,11 @@ def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Ch
         return {}
     if "ablation" not in report:
         detail = "the Report has no ablation: it is of an older version"
-        return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path} --replace")}
+        return {
+            "modality": Check(
+                "fail", detail, f"evaluate again: sartor evaluate {shlex.quote(str(adapter.path))} --replace"
+            )
+        }
     results = [_judge_modality(kind, report["ablation"].get(kind)) for kind in kinds]
     remedies = dict.fromkeys(remedy for _, _, remedy in results if remedy)
     is_fit = all(passes for passes, _, _ in results)
@@ -555,7 +560,9 @@ def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]
     detail = f"{names} {verb} {rows} rows for the release, and the Report is not of them; {chosen}"
     return {
         "test": Check(
-            "fail", detail, f"sartor evaluate {adapter.path} --split test, once, for the adapter that is to go out"
+            "fail",
+            detail,
+            f"sartor evaluate {shlex.quote(str(adapter.path))} --split test, once, for the adapter that is to go out",
         )
     }
 
@@ -593,7 +600,9 @@ def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str,
     detail = f"{items} items of {where} wait for a person's decision; the limit is {max_items}"
     return {
         "review": Check(
-            "pass" if items <= max_items else "fail", detail, "" if items <= max_items else f"sartor review {where}"
+            "pass" if items <= max_items else "fail",
+            detail,
+            "" if items <= max_items else f"sartor review {shlex.quote(str(where))}",
         )
     }
 
@@ -620,7 +629,8 @@ def check_cases(evidence: CaseEvidence, adapter: Path) -> dict[str, Check]:
     failures = describe_failures(results)
     detail = f"{len(results) - len(failures)} of {len(results)} regression cases pass"
     if failures:
-        remedy = f"sartor trace {adapter} --prompt P --reply R names the rows behind a reply; sartor fix removes them"
+        command = f"sartor trace {shlex.quote(str(adapter))} --prompt P --reply R"
+        remedy = f"{command} names the rows behind a reply; sartor fix removes them"
         return {"cases": Check("fail", f"{detail}; {'; '.join(failures)}", remedy)}
     if unknown_starts:
         missing = f"the cases of {', '.join(unknown_starts)}, which the tuning started from, are not known: it is gone"

@@ -28,6 +28,7 @@ import json
 import os
 import queue
 import secrets
+import shlex
 import sqlite3
 import threading
 import time
@@ -305,7 +306,10 @@ def _secret(file: Path) -> bytes:
 def read_secret(file: Path) -> bytes:
     """Return the HMAC key of a team. Raises ConfigError if it is truncated or readable by others."""
     if os.name == "posix" and file.stat().st_mode & 0o077:
-        raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
+        raise ConfigError(
+            f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})",
+            f"chmod 600 {shlex.quote(str(file))}",
+        )
     result = file.read_bytes()
     if len(result) != _SECRET_BYTES:
         raise ConfigError(

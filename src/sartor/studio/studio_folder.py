@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import shutil
 import sqlite3
 import stat
@@ -202,7 +203,7 @@ def back_up(folder: StudioFolder, file: Path) -> dict[str, object]:
     Returns the path and the number of bytes. Raises ConfigError if the file exists or there are no accounts yet.
     """
     if not folder.accounts_file.is_file():
-        raise ConfigError(f"{folder.root} has no studio yet", f"sartor studio {folder.root}")
+        raise ConfigError(f"{folder.root} has no studio yet", f"sartor studio {shlex.quote(str(folder.root))}")
     if file.exists():
         raise ConfigError(f"{file} exists", "choose another name")
     with tempfile.TemporaryDirectory(dir=folder.hidden) as scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -274,7 +275,7 @@ def _as_lessons(
 
 def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
     reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
-    remedy = f"sartor show {dataset.path}, and --split dropped of it"
+    remedy = f"sartor show {shlex.quote(str(dataset.path))}, and --split dropped of it"
     commonest = max(data.left_out, key=lambda reason: len(data.left_out[reason]), default="")
     if commonest == "rated_bad":
         remedy = "objective: {kind: kto} learns from rows that were rated bad"

@@ -26,6 +26,7 @@ import glob
 import hashlib
 import itertools
 import os
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,8 @@ def files_of(path: str) -> list[tuple[Path, str]]:
         files = [Path(name) for name in sorted(glob.glob(str(root), recursive=True)) if Path(name).is_file()]
     if not files:
         raise ConfigError(
-            f"against: {path!r} names no file", f"ls {root.parent}; the path is taken from the current directory"
+            f"against: {path!r} names no file",
+            f"ls {shlex.quote(str(root.parent))}; the path is taken from the current directory",
         )
     return [(file, file.relative_to(root).as_posix() if root.is_dir() else file.name) for file in files]
 

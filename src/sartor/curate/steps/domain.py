@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"examples: there is no file {path!r}", f"ls {file.parent}; the path is taken from the current directory"
+            f"examples: there is no file {path!r}",
+            f"ls {shlex.quote(str(file.parent))}; the path is taken from the current directory",
         )
     examples = []
     try:

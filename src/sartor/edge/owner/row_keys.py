@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -182,7 +183,8 @@ class FileKey:
             raise ConfigError(f"{self.path} is no plain file", "give the path of the key itself, not of a link")
         if os.name == "posix" and status.st_mode & 0o077:
             raise ConfigError(
-                f"{self.path} is open to others (mode {status.st_mode & 0o777:o})", f"chmod 600 {self.path}"
+                f"{self.path} is open to others (mode {status.st_mode & 0o777:o})",
+                f"chmod 600 {shlex.quote(str(self.path))}",
             )
         if os.name == "posix" and status.st_uid != os.geteuid():
             raise ConfigError(

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -171,7 +172,8 @@ def rows_of(file: Path) -> TokenFileStats:
             count = int(tokens_file.get_tensor("train")[0])
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ArtifactError(
-            f"{file} is not whole: {error}", f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows"
+            f"{file} is not whole: {error}",
+            f"rm {shlex.quote(str(file))}, then sartor edge tune NAME: it writes it anew from the rows",
         ) from None
     densest, low = 0.0, 0
     for length in lengths[:count]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -81,12 +82,13 @@ def read_tokens(file: Path) -> TokenizedDataset:
             tensors = {name: tokens_file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ArtifactError(
-            f"{file} is not whole: {error}", f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows"
+            f"{file} is not whole: {error}",
+            f"rm {shlex.quote(str(file))}, then sartor edge tune NAME: it writes it anew from the rows",
         ) from None
     if metadata.get("schema") != SCHEMA:
         raise ArtifactError(
             f"{file} is of schema {metadata.get('schema')!r}; this Sartor reads {SCHEMA}",
-            f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows",
+            f"rm {shlex.quote(str(file))}, then sartor edge tune NAME: it writes it anew from the rows",
         )
     all_rows, count = list(_rows(tensors, metadata["example_ids"].split("\n"))), int(tensors["train"][0])
     return TokenizedDataset(all_rows[:count], all_rows[count:], lengths=[len(row.ids) for row in all_rows])

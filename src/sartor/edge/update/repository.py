@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import shlex
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -240,7 +241,8 @@ def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
         if name in manifest["files"] and digest != manifest["files"][name]["sha256"]:
             raise ArtifactError(
                 f"{root / name} was changed while it was published",
-                f"sartor verify {root}; if it is whole, sartor edge publish {root} {repository}",
+                f"sartor verify {shlex.quote(str(root))}; if it is whole, "
+                + shlex.join(["sartor", "edge", "publish", str(root), str(repository)]),
             )
         _add_blob(repository, content, digest)
         files[name] = Blob(digest, len(content))

@@ -107,7 +107,9 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
             role_name, count = line.split()
             thresholds[role_name] = int(count)
     except (OSError, ValueError):
-        raise ConfigError(f"{keys} has no keys of an update repository", f"sartor edge keygen {keys}") from None
+        raise ConfigError(
+            f"{keys} has no keys of an update repository", f"sartor edge keygen {shlex.quote(str(keys))}"
+        ) from None
     roles: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
     root = Root(expires=expiry.of("root"), roles=roles, consistent_snapshot=True)
     for role in ROLES:

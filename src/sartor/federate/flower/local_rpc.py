@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import queue
+import shlex
 import signal
 import socket
 import stat
@@ -267,7 +268,7 @@ def _check_folder(path: Path) -> None:
         raise ConfigError(
             f"others may write in {path.parent} (mode {stat.S_IMODE(folder.st_mode):04o}), and put their own socket "
             "there",
-            f"a folder of your own: chmod 0750 {path.parent}",
+            f"a folder of your own: chmod 0750 {shlex.quote(str(path.parent))}",
         )
 
 

@@ -8,6 +8,7 @@ their round ends.
 from __future__ import annotations
 
 import os
+import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -228,4 +229,7 @@ def _make(path: Path) -> None:
             f"{path} cannot be opened: {error.strerror}", f"ls -ld {path.parent}; df -h {path.parent}"
         ) from error
     if os.name == "posix" and path.stat().st_mode & 0o077:
-        raise ConfigError(f"{path} can be read by others (mode {path.stat().st_mode & 0o777:o})", f"chmod 600 {path}")
+        raise ConfigError(
+            f"{path} can be read by others (mode {path.stat().st_mode & 0o777:o})",
+            f"chmod 600 {shlex.quote(str(path))}",
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -378,7 +379,7 @@ def _open(file: Path, digest: str, dtype: str) -> tuple[dict[str, Any], dict[str
 
 
 def _damaged(file: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{file} cannot be read: {error}", f"rm {file}; it is made anew")
+    return ArtifactError(f"{file} cannot be read: {error}", f"rm {shlex.quote(str(file))}; it is made anew")
 
 
 def _file(folder: Path, encoder: str, digest: str) -> Path:

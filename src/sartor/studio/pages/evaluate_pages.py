@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def release(request: Request, visitor: Owner, form: PostedForm) -> Response:
             raise ConfigError(f"{value[:40]!a} is no {label}", "lower-case letters, digits, - and .: faq, 1.0")
     key = home() / DEFAULT_KEY
     if not (key / "sartor.key").is_file():
-        raise ConfigError(f"there is no key to sign with at {key}", f"sartor keygen {key} --trust")
+        raise ConfigError(f"there is no key to sign with at {key}", f"sartor keygen {shlex.quote(str(key))} --trust")
     out = adapter.path.with_name(f"{name}-{version}")
     if out.exists():
         raise ConfigError(f"{studio.folder.name_of(out)} exists", "choose another version")
