@@ -18,7 +18,7 @@ from release_fixtures import probe_rows
 from sartor.cli import main
 from sartor.cli.tuning import _fields
 from sartor.core.artifacts import Artifact, open_artifact
-from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, SourceError, StoppedError
+from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, ModelError, SourceError, StoppedError
 from sartor.evaluate.audit import probes
 from sartor.quickstart import tailor as verb
 
@@ -298,10 +298,11 @@ def test_too_few_minutes_are_said_before_the_tuning(tmp_path: Path, tiny_base: P
         ({"minutes": -1}, "it must be 0"),
         ({"fields": {"promt": "Frage"}}, "promt"),
         ({"licence": "Llama"}, "Llama"),
+        ({"base": "nosuch"}, "there is no base"),
     ],
 )
 def test_bad_options(options: dict[str, Any], problem: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises((ConfigError, ModelError), match=problem):
         sartor.tailor(table(tmp_path), **{"name": "faq", "out": tmp_path / "faq", **options})
     assert not (tmp_path / "faq").exists()
 

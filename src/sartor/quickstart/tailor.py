@@ -35,7 +35,7 @@ from sartor.core.errors import ConfigError, GateError, MissingError, SignatureEr
 from sartor.core.filesystem import DISK_FULL, file_digest, make_parent, write_file_atomic
 from sartor.core.home import folder
 from sartor.core.licences.spdx import UNKNOWN, checked
-from sartor.core.model_refs import STARTER
+from sartor.core.model_refs import STARTER, locate_base
 from sartor.core.progress import WholeProgress
 from sartor.core.records import Example
 from sartor.core.result_display import ShownResult
@@ -420,7 +420,10 @@ def _job(
     licence: str,
     test: Path | str | None,
 ) -> _Job:
-    """Return the job of a call. Raises ConfigError for a bad name, no data, or an unknown field or licence."""
+    """Return the job of a call.
+
+    Raises ConfigError for a bad name, no data, or an unknown field or licence, and the errors of `locate_base`.
+    """
     if not is_valid_name(name):
         problem = f"the name {name!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'"
         raise ConfigError(problem, "--name faq")
@@ -429,6 +432,7 @@ def _job(
         raise ConfigError("data names files, and rows are given", f"sartor.tailor(rows=rows, name={name!r})")
     if not paths:
         raise ConfigError("no data is named", f"sartor tailor rows.csv --name {name}")
+    locate_base(base, option="the same command with --base")  # a mistyped name is said before the long stages
     return _Job(
         data=tuple(_absolute(path) for path in paths),
         name=name,
