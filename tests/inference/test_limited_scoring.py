@@ -188,3 +188,34 @@ def test_child_that_is_killed_whole_is_named(monkeypatch: pytest.MonkeyPatch) ->
         BudgetError, match="child process of the verifier unit_tests ended by exit code 0: the last line"
     ):
         UnitTestsVerifier().rewards([Submission("r", "x", REFERENCE)])
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "os.remove('output'); os.symlink('{victim}', 'output')",
+        "os.remove('output'); os.mkdir('output')",
+        "os.remove('output'); os.mkfifo('output')",
+        "os.symlink('{victim}', 'other')",
+    ],
+)
+def test_nothing_that_a_reply_leaves_behind_reaches_the_next(left: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("as it was")
+    reference = "x = 1\nassert x == 1"
+    code = f"import os\n{left.format(victim=victim)}\nx = 1"
+    next_code = "print('overwritten')\nopen('other', 'w').write('overwritten')\nx = 1"
+    rewards = UnitTestsVerifier(time_s=10).rewards(
+        [Submission("ask", code, reference), *[Submission("ask", next_code, reference)] * 2]
+    )
+    assert rewards == [1.0, 1.0, 1.0] and victim.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("reward", ["1e9", "-1", "NaN", "null", "true", '"1"', "[]"])
+def test_reward_that_is_none_is_0(reward: str) -> None:
+    code = (
+        'import os\nfor pipe in range(3, 30):\n  try: os.write(pipe, b\'{"reward": ' + reward + "}\\n')\n"
+        "  except OSError: pass"
+    )
+    submissions = [Submission("ask", code, "x = 1\nassert x == 1"), Submission("ask", "x = 1", "x = 1\nassert x == 1")]
+    assert UnitTestsVerifier(time_s=10).rewards(submissions) == [0.0, 1.0]

@@ -3,9 +3,9 @@
     python -m sartor.inference.verifiers.limited_child
 
 It is started by `limited_scoring.py` under limits of memory and time, leaves the network, and forks workers. A worker
-runs the code: all replies for a function, one reply for unit tests. Each worker may write below a scratch folder
-alone, and is killed if it takes longer than its time for a reply or writes more than MOST_OUTPUT_BYTES. What a worker
-reports comes as lines of JSON through a pipe.
+runs the code: all replies for a function, one reply for unit tests. Each worker may write below a scratch folder of
+its own alone, which no other worker has seen, and is killed if it takes longer than its time for a reply or writes
+more than MOST_OUTPUT_BYTES. What a worker reports comes as lines of JSON through a pipe.
 
 A reply's code runs in the interpreter that then runs the asserts. One that sets out to deceive them can.
 """
@@ -20,6 +20,7 @@ import numbers
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
 import time
@@ -118,7 +119,12 @@ class _Worker:
 
 
 def _fork(work: Callable[[Callable[[Mapping[str, Any]], None]], None], scratch: Path, cpu_s: float) -> _Worker:
-    """Run `work` in a confined process, which passes what it reports to the function that it is given."""
+    """Run `work` in a confined process, which passes what it reports to the function that it is given.
+
+    scratch: made here. The output is opened before the worker is confined, so that a folder which another worker could
+        write to may hold a link to any file in its place.
+    """
+    scratch.mkdir(mode=0o700)
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -128,7 +134,7 @@ def _fork(work: Callable[[Callable[[Mapping[str, Any]], None]], None], scratch: 
         os.close(reading)
         os.setsid()
         os.chdir(scratch)
-        output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, nothing), (1, output), (2, output)):
             os.dup2(source, target)
@@ -174,7 +180,7 @@ def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
                 return
             report({"reward": min(max(float(value), 0.0), 1.0)})
 
-    worker = _fork(work, scratch, IMPORT_S + job["time_s"] * len(items))
+    worker = _fork(work, scratch / "function", IMPORT_S + job["time_s"] * len(items))
     rewards: list[float] = []
     for seconds in (IMPORT_S, *[job["time_s"]] * len(items)):
         fields, fault = worker.line(seconds)
@@ -191,7 +197,7 @@ def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
 def run_unit_tests(job: Mapping[str, Any], scratch: Path) -> ChildResult:
     """Return for each reply the fraction of its asserts that hold; 0 for code that fails, hangs or is killed."""
     rewards = []
-    for item in job["items"]:
+    for number, item in enumerate(job["items"]):
 
         def work(report: Callable[[Mapping[str, Any]], None], item: Mapping[str, Any] = item) -> None:
             namespace: dict[str, Any] = {"__name__": "reply"}
@@ -203,11 +209,16 @@ def run_unit_tests(job: Mapping[str, Any], scratch: Path) -> ChildResult:
                     passed += 1
             report({"reward": passed / len(item["tests"])})
 
-        worker = _fork(work, scratch, job["time_s"])
+        own_scratch = scratch / str(number)
+        worker = _fork(work, own_scratch, job["time_s"])
         fields, fault = worker.line(job["time_s"])
         if fault is Fault.NONE:
             worker.end()
-        rewards.append(float(fields.get("reward", 0.0)))
+        shutil.rmtree(own_scratch, ignore_errors=True)
+        reward = fields.get("reward", 0.0)
+        # the code can write to the pipe as well
+        is_reward = type(reward) in (int, float) and 0 <= reward <= 1
+        rewards.append(float(reward) if is_reward else 0.0)
     return ChildResult(rewards)
 
 
