@@ -86,7 +86,7 @@ def describe_argument(argument: Argument) -> tuple[str, str, str, str]:
     if is_positional(argument):
         written = f"`{_placeholder(argument)}`"
     else:
-        written = ", ".join(f"`{flag}`" for flag in (*argument.names, *argument.negatives))
+        written = ", ".join(f"`{flag}`" for flag in dict.fromkeys((*argument.names, *argument.negatives)))
     return written, value_name(argument.hint), _default_text(argument), in_markdown(argument.parameter.help or "")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,16 @@ import pytest
 import sartor
 from sartor.core.errors import BudgetError, ConfigError
 from sartor.tune import cost_comparison
-from sartor.tune.cost_comparison import BASES, HERE, ComparedCost, CostComparison, Method, compare_costs
+from sartor.tune.cost_comparison import (
+    BASES,
+    HERE,
+    QUANTISED_TIME,
+    BaseShape,
+    ComparedCost,
+    CostComparison,
+    Method,
+    compare_costs,
+)
 from sartor.tune.cost_model import Interval
 from sartor.tune.plan import TuningPlan, plan
 
@@ -77,6 +88,45 @@ def test_full_costs_more_than_lora_and_qlora_holds_less(planned: dict[str, Any])
     assert full.devices == 2 and 8.03 * 16 <= full.memory_bytes.estimate / 1e9 <= 8.03 * 16 + 4
     assert row(comparison, "Llama-3.1-8B", Method.FULL, "rtx4090").devices == 8
     assert all(line for line in comparison.assumptions) and any("not calibrated" in x for x in comparison.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [
+        ({}, Method.LORA),
+        ({"method": {"kind": "full"}}, Method.FULL),
+        ({"base": {"bits": 4}}, Method.QLORA),
+        ({"base": {"bits": 8}}, Method.QLORA),
+    ],
+)
+def test_its_own_method_and_base_cost_what_was_measured(
+    change: dict[str, Any], method: Method, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of the very run that was measured is the measurement."""
+    base = {"name": tune_recipe["base"], **change.pop("base", {})}
+    recipe = {**tune_recipe, **change, "base": base}
+    planned = plan(recipe)
+    assert planned.measurement
+    own = planned.measurement.memory.shape
+    config = json.loads((Path(tune_recipe["base"]) / "config.json").read_text())
+    shape = BaseShape(
+        own.layers,
+        own.width,
+        own.inner,
+        own.heads,
+        config["num_key_value_heads"],
+        own.vocabulary,
+        config.get("head_dim") or own.width // own.heads,
+        is_tied=True,
+    )
+    monkeypatch.setitem(cost_comparison.BASES, "own", shape)
+    monkeypatch.setattr(cost_comparison, "plan", lambda recipe, device="", notice=None: planned)
+    comparison = compare_costs(recipe, bases=["own"])
+    costs = {each: row(comparison, "own", each).time_s for each in Method}
+    found = costs[method]
+    assert found and found.estimate == pytest.approx(planned.measurement.seconds)
+    lora, quantised = costs[Method.LORA], costs[Method.QLORA]
+    assert lora and quantised and quantised.estimate == pytest.approx(lora.estimate * QUANTISED_TIME.estimate)
 
 
 def test_the_objective_s_own_passes_are_counted(planned: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ STARTER = ModelShape(
     vocabulary=49152,
     element_bytes=4,
     linear_bytes=425 * 10**6,
+    linear_weights=106_168_320,
     trainable=4_884_480,
     adapted=30,
     recompute=False,

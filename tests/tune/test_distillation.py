@@ -330,6 +330,29 @@ def test_a_refused_row_is_shortened_in_the_student_s_tokens() -> None:
     assert refused.value.remedy.startswith("--data.max_length_tokens 19,")
 
 
+@pytest.mark.parametrize(
+    ("tops", "problem"),
+    [
+        (None, "no `top_logprobs`, and objective.top_k is 2"),
+        ([], "no `top_logprobs`"),
+        ({"token_id:7": -0.1, "token_id:8": -0.1}, "sum to 1.81"),
+    ],
+)
+def test_alternatives_that_are_absent_or_impossible_are_refused(
+    tmp_path: Path, recipe: dict[str, Any], tops: Any, problem: str
+) -> None:
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        beside = len(body["prompt"]) - 1
+        fields = {"token_logprobs": [None, *[-3.0] * beside], "top_logprobs": tops and [None, *[tops] * beside]}
+        return {"choices": [{"text": "", "logprobs": fields}]}
+
+    with serving(EndpointServer()) as server:
+        server.completion = answer
+        with pytest.raises(ModelError, match=problem) as caught:
+            tune(changed(recipe, {**endpoint(server), "top_k": 2}), tmp_path / "a")
+        assert server.url in caught.value.problem and "objective.teacher" in caught.value.remedy
+
+
 @pytest.mark.parametrize("top", ["token_id:zz", "token_id:", "token_id:999999999", "token_id:-4", "token_id:7"])
 def test_tokens_that_an_endpoint_misspells_are_no_bins(tmp_path: Path, recipe: dict[str, Any], top: str) -> None:
     with serving(EndpointServer()) as server:

@@ -33,6 +33,9 @@ app = App(
 
 # `--method.rank 8`: options of a recipe, passed on unchanged
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+# words of a person or a model, which may begin with a hyphen, as a list does; a file, which may be `-`
+WORDS = Annotated[str, Parameter(allow_leading_hyphen=True)]
+FILE_OR_STDIN = Annotated[Path | None, Parameter(allow_leading_hyphen=True)]
 REPLACE = Annotated[bool, Parameter(negative="")]
 
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 import sartor
-from sartor.cli.app import REPLACE, app, notice
+from sartor.cli.app import FILE_OR_STDIN, REPLACE, WORDS, app, notice
+from sartor.cli.tracing import reply_of, turns_of
+from sartor.cli.tuning import MEDIA
 from sartor.core.errors import ConfigError
 
 ablate_app = App(name="ablate", help="Prove by retraining that training rows caused a reply.")
@@ -22,13 +24,17 @@ def ablate(
     target: Path,
     *,
     examples: EXAMPLES,
-    prompt: str,
-    reply: str,
     out: Path,
+    prompt: WORDS = "",
+    reply: WORDS = "",
+    prompt_file: FILE_OR_STDIN = None,
+    reply_file: Path | None = None,
+    messages: Path | None = None,
+    system: str | None = None,
+    media: MEDIA = (),
     key: Path | None = None,
     controls: int = 5,
     seeds: int = 1,
-    system: str | None = None,
 ) -> Any:
     """Retrain without rows and without matched controls, and write a signed proof: proven, not_proven, cannot_tell.
 
@@ -37,24 +43,29 @@ def ablate(
     Args:
         target: a Release or an Adapter
         examples: ids of the suspected training rows, or unique beginnings of ids
+        out: directory of the proof, which holds prompt and reply in plain text
         prompt: what was asked
         reply: what was replied
-        out: directory of the proof, which holds prompt and reply in plain text
+        prompt_file: file with the prompt, which keeps it out of the list of processes; - is standard input
+        reply_file: file with the reply
+        messages: JSON file with the turns before the reply, or the body of the request, instead of --prompt
+        system: system prompt before the prompt; by default that of most training rows
+        media: image or recording before the prompt, several in their order; the proof holds their digests
         key: private key for proofs, or its directory; by default SARTOR_HOME/keys/proof
         controls: number of control sets, at least 5; more of them see smaller effects
         seeds: number of seeds that each retrain is made with
-        system: system prompt before the prompt; by default that of most training rows
     """
     return sartor.ablate(
         target,
         examples,
-        prompt=prompt,
-        reply=reply,
+        prompt=turns_of(prompt, prompt_file, messages),
+        reply=reply_of(reply, reply_file),
         out=out,
         key=key,
         controls=controls,
         seeds=seeds,
         system=system,
+        media=sartor.Question.of("", media).media,
         notice=notice,
     )
 
@@ -80,9 +91,9 @@ def fix(
     out: Path,
     drop: REPLACE = False,
     correct: Path | None = None,
-    prompt: str = "",
-    reply: str = "",
-    corrected: str = "",
+    prompt: WORDS = "",
+    reply: WORDS = "",
+    corrected: WORDS = "",
     waive: tuple[str, ...] = (),
     key: Path | None = None,
     queue: str = "",

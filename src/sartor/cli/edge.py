@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 import sartor
-from sartor.cli.app import REPLACE, app, notice, prompt_of
+from sartor.cli.app import FILE_OR_STDIN, REPLACE, app, notice, prompt_of
 from sartor.core.errors import ConfigError
 
 edge_app = App(
@@ -296,7 +296,7 @@ def ask(
     name: str,
     prompt: str = "",
     *,
-    prompt_file: Path | None = None,
+    prompt_file: FILE_OR_STDIN = None,
     store: Path = STORE,
     base: str = "",
     max_tokens: int | None = None,

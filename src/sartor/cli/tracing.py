@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 import sartor
-from sartor.cli.app import REPLACE, app, notice, prompt_of
+from sartor.cli.app import FILE_OR_STDIN, REPLACE, WORDS, app, notice, prompt_of
 from sartor.cli.tuning import MEDIA
 from sartor.core import strict_json
 from sartor.core.errors import ConfigError
@@ -18,9 +18,9 @@ from sartor.core.errors import ConfigError
 def trace(
     target: Path | None = None,
     *,
-    prompt: str = "",
-    reply: str = "",
-    prompt_file: Path | None = None,
+    prompt: WORDS = "",
+    reply: WORDS = "",
+    prompt_file: FILE_OR_STDIN = None,
     reply_file: Path | None = None,
     messages: Path | None = None,
     system: str | None = None,
@@ -70,24 +70,17 @@ def trace(
         html: file for a page with the rows beside the reply
         replace: replace an existing page or matrix
     """
-    words = prompt_of(prompt, prompt_file)
-    turns: Any = words
-    if messages is not None:
-        if words:
-            raise ConfigError("a prompt and --messages exclude each other", f"--messages {messages}, without a prompt")
-        turns = _turns(messages)
-    attached = sartor.Question.of("", media).media
     return sartor.trace(
         target,
-        turns,
-        _reply(reply, reply_file),
+        turns_of(prompt, prompt_file, messages),
+        reply_of(reply, reply_file),
         method=method,
         by=by,
         top=top,
         receipt=receipt,
         team=team,
         system=system,
-        media=attached,
+        media=sartor.Question.of("", media).media,
         data=data,
         queries=queries,
         scores=scores,
@@ -101,7 +94,28 @@ def trace(
     )
 
 
-def _reply(reply: str, file: Path | None) -> str:
+def turns_of(prompt: str, prompt_file: Path | None, messages: Path | None) -> Any:
+    """Return the prompt: its words, or the turns or the request's body in the JSON file `messages`.
+
+    Raises ConfigError if both are given, or for a file of other content.
+    """
+    words = prompt_of(prompt, prompt_file)
+    if messages is None:
+        return words
+    if words:
+        raise ConfigError("a prompt and --messages exclude each other", f"--messages {messages}, without a prompt")
+    try:
+        document = strict_json.loads(messages.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{messages} cannot be read as JSON: {error}"
+        raise ConfigError(problem, "a list of messages in OpenAI's form") from None
+    turns = document.get("messages") if isinstance(document, dict) else document
+    if not isinstance(turns, list):
+        raise ConfigError(f"{messages} holds no list of messages", '[{"role": "user", "content": "..."}]')
+    return document
+
+
+def reply_of(reply: str, file: Path | None) -> str:
     """Return the typed reply, or the text of a file without the line end that an editor adds."""
     if file is None:
         return reply
@@ -111,15 +125,3 @@ def _reply(reply: str, file: Path | None) -> str:
         return file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as text: {error}", "--reply-file FILE, in UTF-8") from None
-
-
-def _turns(file: Path) -> Any:
-    """Return the turns in a JSON file, or the request's body that it holds. Raises ConfigError for other content."""
-    try:
-        document = strict_json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON: {error}", "a list of messages in OpenAI's form") from None
-    turns = document.get("messages") if isinstance(document, dict) else document
-    if not isinstance(turns, list):
-        raise ConfigError(f"{file} holds no list of messages", '[{"role": "user", "content": "..."}]')
-    return document

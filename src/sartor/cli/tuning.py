@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, Token
 
 import sartor
-from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice, prompt_of
+from sartor.cli.app import AS_JSON, FILE_OR_STDIN, REPLACE, Flags, app, notice, prompt_of
 from sartor.core.errors import ConfigError
 from sartor.core.terminal import printable
 
@@ -433,7 +433,7 @@ def ask(
     release: Path,
     prompt: str = "",
     *,
-    prompt_file: Path | None = None,
+    prompt_file: FILE_OR_STDIN = None,
     media: MEDIA = (),
     agent: str = "auto",
     public_key: Path | None = None,

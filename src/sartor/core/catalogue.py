@@ -107,13 +107,17 @@ def locate(artifact_id: str, *hints: str) -> Path | None:
 
     The `hints` are tried first, then the paths in the catalogue.
     """
+    return next(copies(artifact_id, *hints), None)
+
+
+def copies(artifact_id: str, *hints: str) -> Iterator[Path]:
+    """Yield the paths with a manifest of this id: the `hints`, then those in the catalogue."""
     with _open() as connection:
         rows = connection.execute("select path from artifacts where id = ?", (artifact_id,)).fetchall()
-    for text in [*hints, *(row[0] for row in rows)]:
+    for text in dict.fromkeys([*hints, *(row[0] for row in rows)]):
         with contextlib.suppress(ArtifactError):
             if text and read_manifest(Path(text))["id"] == artifact_id:
-                return Path(text)
-    return None
+                yield Path(text)
 
 
 def children(artifact_id: str, kind: str) -> list[Path]:

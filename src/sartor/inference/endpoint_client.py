@@ -250,7 +250,7 @@ class EndpointClient:
             if self.access.key:
                 remedy = f"export VARIABLE=KEY with a valid key, for the VARIABLE that {self._option}.key_env names"
             return KeyRefusedError(problem, remedy)
-        remedy = f"check {self._option}.url and {self._option}.model"
+        remedy = f"check {self._option}.url, which has to serve {self._route}, and {self._option}.model"
         return ConfigError(problem, f"{remedy}; what was answered is kept" if self._keeps_answers else remedy)
 
     def _redacted(self, text: str) -> str:

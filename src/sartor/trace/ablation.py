@@ -17,7 +17,7 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +33,7 @@ from sartor.core.errors import ConfigError, ModelError, SartorError, StoppedErro
 from sartor.core.filesystem import PRIVATE, make_parent, make_private_folder, write_file_atomic, writer_lock
 from sartor.core.home import home
 from sartor.core.progress import Progress
-from sartor.core.records import Example
+from sartor.core.records import Example, Message, Part
 from sartor.core.signed_document import sign_document
 from sartor.core.splits import group_of
 from sartor.evaluate.bootstrap import paired_bootstrap
@@ -48,6 +48,7 @@ from sartor.trace.ablation_proof import (
     judged_fields,
 )
 from sartor.trace.replay import Replay
+from sartor.trace.retrieval import media_digest, media_of
 from sartor.trace.retrieval_store import open_index
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples, open_traced
 
@@ -149,18 +150,21 @@ def ablate(
     path: Path | str,
     examples: Sequence[str],
     *,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any],
     reply: str,
     out: Path | str,
     key: Path | str | None = None,
     controls: int = LEAST_CONTROLS,
     seeds: int = 1,
     system: str | None = None,
+    media: Sequence[Part] = (),
     notice: Notice = lambda line: None,
 ) -> Ablated:
     """Retrain an Adapter or Release without rows and without matched controls, and write the signed proof.
 
     examples: ids of the suspects, or unique beginnings of ids.
+    prompt: text, turns in OpenAI's form, or the body of a request with `messages` and `tools`.
+    media: images and recordings before the text.
     system: system prompt before `prompt`; by default that of most training rows.
     key: private key for proofs, or its folder; by default SARTOR_HOME/keys/proof.
     controls: number of control sets. seeds: number of seeds, from the run's own on.
@@ -174,7 +178,7 @@ def ablate(
     private = signing.open_private(_key_path(key), "proof")
     check_output_free(out, replace=None)
     traced = open_traced(path)
-    query = traced.query(prompt, reply, system=system)
+    query = traced.query(prompt, reply, system=system, media=media)
     plan = plan_ablation(traced, query, examples, controls=controls, seeds=seeds)
     if plan.duplicates:
         ids = " ".join(traced.rows[index].example.id[:16] for index in plan.duplicates)
@@ -332,8 +336,11 @@ class RetrainFolder:
     def _reference_losses(self, *, is_first: bool) -> ReplayLosses:
         """Return the losses before and after the tuning; the first call measures them, with a retrain on all rows."""
         file = self.folder / f"reference-{self._question[:16]}.json"
-        if (stored := _read_json(file)) is not None:
-            return ReplayLosses(**stored)
+        with suppress(KeyError, TypeError, ValueError):
+            if (stored := _read_json(file)) is not None:
+                return ReplayLosses(
+                    float(stored["before_tuning"]), float(stored["adapter"]), str(stored["approximate"])
+                )
         query, replay = [self.plan.query], self.replay
         replay.restart()
         before = float(replay.losses(replay.parameters(), query)[0])
@@ -371,15 +378,19 @@ class RetrainFolder:
         return self.folder / f"{name}.json"
 
     def _read(self, file: Path) -> Losses | None:
-        stored = _read_json(file)
-        return None if stored is None else Losses(stored["reply"], tuple(stored["held_out"]))
+        with suppress(KeyError, TypeError, ValueError):
+            if (stored := _read_json(file)) is not None:
+                held_out = tuple(float(loss) for loss in stored["held_out"])
+                if len(held_out) == len(self.plan.held_out):
+                    return Losses(float(stored["reply"]), held_out)
+        return None
 
     def _write(self, file: Path, losses: Losses) -> None:
         write_file_atomic(file, records.canonical(vars(losses)), mode=PRIVATE)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    """Return the content of a file of this folder; None if it is absent or damaged, so that it is made again."""
+    """Return the content of a file of this folder; None if it is absent or no JSON, so that it is made again."""
     try:
         return dict(strict_json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -413,7 +424,7 @@ def _fields(plan: AblationPlan, losses: dict[tuple[int, RowSet], Losses], refere
         "adapter": {"kind": traced.artifact.kind, "id": traced.artifact.id, "name": traced.artifact.path.name},
         "dataset": traced.dataset.id,
         "base": {"name": base["name"], "digest": base["digest"]},
-        "prompt": [{"role": message.role, "content": message.text} for message in plan.query.prompt],
+        "prompt": [_turn(message) for message in plan.query.prompt],
         "reply": plan.query.reply,
         "tools": plan.query.tools,
         "examples": origins,
@@ -429,6 +440,18 @@ def _fields(plan: AblationPlan, losses: dict[tuple[int, RowSet], Losses], refere
         "retrains": len(plan.retrains),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """Return a turn of the prompt for the proof: of a picture or a recording its digest, and no bytes."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.text}
+    if message.tool_calls:
+        fields["tool_calls"] = json.loads(message.tool_calls)
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
+    if media := media_of([message]):
+        fields["media"] = [{"type": part.kind, "sha256": media_digest(part)} for part in media]
+    return fields
 
 
 def _metric(

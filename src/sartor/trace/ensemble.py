@@ -114,7 +114,8 @@ def hidden_scores(
         preparation.prepare(traced, model=model, labels=[preparation.HIDDEN], notice=notice)
         matrix = SketchMatrix.open(folder / preparation.HIDDEN)
     assert matrix is not None
-    changes = hidden_states.changes(model, [model.query(query) for query in queries])
+    # each alone: in bf16 a state depends on what else is in the pack
+    changes = np.concatenate([hidden_states.changes(model, [model.query(query)]) for query in queries])
     places = {id: place for place, id in enumerate(matrix.ids)}
     wanted = [places[id] for id in traced.ids]
     count = len(hidden_states.chosen_layers(model))

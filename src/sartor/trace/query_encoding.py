@@ -31,5 +31,5 @@ def check_length(tokens: int, context: int | None) -> None:
         raise RequestError(
             f"prompt and reply have {tokens:,} tokens, and the base has {context:,} positions: no model can compute "
             "the reply's likelihood",
-            "--method retrieval, which reads words alone and works; or give a shorter reply",
+            "a shorter reply; or `sartor trace` by --method retrieval, which reads words alone",
         )

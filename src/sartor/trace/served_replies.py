@@ -19,6 +19,7 @@ class ServedReply:
     path: the Release that gave it, or the personal adapter.
     agent: exact version.
     compared: parts that were compared with the receipt's digests.
+    reply: the reply as it was served, with a line end that the words which were given had lost.
     """
 
     receipt: str
@@ -26,6 +27,7 @@ class ServedReply:
     agent: str
     signer: str
     compared: str
+    reply: str
 
     def as_json(self) -> dict[str, str]:
         """Return the part of the trace's JSON on the receipt."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from sartor.core import records
 from sartor.core.artifacts import read_manifest
 from sartor.core.errors import ConfigError, SartorError, one_of
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.core.html import clipped, escape_control
 from sartor.core.lazy_import import import_module
 from sartor.core.records import Message, Part
@@ -322,10 +322,12 @@ def trace(
     chosen = _method(method)
     tools, turns = (prompt.get("tools"), prompt["messages"]) if isinstance(prompt, Mapping) else (None, prompt)
     _check_outputs(queries, scores, html, prepare=prepare, calibrate=calibrate, replace=replace)
+    if scores is not None or prepare or calibrate:
+        _check_no_reply({"--prompt": turns, "--reply": reply, "--image or --audio": media, "--by": by})
     served = None
     if receipt is not None:
         served = _served(Path(receipt), turns, reply, system=system, media=media, team=Path(team) if team else None)
-        target = _same_target(served, target)
+        target, reply = _same_target(served, target), served.reply
     if target is None:
         raise ConfigError("there is no Release or Adapter to trace", "sartor trace RELEASE --prompt P --reply R")
     start = time.monotonic()
@@ -347,6 +349,16 @@ def trace(
     return result
 
 
+def _check_no_reply(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options of the trace of one reply. given: value by flag."""
+    for flag, value in given.items():
+        if value:
+            raise ConfigError(
+                f"{flag} is of the trace of one reply, and --scores, --prepare and --calibrate end without one",
+                f"leave {flag} out; or the same command without --scores, --prepare and --calibrate",
+            )
+
+
 def _check_outputs(
     queries: Path | str | None,
     scores: Path | str | None,
@@ -359,8 +371,13 @@ def _check_outputs(
     """Raise ConfigError for outputs that exist or that do not fit together."""
     outputs = [(html, "--html"), (scores, "--scores"), (_ids_file(Path(scores)) if scores else None, "--scores")]
     for file, flag in outputs:
-        if file is not None and Path(file).exists() and not replace:
+        if file is None:
+            continue
+        if Path(file).is_dir():
+            raise ConfigError(f"the output {file} is a directory", f"{flag} {shlex.quote(f'{file}/trace')}, a file")
+        if Path(file).exists() and not replace:
             raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
+        make_parent(Path(file))
     if prepare and calibrate:
         raise ConfigError("a call prepares or calibrates", "--prepare, then the same command with --calibrate")
     if (prepare or calibrate) and (html is not None or scores is not None):
@@ -466,8 +483,13 @@ def _check_rows(traced: TracedAdapter, method: Method) -> None:
     if method is Method.UNROLLED and not traced.is_own:
         raise ConfigError(
             f"{method} needs the rows of the tuning in their order, and those of {traced.dataset.path} were named",
-            "--method retrieval or --method gradient, which work for any rows; or leave --data out",
+            "--method retrieval or --method gradient, which work for any rows" + _own_rows_remedy(traced),
         )
+
+
+def _own_rows_remedy(traced: TracedAdapter) -> str:
+    """Return what else helps where another Dataset was named: nothing if the tuning's own rows are not known."""
+    return "" if traced.known_recipe is None else "; or leave --data out, for the rows of the tuning"
 
 
 def _served(
@@ -511,13 +533,14 @@ def _prepared(
     traced: TracedAdapter, queries: Path | str | None, *, runs: int, is_calibration: bool, notice: Notice
 ) -> Any:
     """Make what the method gradient needs, or measure the LDS of each method."""
+    _check_rows(traced, Method.GRADIENT)
     if not is_calibration:
         open_index(traced, notice)
         return import_module("sartor.trace.prepare").prepare(traced, notice=notice)
     if not traced.is_own:
         raise ConfigError(
             f"a calibration repeats the tuning on its own rows, and those of {traced.dataset.path} were named",
-            "leave --data out; retrieval and gradient rank rows of any Dataset without a calibration",
+            "retrieval and gradient rank rows of any Dataset without a calibration" + _own_rows_remedy(traced),
         )
     asked = read_queries(Path(queries), traced) if queries is not None else None
     return import_module("sartor.trace.calibration").calibrate(traced, asked, runs=runs, notice=notice)

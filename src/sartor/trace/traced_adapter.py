@@ -148,8 +148,9 @@ class TracedAdapter:
 
     @property
     def show_command(self) -> str:
-        """The command that lists its rows, for remedies."""
-        return f"sartor show {shlex.quote(str(self.dataset.path))}"
+        """The command that lists the rows of its own Dataset, for remedies."""
+        rows = self.dataset.manifest["counts"]["splits"].get("train", 0)
+        return f"sartor show {shlex.quote(str(self.dataset.path))} -n {max(rows, 1)}"
 
     @property
     def unrepeatable(self) -> str:
@@ -192,15 +193,20 @@ class TracedAdapter:
         for id in ids:
             matches = [self.indices[id]] if id in self.indices else []
             matches = matches or [index for full_id, index in self.indices.items() if id and full_id.startswith(id)]
-            if len(matches) != 1:
-                problem = f"{id!r} is the beginning of {len(matches)} ids" if matches else f"no training row is {id!r}"
-                raise ConfigError(problem, f"{self.show_command} lists the ids")
+            if not matches:
+                raise ConfigError(f"no training row is {id!r}", f"{self.show_command} lists the ids")
+            if len(matches) > 1:
+                several = ", ".join(self.ids[index][:16] for index in matches[:4])
+                raise ConfigError(
+                    f"{id!r} is the beginning of {len(matches)} ids: {several}{', ...' if len(matches) > 4 else ''}",
+                    f"a longer beginning: {self.ids[matches[0]][:16]}",
+                )
             found += matches
         return found
 
     def query(
         self,
-        prompt: str | Sequence[Mapping[str, Any]],
+        prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any],
         reply: str,
         *,
         system: str | None = None,
@@ -209,7 +215,8 @@ class TracedAdapter:
     ) -> TraceQuery:
         """Return a prompt and its reply as a query.
 
-        prompt: text of one user turn, or the turns in OpenAI's form.
+        prompt: text of one user turn, the turns in OpenAI's form, or the body of a request with `messages` and
+            `tools`.
         tools: declared tools in OpenAI's form; None for those that most training rows declare.
         system: None for the system prompt that most training rows have, unless the turns begin with one; empty for
             none.
@@ -218,6 +225,8 @@ class TracedAdapter:
         """
         if not reply:
             raise ConfigError("the reply is empty", '--reply "what the model said"')
+        if isinstance(prompt, Mapping):
+            tools, prompt = prompt.get("tools"), prompt["messages"]
         if isinstance(prompt, str):
             user = Message("user", (*media, *([Part("text", prompt)] if prompt else [])))
             messages = [user] if user.content else []
@@ -253,18 +262,23 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
     Raises ArtifactError if it, or the Dataset it was tuned on, is damaged, changed or not on this machine.
     """
     artifact = _foreign_adapter(Path(path), data) or open_artifact(path, ("adapter", "release"))
+    manifest, named = adapter_manifest(artifact), ""
     if data is not None:
-        return _with_rows(dataset_rows(artifact, open_artifact(data, "dataset")))
-    recipe, manifest = _recipe_of(artifact), adapter_manifest(artifact)
+        dataset = open_artifact(data, "dataset")
+        is_own = dataset.id in [parent["id"] for parent in manifest["parents"]]
+        if not is_own or "federated" in manifest.get("run", {}):  # a client has some of the rows alone
+            return _with_rows(dataset_rows(artifact, dataset))
+        named = str(dataset.path)
+    recipe = _recipe_of(artifact)
     left_out = {id for ids in manifest.get("left_out", {}).values() for id in ids}
     parts = []
     for parent in [parent for parent in manifest["parents"] if parent["kind"] == "dataset"]:
         is_rehearsal = parent.get("role") == ancestry.REHEARSAL
         sibling = artifact.path.parent / Path(parent["path"]).name
-        found = catalogue.locate(parent["id"], parent["path"], str(sibling))
-        if found is None and is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
+        paths = list(catalogue.copies(parent["id"], named, parent["path"], str(sibling)))
+        if not paths and is_rehearsal:  # an asset that can be installed again; the rows of the task still explain
             continue
-        parts.append((_open_dataset(artifact, parent, found), is_rehearsal))
+        parts.append((_open_dataset(artifact, parent, paths), is_rehearsal))
     if all(is_rehearsal for _, is_rehearsal in parts):
         raise ArtifactError(f"{artifact.path} names no Dataset that it was tuned on", _by_named_rows(artifact))
 
@@ -371,14 +385,18 @@ def _by_named_rows(artifact: Artifact) -> str:
     )
 
 
-def _open_dataset(artifact: Artifact, parent: Mapping[str, str], path: Path | None) -> Artifact:
-    """Return the Dataset of a tuning. Raises ArtifactError if it is gone, moved or changed."""
-    problem = "is not on this machine, or was moved"
-    if path is not None:
+def _open_dataset(artifact: Artifact, parent: Mapping[str, str], paths: Sequence[Path]) -> Artifact:
+    """Return the Dataset of a tuning, the first of its copies that is whole.
+
+    Raises ArtifactError if it is gone, moved or changed.
+    """
+    problems = []
+    for path in paths:
         try:
             return open_artifact(path, "dataset")
         except ArtifactError as error:
-            problem = f"was changed: {error.problem}"
+            problems.append(error.problem)
+    problem = f"was changed: {problems[0]}" if problems else "is not on this machine, or was moved"
     raise ArtifactError(
         f"the Dataset {parent['id'][:16]} that {artifact.path.name} was tuned on ({parent['path']}) {problem}",
         f"sartor index DIR finds one that was moved; {_by_named_rows(artifact)}",

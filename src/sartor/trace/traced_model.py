@@ -74,9 +74,10 @@ class TracedModel:
         self.traced, self.base, self.model, self.soft = traced, base, model, soft or {}
         self.factors = lora_factors(model)
         if not self.factors:
+            method = "retrieval" if traced.unrepeatable else "unrolled"
             raise ModelError(
                 f"{traced.artifact.path} has no LoRA factors, whose gradients are compared",
-                f"{traced.command} --method retrieval --prompt P --reply R",
+                f"{traced.command} --method {method} --prompt P --reply R, which needs none",
             )
         self.final = {name: factor.detach().clone() for name, factor in self.factors.items()}
         layers = model.config.get_text_config().num_hidden_layers

@@ -22,6 +22,7 @@ from typing import Any
 
 from sartor.core.errors import BudgetError, ConfigError
 from sartor.tune.cost_model import Interval, ModelShape
+from sartor.tune.methods.full import Full
 from sartor.tune.plan import PlanMeasurement, hourly, plan
 from sartor.tune.recipe import REFERENCED, SAMPLED, Kto, Objective, Recipe, Sft, load
 
@@ -86,6 +87,7 @@ class BaseShape:
             trainable=0,
             adapted=self.layers,
             recompute=recompute,
+            linear_weights=self.linear,
         )
 
     def lora(self, rank: int) -> int:
@@ -178,14 +180,16 @@ class ComparedCost:
     time_s: Interval | None = None
     cost: Interval | None = None
 
-    def priced(self, time_s: Interval, price_h: float | None) -> ComparedCost:
-        """Return the row with its time, which 4-bit weights lengthen, and its cost at a price an hour a device."""
-        if self.method is Method.QLORA:
-            time_s = Interval(
-                time_s.estimate * QUANTISED_TIME.estimate,
-                time_s.low * QUANTISED_TIME.low,
-                time_s.high * QUANTISED_TIME.high,
-            )
+    def priced(self, time_s: Interval, price_h: float | None, *, was_quantised: bool = False) -> ComparedCost:
+        """Return the row with its time and its cost at a price an hour a device.
+
+        time_s: without what quantised weights add; with it, if `was_quantised`.
+        """
+        more = QUANTISED_TIME
+        if self.method is Method.QLORA and not was_quantised:
+            time_s = Interval(time_s.estimate * more.estimate, time_s.low * more.low, time_s.high * more.high)
+        elif self.method is not Method.QLORA and was_quantised:
+            time_s = Interval(time_s.estimate / more.estimate, time_s.low / more.high, time_s.high / more.low)
         cost = time_s * (self.devices * price_h / 3600) if price_h is not None else None
         return replace(self, time_s=time_s, cost=cost)
 
@@ -296,7 +300,12 @@ def compare_costs(
             f"nothing can be compared, since the recipe itself is refused: {reason.problem if reason else 'no row'}",
             reason.remedy if reason else "sartor plan RECIPE",
         )
-    comparison = _Comparison(planned.measurement, getattr(resolved.method, "rank", DEFAULT_RANK), resolved.objective)
+    own_method = Method.QLORA if resolved.base.bits in (4, 8) else Method.LORA
+    if isinstance(resolved.method, Full):
+        own_method = Method.FULL
+    comparison = _Comparison(
+        planned.measurement, getattr(resolved.method, "rank", DEFAULT_RANK), resolved.objective, own_method
+    )
     rows = []
     for name, base in shapes.items():
         rows += [comparison.here(name, base, method, price_h) for method in Method]
@@ -307,11 +316,15 @@ def compare_costs(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The measured run, carried to other bases and devices. rank: of their LoRA."""
+    """The measured run, carried to other bases and devices.
+
+    rank: of their LoRA. own_method: that of the measured run; QLoRA for any quantised base.
+    """
 
     measured: PlanMeasurement
     rank: int
     objective: Objective = Sft()
+    own_method: Method = Method.LORA
 
     @property
     def reference_passes(self) -> int:
@@ -359,15 +372,15 @@ class _Comparison:
         if isinstance(self.objective, SAMPLED):
             return replace(cost, devices=1)
         # layers below the adapted ones have a forward pass alone
-        own_passes = 1 + (self.passes(Method.LORA) - 1) * own.adapted / own.layers
-        own_flops = self.token_flops(own, own.linear_bytes // own.element_bytes, own_passes)
+        own_passes = 1 + (self.passes(self.own_method) - 1) * own.adapted / own.layers
+        own_flops = self.token_flops(own, own.linear_weights, own_passes)
         # the measured seconds are those of the updates alone
         passes = self.passes(method) + self.reference_passes
         factor = self.token_flops(shape, base.linear, passes) / own_flops
         half_width = min(measured.half_width + CARRIED_HALF_WIDTH * abs(math.log10(factor)), MOST_HALF_WIDTH)
         seconds = measured.seconds * factor
         time_s = Interval(seconds, seconds * (1 - half_width), seconds / (1 - half_width))
-        return replace(cost, devices=1).priced(time_s, price_h)
+        return replace(cost, devices=1).priced(time_s, price_h, was_quantised=self.own_method is Method.QLORA)
 
     def on_gpus(
         self, name: str, base: BaseShape, method: Method, gpu_name: str, price_h: float | None

@@ -302,7 +302,8 @@ class ModelShape:
     """Sizes of a model that decide its memory.
 
     layers, width, inner, heads, vocabulary: in elements, as in the model's config.
-    linear_bytes: frozen weight matrices without the embeddings.
+    linear_bytes: frozen weight matrices without the embeddings, as they are stored.
+    linear_weights: number of weights of the linear modules of all layers, however they are stored.
     trainable: number of trained parameters.
     adapted: layers next to the head that have a backward pass.
     """
@@ -317,6 +318,7 @@ class ModelShape:
     trainable: int
     adapted: int
     recompute: bool
+    linear_weights: int
 
     def activation_bytes(self, load: BatchLoad) -> float:
         """Return the approximate bytes that one micro-batch keeps for the backward pass.
@@ -345,17 +347,21 @@ def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
     """Return the ModelShape of a model with its adapter. Values that the config lacks are Llama's."""
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_width = getattr(config, "head_dim", None) or width // heads
     weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     embedding_ids = {
-        id(module.weight)
+        id(getattr(module, "original_module", module).weight)  # `full` keeps it beside the trained copy
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
         if module is not None
     }
     return ModelShape(
         layers=layers,
-        width=config.hidden_size,
-        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        heads=config.num_attention_heads,
+        width=width,
+        inner=inner,
+        heads=heads,
         vocabulary=config.vocab_size,
         element_bytes=next((parameter.element_size() for parameter in weights if parameter.is_floating_point()), 4),
         linear_bytes=sum(
@@ -364,6 +370,7 @@ def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         adapted=min(recipe.method.targets.top or layers, layers),
         recompute=recipe.compute.recompute,
+        linear_weights=layers * (2 * width * head_width * (heads + groups) + 3 * width * inner),
     )
 
 

@@ -54,6 +54,8 @@ _TEACHER_TOKENS = 512
 _OPTION = "objective.teacher"
 # Log-probabilities up to this are taken for 0: servers round
 _ROUNDING = 1e-3
+# Probabilities of the likeliest tokens may sum to so much more than 1
+_SUM_ROUNDING = 0.02
 _TOKEN_ID = "token_id:"  # vLLM's spelling of a token by its id
 
 
@@ -257,6 +259,8 @@ class RemoteTeacher:
         chunks = self.translation.chunks(row, teacher_row)
         if chunks is not None:
             return chunk_scores(row, chunks, targets)
+        if places and not any(scores.tops[place] for place in places):
+            raise self._lacks(f"its answer has no `top_logprobs`, and objective.top_k is {self.top_k}")
         bins = [self._bins(scores.tops[place], teacher_row.ids[place], scores.targets[place]) for place in places]
         width = max(map(len, bins), default=1)
         ids, values = torch.zeros(len(bins), width, dtype=torch.long), torch.full((len(bins), width), NO_BIN)
@@ -297,6 +301,9 @@ class RemoteTeacher:
         for value in (*targets[1:], *(value for top in named[1:] for value in top.values())):
             if not value <= _ROUNDING:
                 raise self._lacks(f"one of its log-probabilities is {value}; they must be at most 0")
+        for top in named[1:]:
+            if (total := sum(math.exp(value) for value in top.values())) > 1 + _SUM_ROUNDING:
+                raise self._lacks(f"the probabilities of the likeliest tokens at one place sum to {total:.2f}")
         if -math.inf in targets:
             raise self._lacks("one of its log-probabilities of the prompt's tokens is -inf")
         self._check_tokens(found.get("tokens"), ids)

@@ -206,6 +206,8 @@ def plan(
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
+    if no_room := list(preflight.of_room(resolved, base.model, data)):
+        return TuningPlan(device=str(base.device), refusals=no_room)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)
     verifier_refusals = []

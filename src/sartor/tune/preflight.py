@@ -17,16 +17,17 @@ import torch
 
 from sartor.core import config, model_refs
 from sartor.core.errors import BudgetError, ConfigError, MissingError, SartorError, SourceError
+from sartor.inference.generate import context_tokens
 from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
 from sartor.tune.methods.full import Full
 from sartor.tune.methods.pissa import Pissa
-from sartor.tune.recipe import PAIRED, SAMPLED, Recipe, ResolvedRecipe, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Distil, Grpo, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
-NO_PREFERENCE, VERIFIER = "nothing_preferred", "verifier_refused"
+NO_PREFERENCE, VERIFIER, NO_ROOM = "nothing_preferred", "verifier_refused", "no_room_for_replies"
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = (
     "memory",
     "cut_answers",
@@ -181,6 +182,26 @@ def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
         f"objective.kind is {objective.kind}, and none of the {len(data.train):,} training rows {requirement}",
         f"rows of the form {forms}, or objective: {{kind: sft}}",
     )
+
+
+def of_room(recipe: Recipe, model: Any, data: TokenizedDataset) -> Iterator[Refusal]:
+    """Yield a refusal if prompts leave the replies that are sampled to them no room in the base's context."""
+    objective, context = recipe.objective, context_tokens(model)
+    is_sampled = isinstance(objective, Grpo) or (isinstance(objective, Distil) and objective.on_policy > 0)
+    if not is_sampled or context is None:
+        return
+    rows = [row for row in (*data.train, *data.held_out) if isinstance(row, TokenizedExample)]
+    too_long = [row for row in rows if row.last_reply[0] >= context]
+    if too_long:
+        shorter = "shorter prompts, or a base with a longer context"
+        yield Refusal(
+            NO_ROOM,
+            f"the prompts of {len(too_long):,} of {len(rows):,} rows fill the {context:,} positions of the base, so "
+            f"that no reply to them can be sampled; the first is {too_long[0].example_id}",
+            shorter
+            if len(too_long) == len(rows)
+            else f"--data.max_length_tokens {context} leaves them out; or {shorter}",
+        )
 
 
 def check_end_tokens(chat: Tokenised, rows: Sequence[TokenizedExample]) -> Iterator[Refusal]:

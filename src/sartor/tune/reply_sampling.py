@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sartor.core.errors import ConfigError
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
@@ -35,16 +34,11 @@ def sample_replies(
 
     A reply that ends by itself has its end token; one that reaches the limit of `sampling` or of the context has none.
     The same row given several times gets several replies.
-    Raises ConfigError for a prompt that leaves no room in the context.
+    Each prompt leaves room in the context (`preflight.of_room`).
     """
     prompts = [last_reply(row)[0] for row in rows]
     context = context_tokens(model) or math.inf
     room = int(min(sampling.max_tokens, context - max(map(len, prompts))))
-    if room < 1:
-        raise ConfigError(
-            f"a prompt of {max(map(len, prompts)):,} tokens leaves no room for a reply in {context:,}",
-            f"--data.max_length_tokens {int(context) // 2}",
-        )
     is_training = model.training
     model.eval()
     with unpacked(model):

@@ -113,6 +113,8 @@ def tune(
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal=rehearsal_setting, earlier=earlier)
     calibrate(base, data)
     hold_at_base(recipe, base, data)
+    for refusal in preflight.of_room(resolved, base.model, data):
+        raise refusal.error
     teacher = open_teacher(resolved, base, notice)
     grpo = open_grpo(resolved, base, data, notice)
     parent_of_teacher = teacher.parent if teacher else None

@@ -159,13 +159,18 @@ def check_served_reply(
         release=release,
         state=state,
     )
-    compared = _check_digests(evidence)
+    try:
+        compared = _check_digests(evidence)
+    except ArtifactError:
+        reply = f"{reply}\n"  # one that was read from a file has lost its line end
+        compared = _check_digests(replace(evidence, reply=reply))
     return ServedReply(
         receipt=receipt["id"],
         path=_adapter_of(receipt, release, state),
         agent=receipt["agent"],
         signer=signer,
         compared=compared,
+        reply=reply,
     )
 
 
