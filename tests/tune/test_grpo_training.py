@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,32 @@ def test_useless_verifier_is_refused_before_the_run(
 def test_rows_without_what_the_verifier_needs_are_named(tmp_path: Path, recipe: dict[str, Any]) -> None:
     with pytest.raises(SourceError, match="40 of 40 rows lack what the verifier numeric needs, a number"):
         tune(changed(recipe, {"verifier": {"kind": "numeric"}}), tmp_path / "a")
+
+
+@pytest.mark.parametrize("objective", [{}, {"kind": "distil", "teacher": "base", "on_policy": 0.5}])
+def test_prompts_that_fill_the_context_are_named_before_the_run(
+    objective: dict[str, Any], tmp_path: Path, recipe: dict[str, Any], tiny_base: Path
+) -> None:
+    turns = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "long"}]
+    rows = [*ROWS, {"messages": turns}]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "split": {"eval_fraction": 0}, "workers": 1}, tmp_path / "d")
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 110}))
+    asked = {**recipe, "base": str(base), "data": {"path": str(tmp_path / "d")}}
+    asked["objective"] = objective or recipe["objective"]
+    with pytest.raises(SourceError, match="prompts of 1 of 41 rows fill the 110 positions") as caught:
+        tune(asked, tmp_path / "a")
+    (refusal,) = sartor.plan(asked).refusals
+    assert (refusal.reason, refusal.problem) == ("no_room_for_replies", caught.value.problem)
+    option, limit = caught.value.remedy.split()[:2]
+    assert option == "--data.max_length_tokens"
+    asked["data"]["max_length_tokens"] = int(limit)
+    assert tune(asked, tmp_path / "a")["updates"] == 3
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4}))
+    (refusal,) = sartor.plan(asked).refusals
+    assert "of 40 of 40 rows" in refusal.problem and "longer context" in refusal.remedy
 
 
 def test_function_of_a_user_rewards_in_a_child(
