@@ -178,3 +178,21 @@ def test_evaluation_rows_need_six_groups() -> None:
     replies = LABELS * 2
     assert evaluation_warnings(replies, list("abcdef")) == []
     assert [warning.reason for warning in evaluation_warnings(replies, list("abcdee"))] == ["few_groups"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("R\u00fcckgabe", "Ru\u0308ckgabe"),  # the same characters, composed and not
+        ("iade", "\u0130ade"),  # Turkish, with the dot of the capital
+        ("refund", "refund\u200b"),
+        ('{"intent": "Refund"}', '{"intent":"refund"}'),
+    ],
+)
+def test_spellings_that_look_alike_are_one_label(first: str, second: str) -> None:
+    replies = [first] * 20 + [second] * 5 + ["other"] * 20
+    (warning,) = reply_warnings(replies)
+    assert warning.reason == "spellings"
+    (warning,) = reply_warnings([*replies, "one reply is a long text among labels, " * 4])
+    assert warning.reason == "spellings", "a long reply among labels hides none"
+    assert not reply_warnings([first] * 20 + ["other"] * 20)

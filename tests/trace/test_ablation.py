@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import signal
@@ -21,6 +23,7 @@ from sartor.core import records, signing
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, RequestError, SignatureError
 from sartor.core.filesystem import FileSystem
 from sartor.core.parquet_io import read_examples
+from sartor.core.records import Part
 from sartor.core.signed_document import sign_document
 from sartor.personalization.erasure_receipt import TEAM_FIELDS, check_receipt, write_receipt
 from sartor.trace import ablation
@@ -222,6 +225,39 @@ def test_damaged_result_of_a_retrain_is_made_again(
     monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count))
     assert sartor.ablate(**asked).verdict == "proven"
     assert len(count.read_text()) == 8
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"reply": [], "held_out": 3, "adapter": "x"}'])
+def test_results_of_another_form_are_made_again(
+    content: bytes, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = tmp_path / "count"
+    monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count, killed_after=4))
+    ablate_killed(asked)
+    for file in (tmp_path / "proof.retrains").glob("*.json"):
+        file.write_bytes(content)
+    monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, count))
+    assert sartor.ablate(**asked).verdict == "proven"
+    assert len(count.read_text()) == 11
+
+
+def test_proof_of_turns_has_the_digests_of_media(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation.Replay, "open", fake_replay({0: 3.0}, tmp_path / "count"))
+    call = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "switch kitchen on"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "done", "tool_call_id": "c1"},
+    ]
+    said = sartor.ablate(**{**asked, "prompt": {"messages": turns, "tools": []}}).fields["prompt"]
+    assert [turn["role"] for turn in said][-3:] == ["user", "assistant", "tool"]
+    assert said[-2]["tool_calls"][0]["function"]["name"] == "lamp" and said[-1]["tool_call_id"] == "c1"
+    image = Part("image", media=f"data:image/png;base64,{base64.b64encode(b'png').decode()}")
+    said = sartor.ablate(**{**asked, "out": tmp_path / "image"}, media=[image]).fields["prompt"]
+    assert said[-1]["media"] == [{"type": "image", "sha256": hashlib.sha256(b"png").hexdigest()}]
+    assert "base64" not in json.dumps(said)
 
 
 def test_retrain_without_finite_loss_proves_nothing(

@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import sartor
 from receipt_fakes import replied
+from sample_data import ROWS, write_jsonl
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, RequestError, SartorError
@@ -166,15 +168,27 @@ def test_dataset_that_is_gone_or_changed_is_named(tmp_path: Path, adapter: Path,
     drops.write_bytes(drops.read_bytes()[:-1] + b"x")
     error = error_of(lambda: words(adapter))
     assert isinstance(error, ArtifactError) and "was changed" in error.problem and "--data" in error.remedy
+    # a copy with the same id has the rows of the tuning, in their order
+    assert words(adapter, data=copied).notes == [] and words(adapter, data=copied).traced.is_own
+    sartor.index(copied)
+    assert words(adapter).traced.dataset.path == copied, "the copy that is whole, beside the one that was changed"
+    shutil.move(copied, tmp_path / "moved")
     shutil.rmtree(dataset)
     error = error_of(lambda: words(adapter))
     assert "not on this machine" in error.problem and "sartor index" in error.remedy and "retrieval" in error.remedy
-    result = words(adapter, data=copied)
-    assert result.examples[0].reply == "on:office" and "need not be those" in result.notes[0]
-    error = error_of(lambda: words(adapter, data=copied, method="unrolled"))
-    assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
-    sartor.index(copied)
+    sartor.index(tmp_path / "moved")
     assert words(adapter).notes == []
+
+
+def test_rows_of_another_dataset_are_ranked_by_two_methods(tmp_path: Path, adapter: Path) -> None:
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", ROWS[:12])), "licence": "CC-BY-4.0"}
+    sartor.curate({"sources": [source], "split": {"eval_fraction": 0}}, tmp_path / "other")
+    result = words(adapter, data=tmp_path / "other")
+    assert result.examples and "need not be those" in result.notes[0]
+    error = error_of(lambda: words(adapter, data=tmp_path / "other", method="unrolled"))
+    assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy and "--data out" in error.remedy
+    error = error_of(lambda: sartor.trace(adapter, data=tmp_path / "other", calibrate=True))
+    assert isinstance(error, ConfigError) and "--data out" in error.remedy
 
 
 def test_adapter_tuned_elsewhere_has_retrieval_alone(tmp_path: Path, adapter: Path, dataset: Path) -> None:
@@ -198,8 +212,13 @@ def test_adapter_of_peft_alone_has_retrieval(tmp_path: Path, adapter: Path, data
     assert "tuned elsewhere" in error.problem and f"sartor trace '{folder}' --data DATASET" in error.remedy
     result = sartor.trace(folder, "switch office on", "on:office", data=dataset)
     assert result.examples[0].reply == "on:office" and result.base_says_it is None
-    error = error_of(lambda: words(folder, data=dataset, method="gradient"))
-    assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
+    for call in (
+        lambda: words(folder, data=dataset, method="gradient"),
+        lambda: sartor.trace(folder, data=dataset, prepare=True),
+        lambda: sartor.trace(folder, data=dataset, calibrate=True),
+    ):
+        error = error_of(call)
+        assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
 
 
 def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
@@ -225,6 +244,10 @@ def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
         ({"prompt": {"messages": [{"role": "user", "content": "x"}], "tools": 7}}, ConfigError, "tools"),
         ({"prepare": True, "calibrate": True}, ConfigError, "prepares or calibrates"),
         ({"prepare": True, "html": "x.html"}, ConfigError, "--prepare ends without"),
+        ({"html": "."}, ConfigError, "the output . is a directory"),
+        ({"prepare": True}, ConfigError, "--prompt is of the trace of one reply"),
+        ({"calibrate": True, "prompt": "", "reply": "", "by": "source"}, ConfigError, "--by is of the trace"),
+        ({"queries": "q.jsonl", "scores": "x.npy"}, ConfigError, "--prompt is of the trace of one reply"),
     ],
 )
 def test_wrong_options_are_errors(adapter: Path, options: dict[str, Any], kind: type, word: str) -> None:
@@ -259,7 +282,13 @@ def test_ids_that_no_row_has_are_named(adapter: Path) -> None:
     traced = open_traced(adapter)
     first = traced.rows[0].example.id
     assert traced.find_rows([first, traced.rows[2].example.id[:20]]) == [0, 2]
-    assert "no training row is 'feed'" in error_of(lambda: traced.find_rows([first, "feed"])).problem
+    error = error_of(lambda: traced.find_rows([first, "feed"]))
+    assert "no training row is 'feed'" in error.problem and f"-n {len(traced.rows)} lists" in error.remedy
+    start = next(start for start in "0123456789abcdef" if sum(id.startswith(start) for id in traced.ids) > 1)
+    error = error_of(lambda: traced.find_rows([start]))
+    several = [id for id in traced.ids if id.startswith(start)]
+    assert f"is the beginning of {len(several)} ids: {several[0][:16]}, {several[1][:16]}" in error.problem
+    assert traced.find_rows([error.remedy.split()[-1]]) == [traced.ids.index(several[0])]
 
 
 def test_reply_beyond_the_context_leaves_retrieval(adapter: Path, scored: list[Method]) -> None:
@@ -295,13 +324,31 @@ def receipt(tmp_path: Path, tiny_base: Path) -> tuple[Path, str, ReceiptLog]:
     return tmp_path / "receipt.json", finished.text, book
 
 
+def test_reply_that_lost_its_line_end_is_the_one_that_was_served(
+    tmp_path: Path, tiny_base: Path, dataset: Path
+) -> None:
+    """An editor's file has a line end more than the reply, and the command takes one away."""
+    _, finished, book = replied(tmp_path, tiny_base)
+    book.write(replace(finished, text="yes\n"))
+    book.close()
+    (tmp_path / "receipt.json").write_text(json.dumps(book.read("r1")))
+    asked = {"system": "You are brief.", "receipt": tmp_path / "receipt.json", "data": dataset, "likelihood": False}
+    for reply in ("yes", "yes\n"):
+        assert sartor.trace(None, "turn on the light", reply, **asked).query.reply == "yes\n"
+    assert "receipt r1" in error_of(lambda: sartor.trace(None, "turn on the light", "yes\n\n", **asked)).problem
+
+
 def test_words_are_compared_with_the_receipt(receipt: tuple[Path, str, ReceiptLog], dataset: Path) -> None:
     file, reply, _ = receipt
     asked = {"system": "You are brief.", "receipt": file, "data": dataset, "likelihood": False}
     result = sartor.trace(None, "turn on the light", reply, **asked)
     assert result.served.receipt == "r1" and "reply" in result.served.compared
     assert result.traced.artifact.path.name == "faq"
-    for changed in (("turn off the light", reply, {}), ("turn on the light", f"{reply}!", {})):
+    for changed in (
+        ("turn off the light", reply, {}),
+        ("turn on the light", f"{reply}!", {}),
+        ("turn on the light", f"{reply}\n", {}),
+    ):
         error = error_of(lambda: sartor.trace(None, changed[0], changed[1], **asked))
         assert isinstance(error, ArtifactError) and "receipt r1" in error.problem
     error = error_of(lambda: sartor.trace(None, "turn on the light", reply, **{**asked, "system": "Be long."}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 from sample_data import write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import read_manifest
+from sartor.core.errors import ConfigError
 from sartor.tune import auto_settings, plan_warnings
 from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, StopCriteria
 
@@ -172,17 +174,46 @@ def test_warnings_change_no_weight_and_survive_a_kill(
     assert len(set(weights.values())) == 1
 
 
+@pytest.mark.parametrize("part", ["rows", "replies"])
 @pytest.mark.parametrize(
     ("language", "ratio", "count"), [("de", 1.9, 1), ("de", 1.2, 0), ("en", 1.9, 0), ("", 1.9, 0)]
 )
 def test_language_is_warned_of_where_the_base_does_not_know_it(
-    monkeypatch: pytest.MonkeyPatch, language: str, ratio: float, count: int
+    monkeypatch: pytest.MonkeyPatch, part: str, language: str, ratio: float, count: int
 ) -> None:
-    monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: ["rows"])
-    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: (language, list(pieces)))
-    monkeypatch.setattr(plan_warnings, "_nats_per_letter", lambda pieces, *_: ratio if pieces == ["rows"] else 1.0)
+    texts = {"rows": ["rows"], "replies": []} | {part: ["asked"]}
+    monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: texts)
+    monkeypatch.setattr(
+        plan_warnings, "_language", lambda pieces: (language if pieces == ["asked"] else "", list(pieces))
+    )
+    monkeypatch.setattr(plan_warnings, "_nats_per_letter", lambda pieces, *_: ratio if pieces == ["asked"] else 1.0)
     anything: Any = None
-    assert len(list(plan_warnings.unknown_language(anything, anything, anything))) == count
+    found = list(plan_warnings.unknown_language(anything, anything, anything))
+    assert len(found) == count and all(f"the {part}' language" in warning.problem for warning in found)
+
+
+@pytest.mark.parametrize("best", [{"data": {"eval_rows": 0}}, {"evaluations": 1}, {"evaluations": 0}])
+def test_best_weights_need_something_to_choose_by(
+    tune_recipe: dict[str, Any], best: dict[str, Any], tmp_path: Path
+) -> None:
+    data = {**tune_recipe["data"], **best.get("data", {})}
+    with pytest.raises(ConfigError, match="best weights are chosen") as caught:
+        tune({**tune_recipe, **best, "data": data, "weights": "best"}, tmp_path / "a")
+    assert "--weights last" in caught.value.remedy
+
+
+def test_losses_of_a_run_are_those_of_its_own_rows(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    """The loss of rehearsal by `kl` begins at 0: the mean of both would rise while each falls."""
+    talk = [{"prompt": f"talk about the weather {n}", "completion": f"it is fine {n}"} for n in range(30)]
+    file = write_jsonl(tmp_path / "talk.jsonl", talk)
+    sartor.curate({"sources": [{"path": str(file), "licence": "CC0-1.0"}]}, tmp_path / "talk")
+    data = {**tune_recipe["data"], "rehearsal": {"path": str(tmp_path / "talk"), "fraction": 0.5, "loss": "kl"}}
+    made = tune({**tune_recipe, "data": data, "budget": {"updates": 6}}, tmp_path / "a")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "loss" in line]
+    assert all(line["own_loss"] > line["loss"] for line in updates), "of which a part begins near 0"
+    loss = made.adapter.manifest["run"]["loss"]
+    assert (loss["first"], loss["last"]) == (updates[0]["own_loss"], updates[-1]["own_loss"])
 
 
 @pytest.mark.parametrize(("reply", "wanted"), [("yes", 300), ("a long reply " * 40, 200)])

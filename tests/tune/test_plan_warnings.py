@@ -56,6 +56,12 @@ def updates_of(recipe: ResolvedRecipe, row_tokens: list[int]) -> int:
         ({"updates": 12}, 256, [60] * 500),
         ({"updates": 100, "epochs": 1.0}, 256, [60] * 100),
         ({"updates": 20, "epochs": 1.0}, 256, [60] * 100),
+        # an epoch of less than a batch is an update all the same, and its last one is a smaller one
+        ({"epochs": 3.0}, 4096, [18, 20, 23] * 13),
+        ({"epochs": 10.0}, 4096, [18, 20, 23] * 13),
+        ({"epochs": 10.0}, 100_000, [18, 20, 23] * 13),
+        ({"epochs": 10.0}, 4096, [18, 20, 23]),
+        ({"tokens": 700}, 4096, [18, 20, 23] * 13),
     ],
 )
 def test_every_remedy_of_few_updates_makes_enough(budget: dict[str, Any], batch: int, row_tokens: list[int]) -> None:
@@ -81,7 +87,7 @@ def test_a_budget_of_tokens_counts_those_of_rehearsal() -> None:
     rehearsal = replace(recipe.data.rehearsal, path="talk", fraction=0.2)
     with_rehearsal = replace(recipe, data=replace(recipe.data, rehearsal=rehearsal))
     needed = [next(few_updates(one, 1, [256] * 1000)).remedy.split("; ")[0] for one in (recipe, with_rehearsal)]
-    assert needed == ["--budget.tokens 19200", "--budget.tokens 24000"]
+    assert needed == ["--budget.tokens 12800", "--budget.tokens 16000"]
 
 
 def test_enough_updates_are_not_warned_of() -> None:
@@ -97,7 +103,9 @@ def test_sampled_texts_span_the_dataset_without_rehearsal(tmp_path: Path) -> Non
         {"path": str(write_jsonl(tmp_path / "own.jsonl", own)), "licence": "CC0-1.0"},
     ]
     sartor.curate({"sources": sources, "split": {"eval_fraction": 0.0}}, tmp_path / "dataset")
-    texts = plan_warnings._texts(open_artifact(tmp_path / "dataset"))
+    found = plan_warnings._texts(open_artifact(tmp_path / "dataset"))
+    texts = found["rows"]
+    assert found["replies"] == [], "an answer of a word has no language"
     assert 100 <= len(texts) <= plan_warnings.ROWS_READ
     assert all("fråga" in text for text in texts)
     numbers = [int(text.split()[2]) for text in texts]
@@ -126,7 +134,7 @@ def test_rows_of_a_template_are_measured_apart(monkeypatch: pytest.MonkeyPatch) 
         return 1.0
 
     rows = [f"Stroj číslo {index} hlásí chybu ložiska, co má obsluha udělat?" for index in range(100)]
-    monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: rows)
+    monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: {"rows": rows})
     czech = DetectedLanguage("cs", 0.99, 300)
     monkeypatch.setattr(plan_warnings.language_id, "detector", lambda: lambda text: czech)
     monkeypatch.setattr(plan_warnings, "_nats_per_letter", nats_per_letter)

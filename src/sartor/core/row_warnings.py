@@ -5,8 +5,11 @@ A warning refuses nothing, since a small set can be intended. It states the prob
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ from sartor.core.splits import (
 
 # replies count as labels if none is longer
 MAX_LABEL_CHARS = 60
+# Fraction of longer replies up to which the others count as labels
+MOST_LONG_FRACTION = 0.1
 # only the first replies of a larger set are checked: a label with two spellings recurs
 MAX_ROWS = 20_000
 _LISTED = 3
@@ -161,8 +166,9 @@ def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[D
     """
     warnings = []
     if (count := len(set(groups))) < LEAST_GROUPS:
+        verb = "is" if len(groups) == 1 else "are"
         problem = (
-            f"the {_count(len(groups), 'row')} are in {_count(count, 'group')}, and rows of one group are right or "
+            f"the {_count(len(groups), 'row')} {verb} in {_count(count, 'group')}, and rows of one group are right or "
             "wrong "
             f"together: no interval excludes anything below {LEAST_GROUPS} groups"
         )
@@ -182,7 +188,8 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for reply, _ in counts.most_common():
         spellings[_label_key(reply)].append(reply)
-    if max(map(len, counts), default=0) > MAX_LABEL_CHARS:
+    long = sum(count for reply, count in counts.items() if len(reply) > MAX_LABEL_CHARS)
+    if long > MOST_LONG_FRACTION * len(replies):
         return []  # free text
     several = [variants for variants in spellings.values() if len(variants) > 1]
     if not several:
@@ -198,9 +205,15 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
 def _label_key(reply: str) -> str:
     """Return the label without case, blanks, underscores, hyphens between words and a final full stop.
 
-    Labels with equal keys are spellings of the same label.
+    Labels with equal keys are spellings of the same label. Forms of the same character count as one (Unicode's NFKC),
+    invisible characters and the dot over a Turkish i not at all, nor do the spaces of a JSON object.
     """
-    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.casefold().replace("_", " ")).strip().rstrip(" .")
+    if reply.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            reply = json.dumps(json.loads(reply), ensure_ascii=False, sort_keys=True)
+    reply = unicodedata.normalize("NFKC", reply).casefold().replace("i\u0307", "i").replace("\u0131", "i")
+    reply = "".join(character for character in reply if unicodedata.category(character) != "Cf")
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.replace("_", " ")).strip().rstrip(" .")
 
 
 def _quoted(text: str) -> str:

@@ -105,13 +105,13 @@ class MetricSet:
         """Metrics of replies that these rows have."""
         return [*SCORERS, *(["wer"] if self.transcripts else []), *(OF_LABELS if self.labelled else ())]
 
-    def check(self, name: str) -> None:
-        """Raise ConfigError unless these rows have the metric `name`."""
+    def check(self, name: str, *, flag: str = "--scorer") -> None:
+        """Raise ConfigError unless these rows have the metric `name`. flag: by which it was named."""
         if name in self.names:
             return
         reason = "; it needs --label FIELD" if name in OF_LABELS else "; it needs recordings with their transcripts"
         raise ConfigError(
-            f"there is no {name} of these rows{reason if name in NAMES else ''}", one_of("--scorer", self.names)
+            f"there is no {name} of these rows{reason if name in NAMES else ''}", one_of(flag, self.names)
         )
 
     def of(self, indices: Sequence[int]) -> MetricSet:
@@ -156,7 +156,7 @@ class MetricSet:
             if name == "ece" and not self.labelled:
                 raise ConfigError("there is no ece of these rows; it needs --label FIELD", "--label FIELD")
             if name not in ("ece", "loss"):
-                self.check(name)
+                self.check(name, flag="--metrics")
         if names and not set(names) & set(self.names):
             raise ConfigError(f"--metrics {' '.join(names)} scores no reply", one_of("--metrics", self.names))
 

@@ -265,7 +265,7 @@ def open_traced(path: Path | str, data: Path | str | None = None) -> TracedAdapt
     manifest, named = adapter_manifest(artifact), ""
     if data is not None:
         dataset = open_artifact(data, "dataset")
-        is_own = dataset.id in [parent["id"] for parent in manifest["parents"]]
+        is_own = dataset.id in [parent["id"] for parent in manifest.get("parents", [])]
         if not is_own or "federated" in manifest.get("run", {}):  # a client has some of the rows alone
             return _with_rows(dataset_rows(artifact, dataset))
         named = str(dataset.path)

@@ -18,6 +18,7 @@ from typing import Any
 
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact
+from sartor.core.errors import ConfigError
 from sartor.models.base import Base
 from sartor.models.composed_model import ComposedMedia
 from sartor.tune.checkpoint_selection import natural_metric
@@ -148,6 +149,8 @@ def resolve(
     for name in auto_options(recipe):
         taken_over = earlier.setting(name) if earlier else None
         settings[name] = taken_over or _choose(name, recipe, data, base=base, settings=settings)
+    if recipe.weights == "best":
+        _check_choice(recipe, data)
     if recipe.weights == "auto":
         settings[WEIGHTS] = (earlier and earlier.setting(WEIGHTS)) or _weights(recipe, data)
     if recipe.evaluations == "auto":
@@ -187,6 +190,16 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
         is_short = statistics.median(row.supervised_tokens for row in data.train) <= SHORT_REPLY
         wanted = UPDATES if is_short else LONG_REPLY_UPDATES
     return budget([row.tokens for row in data.train], int(chosen), wanted)
+
+
+def _check_choice(recipe: Recipe, data: TokenizedDataset) -> None:
+    """Raise ConfigError where `weights: best` would have nothing to choose by or among."""
+    if not data.held_out:
+        problem = "the best weights are chosen by held-out rows, and no row is held out"
+        raise ConfigError(problem, "--weights last; or data.eval_rows above 0, and rows of several groups")
+    if recipe.evaluations != "auto" and recipe.evaluations < 2:
+        problem = f"the best weights are chosen among evaluations, and there are {recipe.evaluations}"
+        raise ConfigError(problem, f"--evaluations {CHOSEN_EVALUATIONS}, or --weights last")
 
 
 def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
@@ -246,7 +259,8 @@ def budget(row_tokens: Sequence[int], batch: int, wanted: int = UPDATES) -> Sett
     per_epoch = updates_per_epoch(row_tokens, batch)
     least = 1 if per_epoch >= ONE_PASS_UPDATES else 2
     epochs = min(max(math.ceil(wanted / per_epoch), least), MAX_EPOCHS)
-    reason = f"about {epochs * per_epoch:,.0f} updates, {per_epoch:,.0f} an epoch; {wanted} are wanted"
+    made = math.ceil(per_epoch)  # the last update of an epoch is smaller
+    reason = f"about {epochs * made:,} updates, {made:,} an epoch; {wanted} are wanted"
     return Setting(StopCriteria(epochs=float(epochs)), f"{reason}, in at most {MAX_EPOCHS} epochs")
 
 

@@ -18,7 +18,7 @@ from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.models.reasoning_rules import with_reasoning_rule
 from sartor.tune import preflight
-from sartor.tune.recipe import PAIRED, SAMPLED, Distil, Kto, Objective, Recipe, Rehearsal, Sft
+from sartor.tune.recipe import PAIRED, SAMPLED, Data, Distil, Kto, Objective, Recipe, Rehearsal, Sft
 from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # Most other rows to search for a reply that differs: every row may have the same one
@@ -281,6 +281,8 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
         remedy = "objective: {kind: kto} learns from rows that were rated bad"
     if commonest == "too_long":
         most = recipe.data.max_length_tokens
+        # not below the default, which the rows of a rehearsal need too
         limit = preflight.length_that_keeps([length for length in data.lengths if length > most])
+        limit = max(limit, Data.max_length_tokens)
         remedy = f"--data.max_length_tokens {limit}; it is {most} now"
     return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)

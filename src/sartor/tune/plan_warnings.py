@@ -25,7 +25,7 @@ from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
 from sartor.text import language_id
 from sartor.tune.recipe import ResolvedRecipe
-from sartor.tune.sampler import updates_per_epoch
+from sartor.tune.sampler import count_updates
 
 FEW_UPDATES, LANGUAGE = "few_updates", "language"
 # A run with fewer updates gets a warning
@@ -36,6 +36,8 @@ UNKNOWN_RATIO = 1.5
 REFERENCE_LANGUAGE = "en"
 # Least characters of a piece, for fastText alone; it detects the language of single short rows badly
 PIECE_CHARACTERS = 300
+# Words from which a reply is a text in a language, and no label
+REPLY_WORDS = 4
 # A piece with a less probable language has none: lists of product codes get about 0.4, rows of prose 0.9
 MIN_CONFIDENCE = 0.6
 # Most characters of a measured row, and of all measured rows; each row has a context of its own
@@ -75,7 +77,7 @@ def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int])
     if updates >= LEAST_UPDATES or not row_tokens:
         return
     batch, limits = recipe.optimizer.batch_tokens, recipe.budget
-    per_epoch = updates_per_epoch(row_tokens, batch)
+    per_epoch = count_updates(row_tokens, batch, recipe.seed)
     remedies = []
     is_counted = limits.updates is not None and limits.updates < LEAST_UPDATES
     for halvings in range(1, batch.bit_length()):
@@ -83,7 +85,7 @@ def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int])
         if is_counted or smaller < SMALLEST_BATCH:
             break
         # an update has at least one row, so a smaller batch may give no more updates
-        if updates * updates_per_epoch(row_tokens, smaller) / per_epoch >= LEAST_UPDATES:
+        if updates * count_updates(row_tokens, smaller, recipe.seed) / per_epoch >= LEAST_UPDATES:
             remedies.append(f"--optimizer.batch_tokens {smaller}")
             break
     longer = []
@@ -115,41 +117,57 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
     path: loss backend of the model before its first update.
     fastText identifies the language. Without that package, and for English, there is no warning.
     """
-    code, texts = _language(_texts(dataset))
-    if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
+    small_talk: list[str] = []
+    for part, texts in _texts(dataset).items():
+        code, texts = _language(texts)
+        if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
+            continue
+        small_talk = small_talk or _small_talk()
+        sample = _spread(texts)
+        rows = _nats_per_letter(sample, chat, path)
+        # the first tokens of a text cost most, so short rows are compared with texts as short
+        mean_characters = round(sum(map(len, sample)) / max(len(sample), 1))
+        reference = _nats_per_letter(_spread(small_talk, mean_characters), chat, path)
+        if rows < UNKNOWN_RATIO * reference:
+            continue
+        problem = (
+            f"the {part}' language is {code!r}, in which this base has {rows / reference:.1f} times the loss a letter "
+            f"that it has on English small talk ({rows:.2f} against {reference:.2f} nats; warned from "
+            f"{UNKNOWN_RATIO:g} times on)"
+        )
+        yield DataWarning(LANGUAGE, problem, "a base that knows the language (base: owner/model), or rows in English")
         return
-    small_talk = []
+
+
+def _small_talk() -> list[str]:
+    """Return the turns of English small talk."""
+    turns = []
     for line in (assets.install("small-talk") / "small_talk.jsonl").read_text(encoding="utf-8").splitlines():
-        small_talk += [str(message["content"]) for message in json.loads(line)["messages"]]
-    sample = _spread(texts)
-    rows = _nats_per_letter(sample, chat, path)
-    # the first tokens of a text cost most, so short rows are compared with texts as short
-    mean_characters = round(sum(map(len, sample)) / max(len(sample), 1))
-    reference = _nats_per_letter(_spread(small_talk, mean_characters), chat, path)
-    if rows < UNKNOWN_RATIO * reference:
-        return
-    problem = (
-        f"the rows' language is {code!r}, in which this base has {rows / reference:.1f} times the loss a letter that "
-        "it has on "
-        f"English small talk ({rows:.2f} against {reference:.2f} nats; warned from {UNKNOWN_RATIO:g} times on)"
-    )
-    yield DataWarning(LANGUAGE, problem, "a base that knows the language (base: owner/model), or rows in English")
+        turns += [str(message["content"]) for message in json.loads(line)["messages"]]
+    return turns
 
 
-def _texts(dataset: Artifact) -> list[str]:
-    """Return the user turns of rows at even distances; of a row without one, all of its messages.
+def _texts(dataset: Artifact) -> dict[str, list[str]]:
+    """Return the texts of rows at even distances: user turns under "rows", then replies of several words.
 
-    Rehearsal rows are left out.
+    Of a row without a user turn all messages are under "rows". Labels and codes, which have no language, are no
+    replies of several words. Rehearsal rows are left out.
     """
     walked = list(itertools.islice(parquet_io.read_own_examples(dataset, "train"), ROWS_WALKED))
     step = max(math.ceil(len(walked) / ROWS_READ), 1)
-    texts = []
+    rows, replies = [], []
     for example in walked[::step]:
         turns = [message.text for message in example.messages if message.role == "user"]
-        text = "\n".join(turns) or "\n".join(message.text for message in example.messages)
-        if text:
-            texts.append(text)
-    return texts
+        rows.append("\n".join(turns) or "\n".join(message.text for message in example.messages))
+        if turns and len(example.reply.split()) >= REPLY_WORDS:
+            replies.append(example.reply)
+    return {"rows": [text for text in rows if _is_text(text)], "replies": [text for text in replies if _is_text(text)]}
+
+
+def _is_text(text: str) -> bool:
+    """Return whether most characters beside spaces are letters, as in no formula and no row of readings."""
+    characters = [character for character in text if not character.isspace()]
+    return 2 * sum(unicodedata.category(character)[0] in "LM" for character in characters) > len(characters)
 
 
 def _pieces(texts: Sequence[str]) -> list[list[str]]:

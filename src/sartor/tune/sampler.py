@@ -29,6 +29,8 @@ class Position:
 
 
 START = Position()
+# Epochs whose updates are counted: each has another shuffle, and so another number of them
+COUNTED_EPOCHS = 3
 
 
 def iterate_updates(
@@ -65,6 +67,19 @@ def updates_per_epoch(row_tokens: Sequence[int], batch_tokens: int) -> float:
     epoch_tokens = sum(row_tokens)
     mean_row = epoch_tokens / len(row_tokens)
     return min(epoch_tokens / (batch_tokens + mean_row / 2), len(row_tokens))
+
+
+def count_updates(row_tokens: Sequence[int], batch_tokens: int, seed: int) -> float:
+    """Return the number of updates that `iterate_updates` makes of an epoch, the mean of its first COUNTED_EPOCHS."""
+    counted = 0
+    for epoch in range(COUNTED_EPOCHS):
+        position = Position(epoch)
+        for indices in iterate_updates(row_tokens, batch_tokens, seed, position):
+            counted += 1
+            position = position.after(len(indices), len(row_tokens))
+            if position.epoch > epoch:
+                break
+    return counted / COUNTED_EPOCHS
 
 
 @functools.lru_cache(maxsize=4)

@@ -105,10 +105,13 @@ OnStep = Callable[[TrainingStep], object]
 
 
 def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:
-    """Write the loss curve as PNG: every update, their running mean, and the held-out losses."""
+    """Write the loss curve as PNG: every update, their running mean, and the held-out losses.
+
+    The losses are of the own rows, without those of rehearsal.
+    """
     from matplotlib.figure import Figure  # no pyplot: it keeps global state and wants a display
 
-    updates = [(line["update"], line["loss"]) for line in lines if "loss" in line]
+    updates = [(line["update"], line.get("own_loss", line["loss"])) for line in lines if "loss" in line]
     held_out = [(line["update"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots()

@@ -152,6 +152,9 @@ class TrainingRun:
         self.is_done = False
         # facts of the objective about the last update, besides its loss
         self.objective_facts: dict[str, float] = {}
+        # of the last update, of the own rows alone; None where it has no rows of rehearsal
+        self.own_loss: float | None = None
+        self._rehearsal_ids = {id(row) for row in data.rehearsal}
         count = recipe.evaluations if data.held_out else 0
         self.evaluation_points = [(index + 1) / count for index in range(count)]
         # set if the run keeps the best weights; None keeps the last
@@ -390,12 +393,18 @@ class TrainingRun:
         loss = sum_i w_i l_i / sum_i w_i over the update's supervised tokens, with w_i = row weight * turn weight.
         """
         total_weight = sum(row.loss_weight for row in rows)
-        loss_sum = 0.0
+        own_weight = sum(row.loss_weight for row in rows if id(row) not in self._rehearsal_ids)
+        is_mixed = 0 < own_weight < total_weight
+        loss_sum, own_sum = 0.0, 0.0
         for micro in self._cut(rows):
             losses, weights = self.path.losses(micro)
             objective = weight * objectives.sft(losses, weights, total_weight or 1.0)
             self.scaler.scale(objective).backward()
             loss_sum += float(objective.detach())
+            if is_mixed:
+                is_own = [id(row) not in self._rehearsal_ids for row in micro for _ in range(row.supervised_tokens)]
+                own_sum += float((losses * weights).detach()[torch.tensor(is_own, device=losses.device)].sum())
+        self.own_loss = own_sum / own_weight if is_mixed else None
         return loss_sum
 
     def _rates(self) -> tuple[float, float]:
@@ -452,14 +461,16 @@ class TrainingRun:
         counters.updates += 1
         counters.tokens += tokens
         counters.supervised_tokens += sum(row.supervised_tokens for row in all_sequences(rows))
+        shown_loss = loss if self.own_loss is None else self.own_loss
         if self.losses["first"] is None:
-            self.losses["first"] = loss
-        self.losses["last"] = loss
+            self.losses["first"] = shown_loss
+        self.losses["last"] = shown_loss
         self.remaining.observe_update(self._fraction(), counters.tokens, self.journal.wall_s)
-        step = self._step(loss, rates[0])
+        step = self._step(shown_loss, rates[0])
         self.journal.note(
             update=counters.updates,
             loss=loss,
+            **({"own_loss": self.own_loss} if self.own_loss is not None else {}),
             grad_norm=norm if math.isfinite(norm) else None,
             learning_rate=rates[0],
             **self.objective_facts,

@@ -73,7 +73,7 @@ def read_losses(file: Path) -> Losses | None:
             resumed_at.append(line["resumed_at"])
         if isinstance(update, int) and isinstance(line.get("loss"), (int, float)):
             read, last = read + int(_number(line.get("tokens"))), line
-            updates.append((update, float(line["loss"])))
+            updates.append((update, float(line.get("own_loss", line["loss"]))))
             rates.append((update, _number(line.get("learning_rate"))))
             tokens.append((update, float(read)))
         elif isinstance(update, int) and isinstance(line.get("eval_loss"), (int, float)):
