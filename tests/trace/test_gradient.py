@@ -18,7 +18,7 @@ from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import ensemble, gradient
 from sartor.trace import prepare as preparation
 from sartor.trace.gradient import gradient_scores, standardised
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, open_traced
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, dataset_rows, open_traced
 from sartor.trace.traced_model import TracedModel
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -115,7 +115,7 @@ def test_many_rows_are_refused_until_prepared(traced: TracedAdapter, monkeypatch
     with pytest.raises(ConfigError) as refusal:
         gradient_scores(traced, [own_query(traced, 0)])
     assert refusal.value.remedy == f"sartor trace {traced.artifact.path} --prepare"
-    named = open_traced(traced.artifact.path, traced.dataset.path)
+    named = dataset_rows(traced.artifact, traced.dataset)
     with pytest.raises(ConfigError) as refusal:
         gradient_scores(named, [own_query(named, 0)])
     assert refusal.value.remedy == f"sartor trace {traced.artifact.path} --data {traced.dataset.path} --prepare"

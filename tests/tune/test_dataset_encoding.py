@@ -78,4 +78,4 @@ def test_the_commonest_reason_decides_the_remedy(tmp_path: Path, tiny_base: Path
     data.leave_out("too_long", "long")
     assert "max_length_tokens" not in _no_rows_error(rows, recipe(64), data).remedy
     data.leave_out("too_long", *map(str, range(20, 60)))
-    assert _no_rows_error(rows, recipe(64), data).remedy == "--data.max_length_tokens 400; it is 64 now"
+    assert _no_rows_error(rows, recipe(64), data).remedy == "--data.max_length_tokens 1024; it is 64 now"

@@ -18,7 +18,6 @@ from typing import Any
 
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import ConfigError
 from sartor.models.base import Base
 from sartor.models.composed_model import ComposedMedia
 from sartor.tune.checkpoint_selection import natural_metric
@@ -149,8 +148,6 @@ def resolve(
     for name in auto_options(recipe):
         taken_over = earlier.setting(name) if earlier else None
         settings[name] = taken_over or _choose(name, recipe, data, base=base, settings=settings)
-    if recipe.weights == "best":
-        _check_choice(recipe, data)
     if recipe.weights == "auto":
         settings[WEIGHTS] = (earlier and earlier.setting(WEIGHTS)) or _weights(recipe, data)
     if recipe.evaluations == "auto":
@@ -190,16 +187,6 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
         is_short = statistics.median(row.supervised_tokens for row in data.train) <= SHORT_REPLY
         wanted = UPDATES if is_short else LONG_REPLY_UPDATES
     return budget([row.tokens for row in data.train], int(chosen), wanted)
-
-
-def _check_choice(recipe: Recipe, data: TokenizedDataset) -> None:
-    """Raise ConfigError where `weights: best` would have nothing to choose by or among."""
-    if not data.held_out:
-        problem = "the best weights are chosen by held-out rows, and no row is held out"
-        raise ConfigError(problem, "--weights last; or data.eval_rows above 0, and rows of several groups")
-    if recipe.evaluations != "auto" and recipe.evaluations < 2:
-        problem = f"the best weights are chosen among evaluations, and there are {recipe.evaluations}"
-        raise ConfigError(problem, f"--evaluations {CHOSEN_EVALUATIONS}, or --weights last")
 
 
 def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:

@@ -111,6 +111,8 @@ def tune(
     rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal=rehearsal_setting, earlier=earlier)
+    if recipe.weights == "best" and not data.held_out:
+        notice("warning: weights: best chooses by held-out rows, and no row is held out: the last weights are kept")
     calibrate(base, data)
     hold_at_base(recipe, base, data)
     for refusal in preflight.of_room(resolved, base.model, data):
