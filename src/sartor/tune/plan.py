@@ -19,6 +19,7 @@ import torch
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
 from sartor.core.row_warnings import DataWarning
+from sartor.inference.generate import context_tokens
 from sartor.models import hardware, kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
@@ -206,7 +207,7 @@ def plan(
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
-    if no_room := list(preflight.of_room(resolved, base.model, data)):
+    if no_room := list(preflight.of_room(resolved, context_tokens(base.model), data)):
         return TuningPlan(device=str(base.device), refusals=no_room)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)

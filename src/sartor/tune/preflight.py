@@ -17,7 +17,6 @@ import torch
 
 from sartor.core import config, model_refs
 from sartor.core.errors import BudgetError, ConfigError, MissingError, SartorError, SourceError
-from sartor.inference.generate import context_tokens
 from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
@@ -184,9 +183,12 @@ def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
     )
 
 
-def of_room(recipe: Recipe, model: Any, data: TokenizedDataset) -> Iterator[Refusal]:
-    """Yield a refusal if prompts leave the replies that are sampled to them no room in the base's context."""
-    objective, context = recipe.objective, context_tokens(model)
+def of_room(recipe: Recipe, context: int | None, data: TokenizedDataset) -> Iterator[Refusal]:
+    """Yield a refusal if prompts leave the replies that are sampled to them no room.
+
+    context: positions of the base; None if it does not state them.
+    """
+    objective = recipe.objective
     is_sampled = isinstance(objective, Grpo) or (isinstance(objective, Distil) and objective.on_policy > 0)
     if not is_sampled or context is None:
         return

@@ -25,6 +25,7 @@ from sartor.core.lineage import ancestry
 from sartor.core.processes import DeferredSignals
 from sartor.core.result_display import ShownResult
 from sartor.core.row_warnings import DataWarning
+from sartor.inference.generate import context_tokens
 from sartor.models import adapters
 from sartor.models.base import Base, machine_facts
 from sartor.tune import auto_settings, plan_warnings, preflight, trackers
@@ -115,7 +116,7 @@ def tune(
         notice("warning: weights: best chooses by held-out rows, and no row is held out: the last weights are kept")
     calibrate(base, data)
     hold_at_base(recipe, base, data)
-    for refusal in preflight.of_room(resolved, base.model, data):
+    for refusal in preflight.of_room(resolved, context_tokens(base.model), data):
         raise refusal.error
     teacher = open_teacher(resolved, base, notice)
     grpo = open_grpo(resolved, base, data, notice)
