@@ -447,8 +447,8 @@ def main() -> None:
                 has_defaults_only=arguments.defaults_only,
             )
         results = dict(measured(names, options))
-    absent = {name: f"not asked for: --sets {name}" for name in SETS if name not in names}
-    late = {name: result for name, result in results.items() if isinstance(result, str)}
+    absent = {f"sets.{name}": f"not asked for: --sets {name}" for name in SETS if name not in names}
+    late = {f"sets.{name}": result for name, result in results.items() if isinstance(result, str)}
     sets = {name: result for name, result in results.items() if isinstance(result, dict)}
     if of_nothing := [name for name, figures in sets.items() if "best" in figures and "fraction" not in figures]:
         absent["fraction"] = f"both values are 0: {', '.join(of_nothing)}"

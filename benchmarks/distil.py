@@ -245,6 +245,7 @@ def main() -> None:
             size = Size(data, rows=12, held_out=4, fraction=0.5, talk=16, updates=2, seeds=(0,))
         found: dict[str, Any] = {"sets": {name: measure_set(name, size, folder) for name in options.sets}}
         found["mending"] = measure_mending(options.sets[0], size, folder)
+    found["absent"] = {f"sets.{name}": f"not asked for: --sets {name}" for name in SETS if name not in options.sets}
     print_result({**found, "machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)})
 
 

@@ -170,6 +170,48 @@ def test_partial_result_is_recorded_as_not_run_and_goes_on(tmp_path: Path) -> No
     assert "unfinished when its call ended: b" in record["not_run"] and record["result"]["sets"] == {"a": 1}
 
 
+SECTIONED = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import results
+asked = sys.argv[sys.argv.index("--only") + 1:]
+figures = {{"a": {{"x": 1, "y": 2}}, "b": 3}}
+result = {{name: figures[name] for name in asked}}
+absent = {{name: f"not asked for: --only {{name}}" for name in figures if name not in asked}}
+results.print_result({{**result, "absent": {{**absent, "peer": "not installed"}}}})
+"""
+
+
+def test_keep_adds_sections_and_says_where_each_is_from(tmp_path: Path) -> None:
+    """A figure of the scoreboard is whole once no part of it is absent, and names the call that measured it."""
+    import scoreboard
+
+    program, file = tmp_path / "sectioned.py", tmp_path / "sectioned.json"
+    program.write_text(SECTIONED.format(benchmarks=str(BENCHMARKS)))
+    recorder = [sys.executable, str(BENCHMARKS / "scoreboard" / "record.py")]
+    environment = {**os.environ, "SARTOR_BENCH_RESULTS": str(tmp_path)}
+
+    def record(*options: str) -> dict[str, Any]:
+        command = [*recorder, *options[:-1], str(program), "--only", options[-1]]
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+        return dict(json.loads(file.read_text()))
+
+    of_a, of_b = target(program="sectioned", value="a.x"), target(program="sectioned", value="b", take="")
+    record("a")
+    assert scoreboard.standing_of(of_a, tmp_path).state == "met"
+    assert "not asked for" in scoreboard.standing_of(of_b, tmp_path).source
+    both = record("--keep", "b")
+    assert both["result"]["a"] == {"x": 1, "y": 2} and both["result"]["absent"] == {"peer": "not installed"}
+    assert both["command"][-1] == "b" and both["kept"]["a"]["command"][-1] == "a"
+    assert "--only a`" in scoreboard.standing_of(of_a, tmp_path).source
+    assert "--only b`" in scoreboard.standing_of(of_b, tmp_path).source
+    again = record("--keep", "a")
+    assert list(again["kept"]) == ["b"] and again["result"]["b"] == 3
+    program.write_text("raise SystemExit(75)")
+    assert record("--keep", "a") == again, "a call that measured nothing took the figures away"
+    assert "result" not in record("--again", "a")
+
+
 def begin(monkeypatch: pytest.MonkeyPatch, program: Any, work: Path, *options: str) -> None:
     """Set a benchmark's command line, with the clock put back after the test."""
     import parts
@@ -253,10 +295,11 @@ def test_defaults_out_of_time_are_unfinished(
     result = json.loads(capsys.readouterr().out)
     assert (
         ended.value.code == parts.UNFINISHED
-        and result["unfinished"] == ["textile"]
+        and result["unfinished"] == ["sets.textile"]
         and list(result["sets"]) == ["snips"]
     )
-    assert "minutes are over" in result["absent"]["textile"] and "not asked for" in result["absent"]["documents"]
+    assert "minutes are over" in result["absent"]["sets.textile"]
+    assert "not asked for" in result["absent"]["sets.documents"]
 
 
 @pytest.mark.parametrize(("values", "fraction"), [((0.0, 0.0), None), ((0.25, 0.5), 0.5), ((0.2, 0.0), 1.0)])

@@ -1,10 +1,15 @@
 """Run a benchmark and write benchmarks/results/NAME.json, from which the scoreboard is made.
 
     python benchmarks/scoreboard/record.py benchmarks/NAME.py --json [OPTION ...]
+    python benchmarks/scoreboard/record.py --keep benchmarks/trace.py --json --only proof    # a section of it
 
 The file has the command, the commit, the machine, and the benchmark's JSON as `result`; or `not_run`, the reason, if
 it failed or its 60 minutes ended before it did: then the same command goes on, and `result` is what it had measured by
 then, if it printed that. A finished result of this very code and command is not measured again (`--again` does).
+
+With `--keep`, what the command did not ask for (`absent` says so) stays as the file has it: a benchmark of many hours
+is measured in sections, and `kept` names the command, commit, date and machine of each that is older. A call that
+prints no result then leaves the file as it was.
 """
 
 from __future__ import annotations
@@ -26,25 +31,30 @@ sys.path.insert(0, str(HERE.parent))
 import parts  # noqa: E402
 
 RESULTS = Path(os.environ.get("SARTOR_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
+OWN_OPTIONS = ("--again", "--keep")
+# how a benchmark's `absent` begins for a section that its command did not select
+NOT_ASKED_FOR = "not asked for"
 
 
 def main() -> None:
     """Run the program that the command line names; exit as it does, but with 0 where the same command only has to go
     on.
     """
-    arguments = [argument for argument in sys.argv[1:] if argument != "--again"]
+    arguments = [argument for argument in sys.argv[1:] if argument not in OWN_OPTIONS]
     if not arguments:
         sys.exit(f"usage: {Path(sys.argv[0]).name} benchmarks/NAME.py --json [OPTION ...]")
     program = Path(arguments[0])
     file = RESULTS / f"{program.stem}.json"
-    code = parts.digest_of_code()
-    if "--again" not in sys.argv and (earlier := read_record(file)) and is_current(earlier, arguments, code):
+    earlier, code = read_record(file), parts.digest_of_code()
+    if "--again" not in sys.argv and is_current(earlier, arguments, code):
         print(f"{program.stem}: {file} is of this code and command; --again measures anew", file=sys.stderr)
         print(json.dumps(earlier["result"]))
         return
     record, status = run(arguments)
+    if "--keep" in sys.argv and "result" in earlier:
+        record = keep(earlier, record) if "result" in record else earlier
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**record, "code": code}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"code": code, **record}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(json.dumps(record.get("result", {"not_run": record.get("not_run")})))
     sys.exit(0 if status == parts.UNFINISHED else status)
 
@@ -91,6 +101,23 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
     else:
         record["not_run"] = f"exit code {done.returncode}, and no JSON on the last line"
     return record, done.returncode
+
+
+def keep(earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the sections of an earlier one that its own command did not ask for, and their origins."""
+    result, absent = record["result"], record["result"].get("absent", {})
+    origin = {key: earlier[key] for key in ("command", "commit", "date", "machine")}
+    kept: dict[str, Any] = {}
+    for name in [name for name, why in absent.items() if why.startswith(NOT_ASKED_FOR)]:
+        *parents, last = name.split(".")
+        old, new = earlier["result"], result
+        for parent in parents:
+            old, new = old.get(parent, {}), new.setdefault(parent, {})
+        if last in old:
+            new[last] = old[last]
+            kept[name] = earlier.get("kept", {}).get(name, origin)
+            del absent[name]
+    return record | ({"kept": kept} if kept else {})
 
 
 def commit() -> str:

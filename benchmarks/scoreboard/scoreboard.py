@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from record import NOT_ASKED_FOR
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TARGETS = HERE / "targets.toml"
@@ -30,14 +32,14 @@ STATES = ("met", "**not met**", NOT_COMPARED, NOT_RUN, "not measured")
 NARROWER = {
     "--small",
     "--quick",
-    "--sets",
-    "--only",
     "--rows",
     "--train-rows",
     "--defaults-only",
     "--layers",
     "--updates",
 }
+# options that select sections: where a result names the others under `absent`, only those are not of its figures
+SELECTIONS = {"--sets", "--only"}
 COLUMNS = ("item", "target", "limit", "measured", "state", "from, or why not")
 TAKES = {"min": min, "max": max, "sum": sum, "mean": lambda values: sum(values) / len(values)}
 HEAD = """\
@@ -143,12 +145,13 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
     if unfinished := record["result"].get("unfinished"):
         return Standing(target, NOT_RUN, "", f"unfinished: {', '.join(unfinished)}")
     values = [value for value in values_at(record["result"], target.value) if isinstance(value, int | float)]
-    source = f"`{' '.join(record['command'])}`, {record['commit'] or 'no commit'}, {record['machine']['processor']}"
+    origins = origins_of(record, target.value)
+    source = " and ".join(
+        f"`{' '.join(origin['command'])}`, {origin['commit'] or 'no commit'}, {origin['machine']['processor']}"
+        for origin in origins
+    )
     if not values:
-        absent = record["result"].get("absent", {})
-        reason = next(
-            (absent[part] for part in target.value.split(".") if part in absent), "the result has no such key"
-        )
+        reason = next(iter(absent_at(record, target.value)), "the result has no such key")
         return Standing(target, NOT_RUN, "", f"{reason}; {source}")
     if len(values) > 1 and not target.take:
         raise ValueError(
@@ -156,13 +159,38 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
         )
     value = TAKES[target.take](values) if target.take else values[0]
     narrowing = NARROWER - {target.whole_with}
-    if narrower := [option for option in record["command"] if option.partition("=")[0] in narrowing]:
+    reasons = record["result"].get("absent", {}).values()
+    if not any(why.startswith(NOT_ASKED_FOR) for why in reasons) or absent_at(record, target.value):
+        narrowing |= SELECTIONS - {target.whole_with}
+    options = [option for origin in origins for option in origin["command"]]
+    if narrower := [option for option in options if option.partition("=")[0] in narrowing]:
         return Standing(target, NOT_COMPARED, show(value), f"of a part alone ({' '.join(narrower)}): {source}")
-    if target.needs and target.needs not in record["machine"].get("flags", ()):
+    if target.needs and any(target.needs not in origin["machine"].get("flags", ()) for origin in origins):
         return Standing(
             target, NOT_COMPARED, show(value), f"the target is of a processor with {target.needs}: {source}"
         )
     return Standing(target, "met" if target.is_met(value) else "**not met**", show(value), source)
+
+
+def is_part(name: str, path: str) -> bool:
+    """Whether what stands at a dotted name has, or is part of, what a target's path names."""
+    return all(selected in ("*", part) for part, selected in zip(name.split("."), path.split("."), strict=False))
+
+
+def absent_at(record: dict[str, Any], path: str) -> list[str]:
+    """Return why parts of what a path names are absent from a result."""
+    absent = record["result"].get("absent", {})
+    return [why for name, why in absent.items() if name in path.split(".") or is_part(name, path)]
+
+
+def origins_of(record: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """Return command, commit and machine of what a path names: of the record's call, or of the calls it `kept`."""
+    kept = {name: origin for name, origin in record.get("kept", {}).items() if is_part(name, path)}
+    origins = [] if any(path == name or path.startswith(f"{name}.") for name in kept) else [record]
+    for origin in kept.values():
+        if origin not in origins:
+            origins.append(origin)
+    return origins
 
 
 def show(value: float | bool | None) -> str:

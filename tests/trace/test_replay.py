@@ -14,7 +14,9 @@ from sample_data import ROWS
 from sartor.core.errors import ArtifactError, ConfigError, RequestError
 from sartor.models import adapters
 from sartor.models.base import open_base
+from sartor.trace import replay as replay_module
 from sartor.trace.replay import MAX_DIFFERENCE_NATS, Replay, ReplayDifference
+from sartor.trace.replay_run import ReplayRun
 from sartor.trace.traced_adapter import TracedAdapter, open_traced
 from sartor.trace.traced_model import TracedModel
 from sartor.tune.checkpoint_selection import CheckpointSelection
@@ -145,6 +147,47 @@ def test_another_seed_and_back(traced: TracedAdapter) -> None:
     assert not is_same(whole, other)
     assert is_same(other, replay.retrain(seed=7))
     assert is_same(whole, replay.retrain())
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize("name", ["plain", "dropout", "by minutes", "rehearsal", "pairs", "few states"])
+def test_a_retrain_makes_the_shared_updates_once(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It ends at the bits of one that makes all updates, whatever rows the earlier ones left out."""
+    changes = CHANGES.get(name, {})
+    if name == "rehearsal":
+        rehearsal = {"path": curated(tmp_path / "talk", PLAIN[:6], 0.0), "fraction": 0.4, "loss": "kl"}
+        changes = {"data": {**tune_recipe["data"], "rehearsal": rehearsal}}
+    elif name == "pairs":
+        changes = {"data": curated(tmp_path / "rows", [*PAIRS, *PLAIN[:4]]), "objective": {"kind": "dpo"}}
+    elif name == "few states":
+        monkeypatch.setattr(replay_module, "_MOST_STATES", 2)
+    traced = tuned({**tune_recipe, "optimizer": {"batch_tokens": 96}}, tmp_path / "a", **changes)
+    updates = []
+    update = ReplayRun._update
+    monkeypatch.setattr(ReplayRun, "_update", lambda run, rows: updates.append(rows) or update(run, rows))
+
+    def updates_of(replay: Replay, *rows: int) -> tuple[int, Parameters]:
+        updates.clear()
+        parameters = replay.retrain(without(replay, *rows))
+        return len(updates), parameters
+
+    shared = Replay.open(traced)
+    first = updates_of(shared, 1)  # without a row from the beginning on
+    counts = []
+    for rows in [(2,), (0, 3), (), ()]:
+        whole, expected = updates_of(Replay.open(traced), *rows)
+        count, parameters = updates_of(shared, *rows)
+        assert is_same(parameters, expected) and count <= whole == first[0]
+        counts.append(count)
+    assert counts[-1] < counts[0]
+
+
+def test_a_state_that_is_too_large_is_not_kept(traced: TracedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_module, "_STATES_BYTES", 1)
+    replay = Replay.open(traced)
+    assert is_same(replay.retrain(), replay.retrain()) and replay.run.beginning is None
 
 
 def test_losses_are_those_of_transformers(traced: TracedAdapter, tiny_base: Path) -> None:

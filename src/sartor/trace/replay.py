@@ -24,7 +24,7 @@ from sartor.models.base import Base
 from sartor.models.packing import TokenizedExample
 from sartor.trace.attribution import Method
 from sartor.trace.query_encoding import encode_query
-from sartor.trace.replay_run import Course, PreferenceReplayRun, ReplayRun, RowWeights, RunState
+from sartor.trace.replay_run import Course, PreferenceReplayRun, ReplayRun, RowWeights, RunState, SharedBeginning
 from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 from sartor.tune import resume
 from sartor.tune.dataset_encoding import encode_rows
@@ -38,6 +38,9 @@ Notice = Callable[[str], object]
 MAX_DIFFERENCE_NATS = 0.02
 # Micro-batches of up to so many tokens are repeated as they were, whatever the dtype: halves would be slow
 _SMALL_MICRO_BATCH = 512
+# States of a run that later ones go on from: so many at most, in so many bytes
+_MOST_STATES = 16
+_STATES_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Replay:
         self.seed = self.recipe.seed
         self.run = self._begin(self.recipe.seed)
         self._start: RunState = self.run.snapshot()
+        self._beginning = self._new_beginning()
 
     @classmethod
     def open(cls, traced: TracedAdapter, *, notice: Notice = lambda line: None) -> Replay:
@@ -172,6 +176,8 @@ class Replay:
             self.base.model = adapters.undo(self.run.model)
             self.run, self.seed = self._begin(seed), seed
             self._start = self.run.snapshot()
+            self._beginning = self._new_beginning()
+        self.run.beginning = None
         values = self._row_weights.values
         values[:-1] = 1.0 if weights is None else torch.as_tensor(weights, dtype=values.dtype, device=values.device)
         return self.run
@@ -185,14 +191,25 @@ class Replay:
     ) -> dict[str, torch.Tensor]:
         """Repeat the tuning and return the trained parameters (...) by name.
 
+        After the first call, the updates before one that reads a row of another weight than 1 are not made again.
+
         weights, seed: as for `restart`.
         notice: receives a line when the tuning is done.
         Raises ModelError if the loss explodes.
         """
         run = self.restart(weights, seed=seed)
+        run.beginning = self._beginning
+        if self._beginning and (state := self._beginning.latest(self._row_weights.reweighted)):
+            run.go_back(state)
         run.go_on()
         notice(f"repeated {run.counters.updates} updates, {run.counters.tokens:,} tokens")
         return self.parameters()
+
+    def _new_beginning(self) -> SharedBeginning | None:
+        """Return a place for states of the run; None where they would take too much memory."""
+        # a state has the parameters and, after the first update, AdamW's two moments of each
+        most = min(_MOST_STATES, _STATES_BYTES // max(1, 3 * self._start.bytes))
+        return SharedBeginning(math.ceil(self.course.updates / most)) if most > 1 else None
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Return copies of the current parameters (...) by name."""

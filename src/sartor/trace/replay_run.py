@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sartor.tune.checkpoint import RandomState, Saver
 from sartor.tune.preference_training import PreferenceLosses, PreferenceRun
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.run_forecast import RunForecast, unmeasured
-from sartor.tune.tokenized_dataset import TokenizedDataset
+from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_log import TrainingLog
 from sartor.tune.training_loop import Resolved, TrainingBase, TrainingRun
 
@@ -38,8 +38,17 @@ class RowWeights:
 
     def of(self, rows: Sequence[TokenizedExample]) -> torch.Tensor:
         """Return the weight of each of the rows, (rows,)."""
+        return self.values[self.places(rows)]
+
+    @property
+    def reweighted(self) -> frozenset[int]:
+        """Indices of the rows that have another weight than 1."""
+        return frozenset(torch.nonzero(self.values != 1).flatten().tolist())
+
+    def places(self, rows: Sequence[TokenizedExample]) -> list[int]:
+        """Return the index in `values` of each of the rows."""
         other = len(self.values) - 1
-        return self.values[[self.indices.get(id(row), other) for row in rows]]
+        return [self.indices.get(id(row), other) for row in rows]
 
 
 @dataclass
@@ -121,17 +130,40 @@ class RunState:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+@dataclass
+class SharedBeginning:
+    """States of a run in which all rows have the weight 1, from which runs with other weights go on.
+
+    Until an update reads a row of another weight, both runs are the same.
+
+    stride: updates from one kept state to the next.
+    states, reads: states, and indices of the rows that an update reads, by the number of updates before.
+    """
+
+    stride: int
+    states: dict[int, RunState] = field(default_factory=dict)
+    reads: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def latest(self, reweighted: Set[int]) -> RunState | None:
+        """Return the last state before any of these rows is read; None if none is kept."""
+        first = min((update for update, read in self.reads.items() if read & reweighted), default=len(self.reads))
+        shared = [update for update in self.states if update <= first]
+        return self.states[max(shared)] if shared else None
+
+
 class ReplayRun(TrainingRun):
     """TrainingRun that repeats a recorded one, without evaluations and checkpoints.
 
     course: what the recorded run adds to the recipe.
     row_weights: weights of the traced rows, which the divisor does not see.
     tape: receives the record of each update; None records nothing.
+    beginning: receives states of the run until it reads a row of another weight than 1; None receives none.
     """
 
     course: Course
     row_weights: RowWeights
     tape: list[UpdateRecord] | None = None
+    beginning: SharedBeginning | None = None
 
     @classmethod
     def begin(
@@ -167,6 +199,20 @@ class ReplayRun(TrainingRun):
 
     def save(self) -> None:
         """Do nothing: a replay that is killed is repeated."""
+
+    def _update_or_save(self, rows: Sequence[TokenizedExample]) -> None:
+        if self.beginning is not None:
+            self._keep_state(self.beginning, rows)
+        super()._update_or_save(rows)
+
+    def _keep_state(self, beginning: SharedBeginning, rows: Sequence[TokenizedExample]) -> None:
+        """Keep the state before an update if every row that was read until then has the weight 1."""
+        update, read = self.counters.updates, self.row_weights.places(all_sequences(rows))
+        beginning.reads.setdefault(update, frozenset(read))
+        if update % beginning.stride == 0 and update not in beginning.states:
+            reweighted = self.row_weights.reweighted
+            if not any(beginning.reads[earlier] & reweighted for earlier in range(update)):
+                beginning.states[update] = self.snapshot()
 
     def snapshot(self) -> RunState:
         """Return a copy of the current state."""
