@@ -146,6 +146,10 @@ def test_another_seed_and_back(traced: TracedAdapter) -> None:
     whole, other = replay.retrain(), replay.retrain(seed=7)
     assert not is_same(whole, other)
     assert is_same(other, replay.retrain(seed=7))
+    for seed, expected in ((9, None), (7, other), (9, None)):
+        fresh = Replay.open(traced).retrain(without(replay, 3), seed=seed)
+        assert is_same(fresh, replay.retrain(without(replay, 3), seed=seed))
+        assert expected is None or is_same(expected, replay.retrain(seed=seed))
     assert is_same(whole, replay.retrain())
 
 
@@ -181,7 +185,7 @@ def test_a_retrain_makes_the_shared_updates_once(
         count, parameters = updates_of(shared, *rows)
         assert is_same(parameters, expected) and count <= whole == first[0]
         counts.append(count)
-    assert counts[-1] < counts[0]
+    assert counts[-1] <= max(1, first[0] / 2)  # a budget in minutes may end after one update
 
 
 def test_a_state_that_is_too_large_is_not_kept(traced: TracedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:

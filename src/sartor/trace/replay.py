@@ -38,8 +38,9 @@ Notice = Callable[[str], object]
 MAX_DIFFERENCE_NATS = 0.02
 # Micro-batches of up to so many tokens are repeated as they were, whatever the dtype: halves would be slow
 _SMALL_MICRO_BATCH = 512
-# States of a run that later ones go on from: so many at most, in so many bytes
+# States of a run that later ones go on from: so many at most of a seed, of so many seeds, in so many bytes
 _MOST_STATES = 16
+_MOST_SEEDS = 2
 _STATES_BYTES = 2**30
 
 
@@ -103,7 +104,8 @@ class Replay:
         self.seed = self.recipe.seed
         self.run = self._begin(self.recipe.seed)
         self._start: RunState = self.run.snapshot()
-        self._beginning = self._new_beginning()
+        # by seed
+        self._beginnings: dict[int, SharedBeginning] = {}
 
     @classmethod
     def open(cls, traced: TracedAdapter, *, notice: Notice = lambda line: None) -> Replay:
@@ -176,7 +178,6 @@ class Replay:
             self.base.model = adapters.undo(self.run.model)
             self.run, self.seed = self._begin(seed), seed
             self._start = self.run.snapshot()
-            self._beginning = self._new_beginning()
         self.run.beginning = None
         values = self._row_weights.values
         values[:-1] = 1.0 if weights is None else torch.as_tensor(weights, dtype=values.dtype, device=values.device)
@@ -198,18 +199,24 @@ class Replay:
         Raises ModelError if the loss explodes.
         """
         run = self.restart(weights, seed=seed)
-        run.beginning = self._beginning
-        if self._beginning and (state := self._beginning.latest(self._row_weights.reweighted)):
+        run.beginning = self._beginning()
+        if run.beginning and (state := run.beginning.latest(self._row_weights.reweighted)):
             run.go_back(state)
         run.go_on()
         notice(f"repeated {run.counters.updates} updates, {run.counters.tokens:,} tokens")
         return self.parameters()
 
-    def _new_beginning(self) -> SharedBeginning | None:
-        """Return a place for states of the run; None where they would take too much memory."""
+    def _beginning(self) -> SharedBeginning | None:
+        """Return the place for states of the run of this seed; None where they would take too much memory."""
         # a state has the parameters and, after the first update, AdamW's two moments of each
-        most = min(_MOST_STATES, _STATES_BYTES // max(1, 3 * self._start.bytes))
-        return SharedBeginning(math.ceil(self.course.updates / most)) if most > 1 else None
+        most = min(_MOST_STATES, _STATES_BYTES // (_MOST_SEEDS * 3 * self._start.bytes))
+        if most < 2:
+            return None
+        if self.seed not in self._beginnings:
+            if len(self._beginnings) == _MOST_SEEDS:
+                del self._beginnings[next(iter(self._beginnings))]
+            self._beginnings[self.seed] = SharedBeginning(math.ceil(self.course.updates / most))
+        return self._beginnings[self.seed]
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Return copies of the current parameters (...) by name."""
