@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +129,35 @@ def test_reader_who_goes_ends_what_a_command_writes_itself() -> None:
             assert process.stdout is not None and process.stderr is not None
             process.stdout.close()
             assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "exit_code", "says"),
+    [
+        (errno.ENOSPC, "out/model", 6, "the disk is full: out/model could not be written"),
+        (errno.ENOSPC, None, 6, "the disk is full: a file could not be written"),
+        (errno.EROFS, "/media/out", 2, "/media/out cannot be used: Read-only file system"),
+        (errno.EACCES, None, None, ""),  # of a socket or a process: nobody knows which path would help
+        (errno.ENOENT, "lost", None, ""),
+    ],
+)
+def test_disk_that_takes_no_file_is_no_traceback(
+    code: int,
+    name: str | None,
+    exit_code: int | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), name)
+
+    monkeypatch.setattr("sartor.keygen", fail)
+    with pytest.raises(SystemExit if exit_code else OSError) as ended:
+        main(["keygen", "keys"])
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == exit_code
+    assert says in capsys.readouterr().err
 
 
 def test_ctrl_c_in_a_conversation_speaks_of_no_artefact(

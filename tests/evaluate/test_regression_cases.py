@@ -17,6 +17,7 @@ from sartor.core.records import Message, Part
 from sartor.evaluate import regression_cases
 from sartor.evaluate.case_measurement import measure_cases
 from sartor.evaluate.regression_cases import (
+    MOST_LINE_BYTES,
     CaseFault,
     CaseResult,
     RegressionCase,
@@ -27,6 +28,7 @@ from sartor.evaluate.regression_cases import (
     parse_cases,
     read_cases,
 )
+from sartor.media import content_parts
 from sartor.release.gate import CaseEvidence, check_cases
 
 
@@ -96,7 +98,7 @@ def test_cases_survive_their_file() -> None:
         ({"bad_reply": 7}, "no text"),
         ({"examples": [1]}, "no text"),
         ({"prompt": []}, "no prompt"),
-        ({"prompt": [{"role": "user", "content": [{}]}]}, "a turn with another key"),
+        ({"prompt": [{"role": "user", "content": [{}]}]}, "a part of a turn that is no text"),
         ({"prompt": [{"role": "root", "content": "x"}]}, "the role 'root'"),
         ({"prompt": "x"}, "line 2"),
         ({"corrected_reply": "ON:HALL"}, "equals the bad one"),
@@ -116,9 +118,21 @@ def test_line_of_loose_json_is_refused(line: str) -> None:
         parse_cases(line.encode("latin-1"), "cases.jsonl")
 
 
-def test_prompt_with_an_image_is_no_case() -> None:
-    with pytest.raises(ConfigError, match="image"):
+def test_media_of_a_prompt_are_kept_as_data_urls() -> None:
+    url = content_parts.url_of(b"picture", "image/png")
+    turn = Message("user", (Part("text", "first"), Part("image", media=url), Part("text", "what is it?")))
+    seen = replace(case(), prompt=(Message.of("system", "Look."), turn))
+    assert parse_cases(seen.line, "cases.jsonl") == [seen] and seen.id != case().id
+    assert seen.question == "[image] firstwhat is it?"
+    with pytest.raises(ConfigError, match="no data URL"):
         replace(case(), prompt=(Message("user", (Part("image", media="media/1.png"),)),))
+    big = Message("user", (Part("audio", media=content_parts.url_of(bytes(MOST_LINE_BYTES), "audio/wav")),))
+    with pytest.raises(ConfigError, match="the limit is 16,777,216"):
+        replace(case(), prompt=(big,))
+    for part in ({"type": "image", "url": url}, {"type": "video", "video": url}, {"type": "text", "text": 1}, "text"):
+        line = seen.line.replace(json.dumps(turn.content[1].plain()).encode(), json.dumps(part).encode())
+        with pytest.raises(ArtifactError, match="line 1 is no regression case"):
+            parse_cases(line, "cases.jsonl")
 
 
 # -- verdict

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 import sartor
 import tiny
+from media_files import png
 from release_fixtures import quiet_gates
 from sample_data import write_jsonl
 from sartor.cli import main
@@ -23,11 +25,16 @@ from sartor.core import catalogue
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ConflictError, GateError
 from sartor.core.parquet_io import read_drops, read_examples
+from sartor.core.records import Part
 from sartor.curate.review.review_file import read_review_file
+from sartor.evaluate.case_measurement import measure_cases
 from sartor.evaluate.regression_cases import read_cases
 from sartor.learn import fix as fixing
 from sartor.learn import retrain
 from sartor.learn.fix import read_corrections
+from sartor.media import content_parts
+from tiny_towers import tiny_clip
+from traced import curated
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft", "yard", "shed")
 # what the mislabelled row says, and what it should
@@ -390,3 +397,45 @@ def test_one_of_drop_and_correct_is_asked_for(door: dict[str, Any], capsys: pyte
     with pytest.raises(SystemExit) as ended:
         main([*said, "--out", str(door["out"])])
     assert ended.value.code == 2 and "--drop and --correct" in capsys.readouterr().err
+
+
+def test_a_case_of_a_picture_is_kept_with_it_and_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(monkeypatch)
+    monkeypatch.setenv("SARTOR_HOME", str(tmp_path / "home"))
+    base = tiny.write_base(tmp_path / "base", initializer_range=0.3, pad_token_id=0)
+    pictures = {f"{index}.png": png(20 + 20 * index) for index in range(10)}
+    question = "which cloth?"
+    rows = []
+    for index, name in enumerate(pictures):
+        content = [{"type": "image", "image": name}, {"type": "text", "text": question}]
+        reply = "silk" if index == 0 else "wool"
+        rows.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]})
+    recipe = {
+        "base": {"text": str(base), "bits": 32, "image": str(tiny_clip(tmp_path / "clip"))},
+        "data": {"path": curated(tmp_path / "rows", rows, 0.2, pictures), "rehearsal": "none"},
+        "budget": {"updates": 4},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
+    }
+    sartor.tune(recipe, tmp_path / "adapter", show=False)
+    sartor.evaluate(tmp_path / "adapter")
+    sartor.keygen(tmp_path / "keys")
+    live, waived = tmp_path / "cloth-1.0", (*WAIVED, "modality")
+    waivers = [sartor.Waiver(check, "A. Tester", "tiny") for check in waived]
+    sartor.release(tmp_path / "adapter", name="cloth", version="1.0", out=live, key=tmp_path / "keys", waivers=waivers)
+    train = list(read_examples(sartor.open(recipe["data"]["path"]), "train"))
+    (tmp_path / "shown.png").write_bytes(pictures["0.png"])
+    command = ["fix", str(live), "--examples", train[0].id, "--drop", "--by", "Ada", "--reason", "it is wool"]
+    command += ["--image", str(tmp_path / "shown.png"), "--prompt", question, "--reply", "silk", "--corrected", "wool"]
+    command += ["--out", str(tmp_path / "fixed"), "--key", str(tmp_path / "keys")]
+    waives = [part for check in (*waived, "cases") for part in ("--waive", check)]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *waives])
+    assert ended.value.code == 0
+    [case] = read_cases(open_artifact(tmp_path / "fixed" / "release", "release"))
+    picture, words = case.prompt[-1].content
+    assert content_parts.bytes_of(picture.media) == pictures["0.png"] and words.text == question
+    assert case.question == f"[image] {question}"
+    other = Part("image", media=content_parts.url_of(pictures["9.png"], "image/png"))
+    elsewhere = replace(case, prompt=(*case.prompt[:-1], replace(case.prompt[-1], content=(other, words))))
+    here, there = measure_cases(open_artifact(live, "release"), [case, elsewhere])
+    assert here.bad_nats > 0 and here.bad_nats != there.bad_nats, "the picture was not read"

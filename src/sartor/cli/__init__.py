@@ -9,6 +9,7 @@ Every command takes `--json`: one JSON object on the last line of stdout; progre
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -32,7 +33,8 @@ from sartor.cli import serving as agents
 from sartor.cli import serving as learning
 from sartor.cli.app import AS_JSON, app, notice
 from sartor.cli.old_spellings import renew
-from sartor.core.errors import ConfigError, GateError, SartorError
+from sartor.core.errors import ConfigError, GateError, MissingError, SartorError
+from sartor.core.filesystem import DISK_FULL
 from sartor.core.ipc import error_as_json
 from sartor.core.terminal import printable
 
@@ -173,6 +175,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if not _is_reader_gone():
             raise
         _leave_stdout()
+    except OSError as error:
+        if error.errno not in DISK_FULL and not (error.errno in _UNWRITABLE and error.filename):
+            raise
+        if is_verbose:
+            traceback.print_exc()
+        _fail(_disk_error(error), as_json)
     raise SystemExit(0)
 
 
@@ -233,6 +241,20 @@ def _usage_error(error: CycloptsError, arguments: list[str]) -> ConfigError:
         words.append(argument)
         command = command[argument]
     return ConfigError(problem, f"{' '.join(words)} --help")
+
+
+# errors of an operating system that say something of a path, and nothing of Sartor
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _disk_error(error: OSError) -> SartorError:
+    """Return the error for a disk that is full, or a path that this user may not use."""
+    path = error.filename or "a file"
+    if error.errno in DISK_FULL:
+        return MissingError(
+            f"the disk is full: {path} could not be written", "free some space, then repeat the command"
+        )
+    return ConfigError(f"{path} cannot be used: {error.strerror}", "another path, or give this user the right to it")
 
 
 _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')

@@ -94,13 +94,18 @@ def fix(
     prompt: WORDS = "",
     reply: WORDS = "",
     corrected: WORDS = "",
+    prompt_file: FILE_OR_STDIN = None,
+    reply_file: Path | None = None,
+    messages: Path | None = None,
+    system: str | None = None,
+    media: MEDIA = (),
     waive: tuple[str, ...] = (),
     key: Path | None = None,
     queue: str = "",
 ) -> Any:
     """Drop or correct training rows, tune again by the same recipe, and release the next version.
 
-    With --prompt, --reply and --corrected the Release keeps a regression case, which no later version may fail.
+    With a prompt, --reply and --corrected the Release keeps a regression case, which no later version may fail.
     Exits 5 if the gate refuses; what was made stands, and the same command goes on.
 
     Args:
@@ -114,6 +119,11 @@ def fix(
         prompt: what was asked
         reply: the bad reply
         corrected: the right reply
+        prompt_file: file with the prompt, which keeps it out of the list of processes; - is standard input
+        reply_file: file with the bad reply
+        messages: JSON file with the turns before the reply, or the body of the request, instead of --prompt
+        system: system prompt before the prompt; by default that of most training rows
+        media: image or recording before the prompt, several in their order; the Release keeps them in the case
         waive: let a failed check of the gate pass, by and for the reason given
         key: private key that signs the new version, or its directory; by default SARTOR_HOME/keys/default
         queue: file or Postgres URL of the review; by default SARTOR_REVIEW, else review.sqlite beside the Dataset
@@ -124,9 +134,11 @@ def fix(
         by=by,
         reason=reason,
         correct=correct,
-        prompt=prompt,
-        reply=reply,
+        prompt=turns_of(prompt, prompt_file, messages),
+        reply=reply_of(reply, reply_file),
         corrected=corrected,
+        media=sartor.Question.of("", media).media,
+        system=system,
         waive=waive,
         queue=queue,
     )

@@ -5,6 +5,8 @@
     {"schema": 1, "prompt": [{"role": "user", "content": "..."}], "bad_reply": "...", "corrected_reply": "...",
      "examples": ["3f..."], "why": "...", "by": "Ada", "date": "2026-11-30T05:00:00Z"}
 
+The content of a turn with a picture or a recording is a list of parts, the media as data URLs.
+
 A version fails a case if its greedy reply equals the bad one after `normalized`, or if it gives the bad reply a higher
 likelihood than the corrected one: the product of the probabilities of all tokens of the reply and of its end. So a
 long reply is less likely than a short one, as it is when the model answers. `case_measurement.py` measures both.
@@ -22,18 +24,20 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sartor.core import catalogue, records, strict_json
 from sartor.core.artifacts import Artifact, check_file, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.installation import upgrade_command
-from sartor.core.records import ROLES, Message
+from sartor.core.records import ROLES, Message, Part, PartKind
 from sartor.core.reply_markup import without_reasoning
+from sartor.media import content_parts
 
 FILE = "cases.jsonl"
 SCHEMA = 1
-MOST_LINE_BYTES = 1 << 20
+# of a case: photographs and a minute of sound fit
+MOST_LINE_BYTES = 16 << 20
 # characters at the ends of a reply that make no other reply
 _ENDS = " \t\r\n.,;:!?…\"'`“”„‘’«»"
 _TURN_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -44,7 +48,7 @@ _TEXTS = ("bad_reply", "corrected_reply", "why", "by", "date", "tools")
 class RegressionCase:
     """Prompt, the reply that must not come again, and the reply that should.
 
-    prompt: all turns before the reply, of text alone.
+    prompt: all turns before the reply, with media as data URLs.
     examples: ids of the training rows that caused the bad reply.
     why, by, date: reason, person, and time (UTC, ISO).
     tools: JSON text of the declared tools; empty for none.
@@ -63,11 +67,9 @@ class RegressionCase:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ConfigError("the case has no prompt", '--prompt "what was asked"')
-        if any(part.media for message in self.prompt for part in message.content):
-            raise ConfigError(
-                "the prompt has an image or a recording, which a Release cannot hold",
-                "give a prompt of text alone, or fix without --prompt: no case is kept then",
-            )
+        media = [part.media for message in self.prompt for part in message.content if part.media]
+        if not all(url.startswith(content_parts.SCHEME) for url in media):
+            raise ConfigError("the prompt has a medium that is no data URL", "--image FILE, or --audio FILE")
         if not (self.bad_reply.strip() and self.corrected_reply.strip()):
             name = "corrected" if self.bad_reply.strip() else "bad"
             raise ConfigError(f"the {name} reply of the case is empty", '--reply "bad" --corrected "right"')
@@ -76,6 +78,16 @@ class RegressionCase:
                 f"the corrected reply {self.corrected_reply!r:.80} equals the bad one after normalisation",
                 '--corrected "another reply"',
             )
+        if len(self.line) > MOST_LINE_BYTES:
+            raise ConfigError(
+                f"the case has {len(self.line):,} bytes; the limit is {MOST_LINE_BYTES:,}",
+                "a smaller picture, or a shorter recording or text",
+            )
+
+    @cached_property
+    def line(self) -> bytes:
+        """The line of `cases.jsonl`, with its end."""
+        return json.dumps(self.as_json(), ensure_ascii=False).encode() + b"\n"
 
     @cached_property
     def id(self) -> str:
@@ -85,15 +97,18 @@ class RegressionCase:
 
     @property
     def question(self) -> str:
-        """Text of the last turn of the prompt."""
-        return self.prompt[-1].text
+        """Text of the last turn of the prompt, behind a word for each medium."""
+        turn = self.prompt[-1]
+        return " ".join([*(f"[{part.kind}]" for part in turn.content if part.media), turn.text]).strip()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the line of `cases.jsonl`; `case_of` parses it."""
+        """Return the content of the line; `case_of` parses it."""
         turns = []
         for message in self.prompt:
             filled = {name: getattr(message, name) for name in _TURN_FIELDS if getattr(message, name)}
-            turns.append({"role": message.role, "content": message.text, **filled})
+            has_media = any(part.media for part in message.content)
+            content = [part.plain() for part in message.content] if has_media else message.text
+            turns.append({"role": message.role, "content": content, **filled})
         texts = {name: getattr(self, name) for name in _TEXTS if getattr(self, name)}
         return {"schema": SCHEMA, "prompt": turns, **texts, "examples": list(self.examples)}
 
@@ -147,12 +162,23 @@ def case_of(line: bytes) -> RegressionCase:
 
 
 def _message_of(turn: Mapping[str, Any]) -> Message:
-    if set(turn) - {"role", "content", *_TURN_FIELDS} or not all(isinstance(text, str) for text in turn.values()):
+    texts = [value for name, value in turn.items() if name != "content"]
+    if set(turn) - {"role", "content", *_TURN_FIELDS} or not all(isinstance(text, str) for text in texts):
         raise TypeError("a turn with another key than role and content, or a value that is no text")
     if turn["role"] not in ROLES:
         raise ValueError(f"the role {turn['role']!a:.40}")
-    message = Message.of(turn["role"], turn["content"])
-    return Message(message.role, message.content, **{name: turn[name] for name in _TURN_FIELDS if name in turn})
+    content = turn["content"]
+    parts = (
+        tuple(map(_part_of, content)) if isinstance(content, list) else (_part_of({"type": "text", "text": content}),)
+    )
+    return Message(turn["role"], parts, **{name: turn[name] for name in _TURN_FIELDS if name in turn})
+
+
+def _part_of(part: Mapping[str, Any]) -> Part:
+    kind = next((name for name in get_args(PartKind) if name == part.get("type")), None)
+    if kind is None or set(part) != {"type", kind} or not isinstance(part[kind], str):
+        raise TypeError("a part of a turn that is no text, image or audio")
+    return Part(kind, text=part[kind]) if kind == "text" else Part(kind, media=part[kind])
 
 
 def parse_cases(content: bytes, source: str) -> list[RegressionCase]:
@@ -193,8 +219,7 @@ def read_cases(release: Artifact) -> list[RegressionCase]:
 
 def write_cases(folder: Path, cases: Iterable[RegressionCase]) -> None:
     """Write `cases.jsonl` into a folder that will be sealed."""
-    lines = [json.dumps(case.as_json(), ensure_ascii=False) + "\n" for case in cases]
-    (folder / FILE).write_text("".join(lines), encoding="utf-8")
+    (folder / FILE).write_bytes(b"".join(case.line for case in cases))
 
 
 def merge_cases(*groups: Iterable[RegressionCase]) -> list[RegressionCase]:

@@ -34,6 +34,7 @@ from sartor.core.errors import (
 from sartor.core.filesystem import PRIVATE, make_parent, write_file_atomic, writer_lock
 from sartor.core.home import home
 from sartor.core.lineage import ancestry
+from sartor.core.records import Part
 from sartor.curate.review.review_commands import Opinion, review_add, review_apply, review_decide
 from sartor.curate.review.review_items import CHANGES, ReviewItem, check_change
 from sartor.curate.review.row_edits import STEP, apply_edit
@@ -59,7 +60,10 @@ class FixOptions:
     """What a fix does with the rows, and the reply that must not come again.
 
     correct: JSONL file with one change for each of `examples`; None drops them.
-    prompt, reply, corrected: of the regression case; all of them, or none for no case.
+    prompt, reply, corrected: of the regression case; all of them, or none for no case. The prompt is text, turns in
+        OpenAI's form, or the body of a request with `messages` and `tools`.
+    media: images and recordings before a prompt of text.
+    system: system prompt before `prompt`; by default that of most training rows.
     waive: checks of the gate that `by` takes on for `reason`.
     queue: of the review; by default as for `sartor review`.
     """
@@ -67,9 +71,11 @@ class FixOptions:
     by: str
     reason: str
     correct: Path | None = None
-    prompt: str = ""
+    prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any] = ""
     reply: str = ""
     corrected: str = ""
+    media: Sequence[Part] = ()
+    system: str | None = None
     waive: tuple[str, ...] = ()
     queue: str = ""
 
@@ -77,13 +83,18 @@ class FixOptions:
         Opinion("reject", self.by)  # raises ConfigError unless it is a person's name
         if not self.reason.strip():
             raise ConfigError("a fix has a reason", '--reason "the label is wrong"')
-        parts = {"--prompt": self.prompt, "--reply": self.reply, "--corrected": self.corrected}
-        missing = [name for name, text in parts.items() if not text.strip()]
+        parts = {"--prompt": self.has_prompt, "--reply": self.reply.strip(), "--corrected": self.corrected.strip()}
+        missing = [name for name, part in parts.items() if not part]
         if 0 < len(missing) < len(parts):
             raise ConfigError(
                 f"the regression case lacks {' and '.join(missing)}",
                 '--prompt "what was asked" --reply "the bad reply" --corrected "the right one"',
             )
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether there is a prompt of a regression case."""
+        return bool(self.media or (self.prompt.strip() if isinstance(self.prompt, str) else self.prompt))
 
 
 @dataclass(frozen=True)
@@ -229,8 +240,8 @@ def _requested_record(
                     f"another correction of row {row.example.id[:12]}, or leave it out of --examples",
                 ) from None
     case = None
-    if options.prompt.strip():
-        query = traced.query(options.prompt, options.reply)
+    if options.has_prompt:
+        query = traced.query(options.prompt, options.reply, system=options.system, media=options.media)
         case = RegressionCase(
             prompt=query.prompt,
             bad_reply=options.reply,
