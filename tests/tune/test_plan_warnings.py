@@ -112,17 +112,19 @@ def test_sampled_texts_span_the_dataset_without_rehearsal(tmp_path: Path) -> Non
     assert min(numbers) < 100 and max(numbers) > 700
 
 
-def test_language_is_the_majority_and_only_its_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tie gives no language and no texts."""
+def test_languages_are_of_a_majority_and_only_their_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the pieces are too few; several languages count together."""
 
     def detect(text: str) -> DetectedLanguage:
         return DetectedLanguage(text.partition(" ")[0], 0.4 if "code" in text else 0.9, len(text))
 
     monkeypatch.setattr(plan_warnings.language_id, "detector", lambda: detect)
     monkeypatch.setattr(plan_warnings, "PIECE_CHARACTERS", 1)
-    assert plan_warnings._language(["sv a", "en b", "sv c"]) == ("sv", ["sv a", "sv c"])
-    assert plan_warnings._language(["sv a", "en b"]) == ("", [])
-    assert plan_warnings._language(["et code", "et code"]) == ("", [])
+    foreign = plan_warnings._foreign_languages
+    assert foreign(["sv a", "en b", "sv c"]) == (["sv"], ["sv a", "sv c"])
+    assert foreign(["sv a", "de b", "en c", "sv d", "en e"]) == (["sv", "de"], ["sv a", "de b", "sv d"])
+    assert foreign(["sv a", "en b"]) == foreign(["en a"]) == ([], [])
+    assert foreign(["et code", "et code"]) == ([], [])
 
 
 def test_rows_of_a_template_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,8 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
     """
     small_talk: list[str] = []
     for part, texts in _texts(dataset).items():
-        code, texts = _language(texts)
-        if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
+        codes, texts = _foreign_languages(texts)
+        if not codes:
             continue
         small_talk = small_talk or _small_talk()
         sample = _spread(texts)
@@ -131,11 +131,12 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
         if rows < UNKNOWN_RATIO * reference:
             continue
         problem = (
-            f"the {part}' language is {code!r}, in which this base has {rows / reference:.1f} times the loss a letter "
-            f"that it has on English small talk ({rows:.2f} against {reference:.2f} nats; warned from "
-            f"{UNKNOWN_RATIO:g} times on)"
+            f"the {part}' {'language is' if len(codes) == 1 else 'languages are'} {', '.join(map(repr, codes))}, in "
+            f"which this base has {rows / reference:.1f} times the loss a letter that it has on English small talk "
+            f"({rows:.2f} against {reference:.2f} nats; warned from {UNKNOWN_RATIO:g} times on)"
         )
-        yield DataWarning(LANGUAGE, problem, "a base that knows the language (base: owner/model), or rows in English")
+        known = "the language" if len(codes) == 1 else "the languages"
+        yield DataWarning(LANGUAGE, problem, f"a base that knows {known} (base: owner/model), or rows in English")
         return
 
 
@@ -201,22 +202,23 @@ def _spread(texts: Sequence[str], max_characters: int = ROW_CHARACTERS) -> list[
     return chosen
 
 
-def _language(texts: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the language of more than half of the pieces, and the texts of its pieces.
+def _foreign_languages(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the languages but English of the pieces, the most frequent first, and the texts of their pieces.
 
-    Both are empty if there is no such language, or no package to detect it.
+    Both are empty unless these are more than half of the pieces, and without a package to detect languages.
     """
     try:
         detect = language_id.detector()
     except ExtraError:
-        return "", []
+        return [], []
     pieces = _pieces(texts)
     detected = [detect("\n".join(piece)) for piece in pieces]
     codes = [language.code if language.confidence >= MIN_CONFIDENCE else "" for language in detected]
-    code, count = max(Counter(codes).items(), key=lambda item: item[1], default=("", 0))
-    if not code or 2 * count <= len(pieces):
-        return "", []
-    return code, [text for piece, spoken in zip(pieces, codes, strict=True) if spoken == code for text in piece]
+    foreign = Counter(code for code in codes if code and not language_id.are_kin(code, REFERENCE_LANGUAGE))
+    if 2 * foreign.total() <= len(pieces):
+        return [], []
+    of_foreign = [text for piece, code in zip(pieces, codes, strict=True) if code in foreign for text in piece]
+    return [code for code, _ in foreign.most_common()], of_foreign
 
 
 @torch.no_grad()
