@@ -62,10 +62,10 @@ class FixOptions:
     correct: JSONL file with one change for each of `examples`; None drops them.
     prompt, reply, corrected: of the regression case; all of them, or none for no case. The prompt is text, turns in
         OpenAI's form, or the body of a request with `messages` and `tools`.
-    media: images and recordings before a prompt of text.
-    system: system prompt before `prompt`; by default that of most training rows.
     waive: checks of the gate that `by` takes on for `reason`.
     queue: of the review; by default as for `sartor review`.
+    media: images and recordings before a prompt of text.
+    system: system prompt before `prompt`; by default that of most training rows.
     """
 
     by: str
@@ -74,10 +74,10 @@ class FixOptions:
     prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any] = ""
     reply: str = ""
     corrected: str = ""
-    media: Sequence[Part] = ()
-    system: str | None = None
     waive: tuple[str, ...] = ()
     queue: str = ""
+    media: Sequence[Part] = ()
+    system: str | None = None
 
     def __post_init__(self) -> None:
         Opinion("reject", self.by)  # raises ConfigError unless it is a person's name
