@@ -122,8 +122,8 @@ def measure_unrolled(size: Size, folder: Path) -> dict[str, Any]:
     planted = make_planted(size, folder)
     few = make_few(planted, size, folder)
     return {
-        "few_rows": _unrolled(few, planted.scored(size), "few rows"),
-        "all_rows": _unrolled(planted.traced, planted.scored(size)[:FEW_UNROLLED], "all rows"),
+        "few_rows": _unrolled(few, planted.scored(size), "few rows", size.group),
+        "all_rows": _unrolled(planted.traced, planted.scored(size)[:FEW_UNROLLED], "all rows", size.group),
     }
 
 
@@ -202,11 +202,12 @@ def _fit(
     return fit_weights(ours, [row for _, row in pairs], origin=f"planted rows of the kinds {', '.join(kinds)}")
 
 
-def _unrolled(traced: TracedAdapter, plants: Sequence[Plant], label: str) -> dict[str, Any]:
-    """Return the counts of unrolling, a part of the call for each reply."""
-    lines = []
-    for plant, query in zip(plants, queries_of(traced, asked(plants)), strict=True):
-        part = f"plants, {label}, {plant.name}"
-        lines.append(trace_methods.scores_of(part, {"unrolling": trace_methods.unrolled}, traced, [query])["unrolled"])
+def _unrolled(traced: TracedAdapter, plants: Sequence[Plant], label: str, group: int) -> dict[str, Any]:
+    """Return the counts of unrolling, a part of the call for each `group` of replies, which share a replay."""
+    lines, queries = [], queries_of(traced, asked(plants))
+    for start in range(0, len(plants), group):
+        part = f"plants, {label}, {', '.join(plant.name for plant in plants[start : start + group])}"
+        some = queries[start : start + group]
+        lines.append(trace_methods.scores_of(part, {"unrolling": trace_methods.unrolled}, traced, some)["unrolled"])
     ranks = trace_plants.plant_ranks(np.concatenate(lines), plants, row_indices(traced))
     return {**trace_plants.summary(ranks), "rows": len(traced.rows), "ranks": ranks}
