@@ -213,9 +213,10 @@ def test_parameters_that_begin_at_zero_are_unrolled(
     tmp_path: Path, tune_recipe: dict[str, Any], method: dict[str, Any], least: float
 ) -> None:
     traced = tuned({**tune_recipe, "optimizer": SMOOTH}, tmp_path / "a", method=method)
-    replay, queries, rows = Replay.open(traced), queries_of(traced, 2), list(range(6))
+    replay, queries, rows = Replay.open(traced), queries_of(traced, 2), list(range(12))
     scores = unroll(replay, queries).scores[:, rows]
-    assert correlation(scores, measured_slopes(replay, queries, rows)) > least
+    # entries that begin at 0 jump at a small change of a weight, so slopes are measured over a large one
+    assert correlation(scores, measured_slopes(replay, queries, rows, step=0.2)) > least
 
 
 @pytest.mark.usefixtures("fp32")
