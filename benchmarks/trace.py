@@ -2,6 +2,7 @@
 
     python benchmarks/trace.py --data ../shared/data --work trace-work --json    # hours; the same command goes on
     python benchmarks/trace.py --work trace-work --only planted proof --json     # some sections; all share their parts
+    python benchmarks/trace.py --work trace-work --only proof --plants-of benchmarks/results/trace.json --json
     python benchmarks/trace.py --work trace-work --only lds --curves --plot docs/trace-lds.svg --json
     python benchmarks/trace.py --small --json    # a tiny base and few rows: shows that everything runs
 
@@ -89,7 +90,9 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
         "planted_unrolled": lambda: {"planted_unrolled": trace_planted.measure_unrolled(size, folder)},
         "source": lambda: by_source(size, folder),
-        "proof": lambda: {"proof": trace_proof.measure(trace_planted.make_planted(size, folder), size, folder)},
+        "proof": lambda: {
+            "proof": trace_proof.measure(trace_planted.counted_plants(size, folder, arguments.plants_of), size, folder)
+        },
         "fix": lambda: {"fix": trace_fix.measure(options, size, folder, waived=waived)},
         "cost": lambda: trace_cost.measure(options, size, folder),
     }
@@ -150,6 +153,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of snips")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="by default all")
     parser.add_argument("--sets", nargs="+", choices=[*SETS, "construction-faq"], help="of the LDS")
+    parser.add_argument(
+        "--plants-of", type=Path, help="results file whose plants that count are proven, not measured anew"
+    )
     parser.add_argument("--curves", action="store_true", help="also the LDS by learning rate, batch and epochs")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ not of.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -56,6 +57,15 @@ class PlantedSet:
         if is_swapped:
             kinds = sorted({plant.kind for plant in self.counted} - set(kinds))
         return trace_plants.choose_scored(self.counted, kinds, size.plants)
+
+
+def counted_plants(size: Size, folder: Path, earlier: Path | None) -> list[Plant]:
+    """Return the plants that count: those of an earlier results file, or measured."""
+    if earlier is None:
+        return make_planted(size, folder).counted
+    found = json.loads(earlier.read_text(encoding="utf-8"))["result"]["planted"]
+    names = found["effects"].keys() - found["discarded"].keys()
+    return [plant for plant in trace_plants.read_plants(size.asked_plants) if plant.name in names]
 
 
 def asked(plants: Sequence[Plant]) -> list[Row]:

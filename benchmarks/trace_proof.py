@@ -26,7 +26,7 @@ import parts
 import trace_methods
 import trace_plants
 from trace_lds import Retrains
-from trace_planted import RATE, PlantedSet, asked
+from trace_planted import RATE, asked
 from trace_plants import Plant
 from trace_setup import Size, notice, queries_of, recipe_of, row_indices, tune_traced
 
@@ -72,10 +72,13 @@ def false_suspicions(traced: TracedAdapter, plants: Sequence[Plant]) -> list[Sus
     return result
 
 
-def measure(planted: PlantedSet, size: Size, folder: Path) -> dict[str, Any]:
-    """Return how many verdicts are right, of true and of false suspicions; each case is a part of the call."""
-    scored = planted.scored(size)
-    plants = [*scored, *(plant for plant in planted.counted if plant not in scored)]
+def measure(counted: Sequence[Plant], size: Size, folder: Path) -> dict[str, Any]:
+    """Return how many verdicts are right, of true and of false suspicions; each case is a part of the call.
+
+    counted: the plants that count.
+    """
+    scored = trace_plants.choose_scored(counted, trace_plants.scored_kinds(), size.plants)
+    plants = [*scored, *(plant for plant in counted if plant not in scored)]
     sources = trace_plants.planted_rows(size.few_rows, plants)
     rows = [row for part in sources.values() for row in part]
     recipe = recipe_of(rows, epochs=1, rate=RATE, batch_rows=2 * size.batch_rows)
