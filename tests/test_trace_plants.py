@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,16 @@ def test_rank_of_a_plant_is_that_of_its_better_row(plants: Any) -> None:
     indices = {pair: index for index, pair in enumerate(plant.rows)}
     ranks = plants.plant_ranks(np.array([[0.1, 0.9, 0.5, 0.2]]), [plant], indices)
     assert ranks == [1] and plants.summary([*ranks, 4.0, 11.0]) == {"top1": 1, "top10": 2, "of": 3}
+
+
+def test_plants_of_an_earlier_result_are_those_that_counted(
+    plants: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import trace_planted
+    from trace_setup import Size
+
+    some = [made(plants, name=name) for name in ("cat", "dog", "open", "newer")]
+    monkeypatch.setattr(plants, "read_plants", lambda count: some)
+    planted = {"effects": {"cat": 1.0, "dog": 0.01}, "discarded": {"open": "shares a word", "dog": "no effect"}}
+    (tmp_path / "trace.json").write_text(json.dumps({"result": {"planted": planted}}))
+    assert trace_planted.counted_plants(Size(), tmp_path, tmp_path / "trace.json") == some[:1]
