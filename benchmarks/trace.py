@@ -59,16 +59,20 @@ SECTIONS = {
     "weights": ("weights",),
     "planted": ("planted",),
     "planted_unrolled": ("planted_unrolled",),
-    "source": ("by_source", "by_source_methods"),
+    "source": ("by_source", "by_source_methods", "bad_replies", "sources", "rows_of_sources"),
     "proof": ("proof",),
     "fix": ("fix",),
     "cost": (
         "feature_overhead",
+        "feature_overheads",
         "bytes_per_row",
         "retrieval_s",
         "retrieval_first_s",
+        "retrieval_curve",
         "gradient_s",
+        "gradient_curve",
         "unrolled_tunings",
+        "unrolling",
     ),
 }
 SETS, SMALL_SETS = ("home-intents", "snips"), ("construction-faq", "snips")
