@@ -159,7 +159,7 @@ def test_warnings_change_no_weight_and_survive_a_kill(
     """The pass through the base moves no generator (dropout is on); a resumed run repeats it not, and warns the same."""
     recipe = {**tune_recipe, **SETTINGS, "budget": {"updates": 3}}
     tune(recipe, tmp_path / "english")
-    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: ("de", list(pieces)))
+    monkeypatch.setattr(plan_warnings, "_foreign_languages", lambda pieces: (["de"], list(pieces)))
     monkeypatch.setattr(plan_warnings, "UNKNOWN_RATIO", 0.1)
     whole = tune(recipe, tmp_path / "whole").adapter.manifest["run"]["warnings"]
     assert [warning["reason"] for warning in whole] == [plan_warnings.FEW_UPDATES, plan_warnings.LANGUAGE]
@@ -175,15 +175,17 @@ def test_warnings_change_no_weight_and_survive_a_kill(
 
 @pytest.mark.parametrize("part", ["rows", "replies"])
 @pytest.mark.parametrize(
-    ("language", "ratio", "count"), [("de", 1.9, 1), ("de", 1.2, 0), ("en", 1.9, 0), ("", 1.9, 0)]
+    ("languages", "ratio", "count"), [(["de"], 1.9, 1), (["de", "sv"], 1.9, 1), (["de"], 1.2, 0), ([], 1.9, 0)]
 )
 def test_language_is_warned_of_where_the_base_does_not_know_it(
-    monkeypatch: pytest.MonkeyPatch, part: str, language: str, ratio: float, count: int
+    monkeypatch: pytest.MonkeyPatch, part: str, languages: list[str], ratio: float, count: int
 ) -> None:
     texts = {"rows": ["rows"], "replies": []} | {part: ["asked"]}
     monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: texts)
     monkeypatch.setattr(
-        plan_warnings, "_language", lambda pieces: (language if pieces == ["asked"] else "", list(pieces))
+        plan_warnings,
+        "_foreign_languages",
+        lambda pieces: (languages if pieces == ["asked"] else [], list(pieces)),
     )
     monkeypatch.setattr(plan_warnings, "_nats_per_letter", lambda pieces, *_: ratio if pieces == ["asked"] else 1.0)
     anything: Any = None
