@@ -207,8 +207,9 @@ def test_keep_adds_sections_and_says_where_each_is_from(tmp_path: Path) -> None:
     assert "--only b`" in scoreboard.standing_of(of_b, tmp_path).source
     again = record("--keep", "a")
     assert list(again["kept"]) == ["b"] and again["result"]["b"] == 3
-    program.write_text("raise SystemExit(75)")
-    assert record("--keep", "a") == again, "a call that measured nothing took the figures away"
+    for unfinished in (PARTIAL.format(benchmarks=str(BENCHMARKS)), "raise SystemExit(75)"):
+        program.write_text(unfinished)
+        assert record("--keep", "--again", "a") == again, "a call that ended early took the figures away"
     assert "result" not in record("--again", "a")
 
 

@@ -9,7 +9,7 @@ then, if it printed that. A finished result of this very code and command is not
 
 With `--keep`, what the command did not ask for (`absent` says so) stays as the file has it: a benchmark of many hours
 is measured in sections, and `kept` names the command, commit, date and machine of each that is older. A call that
-prints no result then leaves the file as it was.
+does not end with a whole result then leaves the file as it was.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ def main() -> None:
         print(json.dumps(earlier["result"]))
         return
     record, status = run(arguments)
-    if "--keep" in sys.argv and "result" in earlier:
-        record = keep(earlier, record) if "result" in record else earlier
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"code": code, **record}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    keeps = "--keep" in sys.argv and "result" in earlier
+    if keeps and "not_run" not in record:
+        record = keep(earlier, record)
+    if not keeps or "not_run" not in record:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**record, "code": code}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(json.dumps(record.get("result", {"not_run": record.get("not_run")})))
     sys.exit(0 if status == parts.UNFINISHED else status)
 

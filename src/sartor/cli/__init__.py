@@ -243,6 +243,9 @@ def _usage_error(error: CycloptsError, arguments: list[str]) -> ConfigError:
     return ConfigError(problem, f"{' '.join(words)} --help")
 
 
+_MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')
+
+
 # errors of an operating system that say something of a path, and nothing of Sartor
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -255,9 +258,6 @@ def _disk_error(error: OSError) -> SartorError:
             f"the disk is full: {path} could not be written", "free some space, then repeat the command"
         )
     return ConfigError(f"{path} cannot be used: {error.strerror}", "another path, or give this user the right to it")
-
-
-_MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')
 
 
 def _terminate(signal_number: int, frame: object) -> NoReturn:

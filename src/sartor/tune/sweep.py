@@ -287,8 +287,8 @@ class _Race:
             ):
                 return result
         result = SweepTrial(trial, rung, fraction, values)
-        said = ", ".join(f"{key} {value}" for key, value in values.items())
-        self.notice(f"rung {rung}, trial {trial}, with {fraction:.0%} of the budget: {said}")
+        settings = ", ".join(f"{key} {value}" for key, value in values.items())
+        self.notice(f"rung {rung}, trial {trial}, with {fraction:.0%} of the budget: {settings}")
         try:
             trial_recipe = self._recipe_of(fraction, values)
             tuned = tune(trial_recipe, self.folder_of(rung, trial), resume=True, show=self.show, notice=self.notice)
