@@ -92,7 +92,9 @@ def measure(arguments: argparse.Namespace, size: Size, folder: Path) -> dict[str
         "lds": lambda: _lds(sets, options, size, folder, is_small=arguments.small),
         "weights": lambda: {"weights": asdict(trace_planted.fit_packaged(size, folder))},
         "planted": lambda: {"planted": trace_planted.measure(size, folder)},
-        "planted_unrolled": lambda: {"planted_unrolled": trace_planted.measure_unrolled(size, folder)},
+        "planted_unrolled": lambda: {
+            "planted_unrolled": trace_planted.measure_unrolled(size, folder, arguments.plants_of)
+        },
         "source": lambda: by_source(size, folder),
         "proof": lambda: {
             "proof": trace_proof.measure(trace_planted.counted_plants(size, folder, arguments.plants_of), size, folder)
@@ -158,7 +160,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="by default all")
     parser.add_argument("--sets", nargs="+", choices=[*SETS, "construction-faq"], help="of the LDS")
     parser.add_argument(
-        "--plants-of", type=Path, help="results file whose plants that count are proven, not measured anew"
+        "--plants-of",
+        type=Path,
+        help="results file whose plants that count are proven and unrolled; else hours of retrains say which count",
     )
     parser.add_argument("--curves", action="store_true", help="also the LDS by learning rate, batch and epochs")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file")

@@ -61,8 +61,11 @@ class PlantedSet:
 
 def counted_plants(size: Size, folder: Path, earlier: Path | None) -> list[Plant]:
     """Return the plants that count: those of an earlier results file, or measured."""
-    if earlier is None:
-        return make_planted(size, folder).counted
+    return counted_earlier(size, earlier) if earlier else make_planted(size, folder).counted
+
+
+def counted_earlier(size: Size, earlier: Path) -> list[Plant]:
+    """Return the plants that count by an earlier results file."""
     found = json.loads(earlier.read_text(encoding="utf-8"))["result"]["planted"]
     names = found["effects"].keys() - found["discarded"].keys()
     return [plant for plant in trace_plants.read_plants(size.asked_plants) if plant.name in names]
@@ -73,13 +76,18 @@ def asked(plants: Sequence[Plant]) -> list[Row]:
     return [chat_row(plant.prompt, plant.reply) for plant in plants]
 
 
-def make_planted(size: Size, folder: Path) -> PlantedSet:
-    """Return the planted set, checked: the wording by words, the effects by retrains. A part of the call each."""
+def make_planted(size: Size, folder: Path, earlier: Path | None = None) -> PlantedSet:
+    """Return the planted set, checked: the wording by words, the effects by retrains. A part of the call each.
+
+    earlier: results file that says which plants count; nothing is retrained then.
+    """
     plants = trace_plants.read_plants(size.asked_plants)
     reasons = parts.run("plants: wording", lambda: trace_plants.split_closed(plants, size)[1])
     closed = [plant for plant in plants if plant.name not in reasons]
     sources = trace_plants.planted_rows(size.planted_rows, closed)
     traced = tune_planted(folder / "planted", sources, size)
+    if earlier:
+        return PlantedSet(traced, counted_earlier(size, earlier), reasons, {})
     retrains = Retrains("plants", traced, queries_of(traced, asked(closed)))
     full = retrains.losses("with all rows")
     weights = trace_plants.left_out_weights(closed, row_indices(traced), len(traced.rows))
@@ -127,9 +135,12 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_unrolled(size: Size, folder: Path) -> dict[str, Any]:
-    """Return the counts of unrolling on few rows, and for two replies among all."""
-    planted = make_planted(size, folder)
+def measure_unrolled(size: Size, folder: Path, earlier: Path | None) -> dict[str, Any]:
+    """Return the counts of unrolling on few rows, and for two replies among all.
+
+    earlier: results file that says which plants count.
+    """
+    planted = make_planted(size, folder, earlier)
     few = make_few(planted, size, folder)
     return {
         "few_rows": _unrolled(few, planted.scored(size), "few rows", size.group),
