@@ -89,7 +89,17 @@ def expected_rank(scores: F64, index: int) -> float:
     return float((scores > scores[index]).sum() + ((scores == scores[index]).sum() + 1) / 2)
 
 
-def opening(plant: Plant, rows: Sequence[Row], closed_rank: int) -> str:
+class RowViews:
+    """Rows as pairs (prompt, reply), and BM25 indices of their prompts, of their replies, and of both."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.pairs = [texts_of(row) for row in rows]
+        self.prompts = trace_methods.Bm25([prompt for prompt, _ in self.pairs])
+        self.replies = trace_methods.Bm25([reply for _, reply in self.pairs])
+        self.both = trace_methods.Bm25([f"{prompt}\n{reply}" for prompt, reply in self.pairs])
+
+
+def opening(plant: Plant, views: RowViews, closed_rank: int) -> str:
     """Return the reason why a plant among these rows can be found by words; empty if it is closed."""
     asked = f"{plant.prompt}\n{plant.reply}"
     for prompt, reply in plant.rows:
@@ -98,17 +108,15 @@ def opening(plant: Plant, rows: Sequence[Row], closed_rank: int) -> str:
         for text in (plant.prompt, plant.reply):
             if (fraction := overlap(reply, text)) >= MAX_OVERLAP:
                 return f"shares {fraction:.0%} of the 4-grams of {reply!r}"
-    pairs = [texts_of(row) for row in rows]
-    views = {
-        "prompts": ([prompt for prompt, _ in pairs], plant.prompt),
-        "replies": ([reply for _, reply in pairs], plant.reply),
-        "both": ([f"{prompt}\n{reply}" for prompt, reply in pairs], asked),
-    }
-    for view, (texts, query) in views.items():
-        scores = trace_methods.Bm25(texts).scores(query)
+    for name, index, query in (
+        ("prompts", views.prompts, plant.prompt),
+        ("replies", views.replies, plant.reply),
+        ("both", views.both, asked),
+    ):
+        scores = index.scores(query)
         for pair in plant.rows:
-            if (rank := expected_rank(scores, pairs.index(pair))) <= closed_rank:
-                return f"has rank {rank:g} by BM25 over {view}"
+            if (rank := expected_rank(scores, views.pairs.index(pair))) <= closed_rank:
+                return f"has rank {rank:g} by BM25 over {name}"
     return ""
 
 
@@ -126,8 +134,8 @@ def planted_rows(count: int, plants: Sequence[Plant]) -> dict[str, list[Row]]:
 def split_closed(plants: Sequence[Plant], size: Size) -> tuple[list[Plant], dict[str, str]]:
     """Return the plants that are closed among all of them, and why the others are not."""
     sources = planted_rows(size.planted_rows, plants)
-    rows = [row for part in sources.values() for row in part]
-    reasons = {plant.name: opening(plant, rows, size.closed_rank) for plant in plants}
+    views = RowViews([row for part in sources.values() for row in part])
+    reasons = {plant.name: opening(plant, views, size.closed_rank) for plant in plants}
     return [plant for plant in plants if not reasons[plant.name]], {name: why for name, why in reasons.items() if why}
 
 

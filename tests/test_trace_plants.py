@@ -35,15 +35,16 @@ def filler_rows(plants: Any, count: int = 40) -> list[Any]:
 
 
 def opening(plants: Any, plant: Any, closed_rank: int = 10) -> str:
-    return plants.opening(plant, [*filler_rows(plants), *(plants.chat_row(*pair) for pair in plant.rows)], closed_rank)
+    rows = [*filler_rows(plants), *(plants.chat_row(*pair) for pair in plant.rows)]
+    return plants.opening(plant, plants.RowViews(rows), closed_rank)
 
 
 def test_no_plant_shares_words_with_its_question(plants: Any) -> None:
     """Every plant of the file; the ranks need the assets, and are checked by the benchmark itself."""
     every = plants.read_plants(5)
     assert len(every) == 50 and len({plant.kind for plant in every}) == 10
-    rows = [plants.chat_row(*pair) for plant in every for pair in plant.rows]
-    assert {plant.name: why for plant in every if (why := plants.opening(plant, rows, closed_rank=0))} == {}
+    views = plants.RowViews([plants.chat_row(*pair) for plant in every for pair in plant.rows])
+    assert {plant.name: why for plant in every if (why := plants.opening(plant, views, closed_rank=0))} == {}
 
 
 def test_half_of_the_kinds_is_scored(plants: Any) -> None:

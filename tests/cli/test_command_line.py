@@ -137,6 +137,7 @@ def test_reader_who_goes_ends_what_a_command_writes_itself() -> None:
         (errno.ENOSPC, "out/model", 6, "the disk is full: out/model could not be written"),
         (errno.ENOSPC, None, 6, "the disk is full: a file could not be written"),
         (errno.EROFS, "/media/out", 2, "/media/out cannot be used: Read-only file system"),
+        (errno.ENOTDIR, "rows.jsonl/out", 2, "rows.jsonl/out cannot be used: Not a directory"),
         (errno.EACCES, None, None, ""),  # of a socket or a process: nobody knows which path would help
         (errno.ENOENT, "lost", None, ""),
     ],

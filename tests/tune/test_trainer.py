@@ -103,6 +103,12 @@ def test_zero_supervised_tokens_are_refused_writing_nothing(tmp_path: Path, tune
     assert not (tmp_path / "a").exists()
 
 
+def test_a_plan_of_no_row_counts_those_that_are_left_out(tune_recipe: dict[str, Any]) -> None:
+    forecast = sartor.plan({**tune_recipe, "data": {**tune_recipe["data"], "max_length_tokens": 5}})
+    assert forecast.as_json()["left_out"] == {"too_long": 40}
+    assert [refusal.reason for refusal in forecast.refusals] == ["nothing_supervised"]
+
+
 def test_rows_that_the_template_refuses_are_counted(
     tmp_path: Path, rows_file: Path, tune_recipe: dict[str, Any]
 ) -> None:

@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         _leave_stdout()
     except OSError as error:
-        if error.errno not in DISK_FULL and not (error.errno in _UNWRITABLE and error.filename):
+        if error.errno not in DISK_FULL and not (error.errno in _BAD_PATH and error.filename):
             raise
         if is_verbose:
             traceback.print_exc()
@@ -247,11 +247,11 @@ _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[
 
 
 # errors of an operating system that say something of a path, and nothing of Sartor
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_BAD_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def _disk_error(error: OSError) -> SartorError:
-    """Return the error for a disk that is full, or a path that this user may not use."""
+    """Return the error for a disk that is full, or a path that cannot be used."""
     path = error.filename or "a file"
     if error.errno in DISK_FULL:
         return MissingError(

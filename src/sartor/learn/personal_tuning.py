@@ -213,7 +213,7 @@ def tune_personal(
         adapter = stack.write(tuned, folder / ADAPTER, facts)
         counts = {"rows": len(rows.train), "held_out": len(held_out.encoded)}
         _serve(context, adapter, {**counts, "rank": stack.rank, "gate": gate})
-        left_out = {**collected.left_out, **{reason: len(ids) for reason, ids in rows.left_out.items()}}
+        left_out = {**collected.left_out, **rows.left_out_counts}
         return {
             **summary,
             "adapter": str(adapter.path),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
@@ -23,6 +24,26 @@ from sartor.tune.tokenized_dataset import DistilExample, PreferenceExample, Term
 
 # Most other rows to search for a reply that differs: every row may have the same one
 _MAX_OTHERS = 8
+
+
+class NoRowsError(SourceError):
+    """No training row with a supervised token is left.
+
+    left_out: number of rows that are not learnt, by reason.
+    """
+
+    def __init__(self, problem: str, remedy: str, left_out: Mapping[str, int]) -> None:
+        super().__init__(problem, remedy)
+        self.left_out = dict(left_out)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return the arguments that rebuild the error when it is unpickled."""
+        return type(self), (self.problem, self.remedy, self.left_out)
+
+    @property
+    def kind(self) -> str:
+        """Word that scripts know of this error."""
+        return SourceError.__name__
 
 
 def encode_preference(
@@ -273,10 +294,11 @@ def _as_lessons(
     )
 
 
-def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
-    reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
+def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> NoRowsError:
+    left_out = data.left_out_counts
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "the Dataset has none"
     remedy = f"sartor show {shlex.quote(str(dataset.path))}, and --split dropped of it"
-    commonest = max(data.left_out, key=lambda reason: len(data.left_out[reason]), default="")
+    commonest = max(left_out, key=left_out.__getitem__, default="")
     if commonest == "rated_bad":
         remedy = "objective: {kind: kto} learns from rows that were rated bad"
     if commonest == "too_long":
@@ -285,4 +307,4 @@ def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) ->
         limit = preflight.length_that_keeps([length for length in data.lengths if length > most])
         limit = max(limit, Data.max_length_tokens)
         remedy = f"--data.max_length_tokens {limit}; it is {most} now"
-    return SourceError(f"no training row with a supervised token is left ({reasons})", remedy)
+    return NoRowsError(f"no training row with a supervised token is left ({reasons})", remedy, left_out)

@@ -46,7 +46,7 @@ from sartor.tune.cost_model import (
     take,
     total,
 )
-from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.dataset_encoding import NoRowsError, encode_rows
 from sartor.tune.distil_teachers import DistilTeacher, open_teacher
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
 from sartor.tune.grpo_training import open_grpo
@@ -204,11 +204,12 @@ def plan(
         data = encode_rows(dataset, recipe, base.chat, rehearsal_of(recipe))
     except SourceError as error:
         unsupervised = preflight.Refusal(preflight.UNSUPERVISED, error.problem, error.remedy)
-        return TuningPlan(device=str(base.device), refusals=[unsupervised])
+        left_out = error.left_out if isinstance(error, NoRowsError) else {}
+        return TuningPlan(device=str(base.device), left_out=left_out, refusals=[unsupervised])
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     if no_room := list(preflight.of_room(resolved, context_tokens(base.model), data)):
-        return TuningPlan(device=str(base.device), refusals=no_room)
+        return TuningPlan(device=str(base.device), left_out=data.left_out_counts, refusals=no_room)
     # its weights are part of the memory that is held from here on
     teacher = open_teacher(resolved, base, notice)
     verifier_refusals = []
@@ -220,7 +221,8 @@ def plan(
         model = inject_recipe_adapter(resolved, base)
     except BudgetError as error:
         oversized = preflight.Refusal(preflight.MEMORY, error.problem, error.remedy)
-        return TuningPlan(device=str(base.device), refusals=[oversized, *verifier_refusals])
+        refusals = [oversized, *verifier_refusals]
+        return TuningPlan(device=str(base.device), left_out=data.left_out_counts, refusals=refusals)
     forecast = _forecast(
         resolved,
         dataset,
@@ -341,7 +343,7 @@ def _forecast(
         settled=settled,
         path=path,
         device=str(base.device),
-        left_out={reason: len(ids) for reason, ids in data.left_out.items()},
+        left_out=data.left_out_counts,
         reasoning=data.reasoning,
         refusals=refusals,
         advice=PlanAdvice(warnings=warnings),

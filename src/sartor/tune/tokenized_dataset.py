@@ -96,6 +96,11 @@ class TokenizedDataset:
         """Every sequence that a run may compute."""
         return all_sequences([*self.train, *self.rehearsal, *self.held_out])
 
+    @property
+    def left_out_counts(self) -> dict[str, int]:
+        """Number of rows that are left out, by reason."""
+        return {reason: len(ids) for reason, ids in self.left_out.items()}
+
     def leave_out(self, reason: str, *ids: str) -> None:
         """Record rows that are left out, and the reason."""
         self.left_out.setdefault(reason, []).extend(ids)
