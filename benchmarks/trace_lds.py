@@ -28,14 +28,15 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 F64 = NDArray[np.float64]
 # option of recipe_of -> (its name, values); the others are CURVE_POINT's meanwhile
 CURVES: dict[str, tuple[str, tuple[float, ...]]] = {
-    "rate": ("learning rate", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
-    "batch_rows": ("rows of an update", (2, 4, 8, 16, 32)),
-    "epochs": ("epochs", (1, 2, 4, 8)),
+    "rate": ("learning rate", (1e-4, 5e-4, 1e-3, 2e-3)),
+    "batch_rows": ("rows of an update", (2, 8, 32)),
+    "epochs": ("epochs", (1, 2, 4)),
 }
 CURVE_POINT: dict[str, Any] = {"rate": 5e-4, "batch_rows": 8, "epochs": 2}
 # methods that are compared with each peer
 OURS = ("unrolled", "gradient", "gradient_alone")
-CURVE_SET, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 20, 5
+# a point is about 40 tunings: the retrains, and four a reply for unrolling
+CURVE_SET, CURVE_ROWS, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 64, 20, 5
 
 
 class Retrains:
@@ -147,7 +148,7 @@ def _slope(scores: F64, changes: F64, left_out: Sequence[Sequence[int]]) -> floa
 
 def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | None) -> dict[str, Any]:
     """Return the LDS of unrolling and of gradient cosine by learning rate, batch and epochs; a plot is written too."""
-    train, held_out = set_rows(CURVE_SET, options, size.rows, min(size.queries, CURVE_QUERIES))
+    train, held_out = set_rows(CURVE_SET, options, min(size.rows, CURVE_ROWS), min(size.queries, CURVE_QUERIES))
     scorers = {"plain gradients": trace_methods.gradients}
     lines: dict[str, list[dict[str, Any]]] = {}
     for option, (_, values) in CURVES.items():
@@ -170,7 +171,12 @@ def curves(options: defaults.Options, size: Size, folder: Path, plot: Path | Non
             lines.setdefault(option, []).append({"value": value, **points})
     if plot:
         write_plot(lines, plot)
-    return {"set": CURVE_SET, "retrains": min(size.retrains, CURVE_RETRAINS), "queries": len(held_out), "lines": lines}
+    counts = {
+        "rows": len(train),
+        "retrains": min(size.retrains, CURVE_RETRAINS),
+        "queries": len(held_out),
+    }
+    return {"set": CURVE_SET, **counts, "lines": lines}
 
 
 def write_plot(lines: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
