@@ -28,7 +28,7 @@ from sartor.trace.traced_adapter import TracedAdapter, TraceQuery
 F64 = NDArray[np.float64]
 # option of recipe_of -> (its name, values); the others are CURVE_POINT's meanwhile
 CURVES: dict[str, tuple[str, tuple[float, ...]]] = {
-    "rate": ("learning rate", (1e-4, 5e-4, 1e-3, 2e-3)),
+    "rate": ("learning rate", (1e-4, 5e-4, 2e-3)),
     "batch_rows": ("rows of an update", (2, 8, 32)),
     "epochs": ("epochs", (1, 2, 4)),
 }
