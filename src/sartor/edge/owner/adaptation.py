@@ -301,7 +301,7 @@ def _adapted(
     verdict: AcceptanceResult | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Adapted:
-    left_out = material.left_out_counts
+    left_out = {reason: len(ids) for reason, ids in material.left_out.items()}
     return Adapted(
         delta,
         reason,
