@@ -58,6 +58,10 @@ class PlantedSet:
             kinds = sorted({plant.kind for plant in self.counted} - set(kinds))
         return trace_plants.choose_scored(self.counted, kinds, size.plants)
 
+    def of_all_kinds(self, size: Size) -> list[Plant]:
+        """Return the plants that are scored where no weights are fitted, or on the kinds of other plants."""
+        return trace_plants.choose_scored(self.counted, sorted({plant.kind for plant in self.counted}), size.plants)
+
 
 def counted_plants(size: Size, folder: Path, earlier: Path | None) -> list[Plant]:
     """Return the plants that count: those of an earlier results file, or measured."""
@@ -108,11 +112,6 @@ def tune_planted(folder: Path, sources: dict[str, list[Row]], size: Size) -> Tra
     return tune_traced(folder, sources, {**recipe, **size.recipe})
 
 
-def make_few(planted: PlantedSet, size: Size, folder: Path) -> TracedAdapter:
-    """Return the adapter tuned on few rows with the plants that are scored."""
-    return tune_planted(folder / "few", trace_plants.planted_rows(size.few_rows, planted.scored(size)), size)
-
-
 def measure(size: Size, folder: Path) -> dict[str, Any]:
     """Return the counts of each method but unrolling."""
     planted = make_planted(size, folder)
@@ -141,10 +140,11 @@ def measure_unrolled(size: Size, folder: Path, earlier: Path | None) -> dict[str
     earlier: results file that says which plants count.
     """
     planted = make_planted(size, folder, earlier)
-    few = make_few(planted, size, folder)
+    plants = planted.of_all_kinds(size)
+    few = tune_planted(folder / "few", trace_plants.planted_rows(size.few_rows, plants), size)
     return {
-        "few_rows": _unrolled(few, planted.scored(size), "few rows", size.group),
-        "all_rows": _unrolled(planted.traced, planted.scored(size)[:FEW_UNROLLED], "all rows", size.group),
+        "few_rows": _unrolled(few, plants, "few rows", size.group),
+        "all_rows": _unrolled(planted.traced, plants[:FEW_UNROLLED], "all rows", size.group),
     }
 
 
@@ -181,9 +181,7 @@ def _cross_fitted(planted: PlantedSet, scores: trace_methods.Scores, size: Size)
     indices = row_indices(planted.traced)
     half = trace_plants.scored_kinds()
     places = {plant.name: place for place, plant in enumerate(planted.counted)}
-    chosen = trace_plants.choose_scored(
-        planted.counted, sorted({plant.kind for plant in planted.counted}), size.plants
-    )
+    chosen = planted.of_all_kinds(size)
     ranks = []
     for plant in chosen:
         others = [other for other in planted.counted if (other.kind in half) != (plant.kind in half)]
@@ -231,4 +229,5 @@ def _unrolled(traced: TracedAdapter, plants: Sequence[Plant], label: str, group:
         some = queries[start : start + group]
         lines.append(trace_methods.scores_of(part, {"unrolling": trace_methods.unrolled}, traced, some)["unrolled"])
     ranks = trace_plants.plant_ranks(np.concatenate(lines), plants, row_indices(traced))
-    return {**trace_plants.summary(ranks), "rows": len(traced.rows), "ranks": ranks}
+    names = [plant.name for plant in plants]
+    return {**trace_plants.summary(ranks), "rows": len(traced.rows), "ranks": ranks, "plants": names}
