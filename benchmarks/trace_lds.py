@@ -35,8 +35,8 @@ CURVES: dict[str, tuple[str, tuple[float, ...]]] = {
 CURVE_POINT: dict[str, Any] = {"rate": 5e-4, "batch_rows": 8, "epochs": 2}
 # methods that are compared with each peer
 OURS = ("unrolled", "gradient", "gradient_alone")
-# a point is about 40 tunings: the retrains, and four a reply for unrolling
-CURVE_SET, CURVE_ROWS, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 64, 20, 5
+# a point is about 34 tunings: the retrains, and 12 to unroll five replies together
+CURVE_SET, CURVE_ROWS, CURVE_RETRAINS, CURVE_QUERIES = "home-intents", 48, 20, 5
 
 
 class Retrains:
