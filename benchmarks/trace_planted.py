@@ -92,17 +92,24 @@ def make_planted(size: Size, folder: Path, earlier: Path | None = None) -> Plant
     traced = tune_planted(folder / "planted", sources, size)
     if earlier:
         return PlantedSet(traced, counted_earlier(size, earlier), reasons, {})
-    retrains = Retrains("plants", traced, queries_of(traced, asked(closed)))
-    full = retrains.losses("with all rows")
-    weights = trace_plants.left_out_weights(closed, row_indices(traced), len(traced.rows))
-    rounds = [retrains.losses(f"without a plant of each kind, {index + 1}", row) for index, row in enumerate(weights)]
-    found = trace_plants.effects(closed, full, rounds, size.min_effect)
+    found = measure_effects("plants", traced, closed, size)
     for name, facts in found.items():
         if not facts["counts"]:
             reasons[name] = f"without it {facts['effect']:+.2f} nats, without others up to {facts['placebo']:+.2f}"
     counted = [plant for plant in closed if found[plant.name]["counts"]]
     notice(f"{len(plants)} plants: {len(closed)} of closed wording, {len(counted)} of them with an effect")
     return PlantedSet(traced, counted, reasons, found)
+
+
+def measure_effects(
+    label: str, traced: TracedAdapter, plants: Sequence[Plant], size: Size
+) -> dict[str, dict[str, Any]]:
+    """Return the effect of each plant by name, by retrains that each leave out a plant of every kind."""
+    retrains = Retrains(label, traced, queries_of(traced, asked(plants)))
+    full = retrains.losses("with all rows")
+    weights = trace_plants.left_out_weights(plants, row_indices(traced), len(traced.rows))
+    rounds = [retrains.losses(f"without a plant of each kind, {index + 1}", row) for index, row in enumerate(weights)]
+    return trace_plants.effects(plants, full, rounds, size.min_effect)
 
 
 def tune_planted(folder: Path, sources: dict[str, list[Row]], size: Size) -> TracedAdapter:
@@ -137,13 +144,20 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
 def measure_unrolled(size: Size, folder: Path, earlier: Path | None) -> dict[str, Any]:
     """Return the counts of unrolling on few rows, and for two replies among all.
 
+    Few rows are few updates, after which not every plant has an effect: `few_rows` has the effects too, by retrains,
+    and under `causes` the counts of the plants that have one.
+
     earlier: results file that says which plants count.
     """
     planted = make_planted(size, folder, earlier)
     plants = planted.of_all_kinds(size)
     few = tune_planted(folder / "few", trace_plants.planted_rows(size.few_rows, plants), size)
+    few_rows = _unrolled(few, plants, "few rows", size.group)
+    found = measure_effects("few rows", few, plants, size)
+    causes = [rank for rank, name in zip(few_rows["ranks"], few_rows["plants"], strict=True) if found[name]["counts"]]
+    effects = {name: facts["effect"] for name, facts in found.items()}
     return {
-        "few_rows": _unrolled(few, plants, "few rows", size.group),
+        "few_rows": {**few_rows, "causes": trace_plants.summary(causes), "effects": effects},
         "all_rows": _unrolled(planted.traced, plants[:FEW_UNROLLED], "all rows", size.group),
     }
 

@@ -153,13 +153,16 @@ def left_out_weights(plants: Sequence[Plant], indices: dict[tuple[str, str], int
 def effects(plants: Sequence[Plant], full: F64, rounds: Sequence[F64], min_effect: float) -> dict[str, dict[str, Any]]:
     """Return for each plant the rise of its reply's loss without it, the largest without others, and if it counts.
 
-    full: (P,) losses of the replies in nats by the tuning with every row. rounds: (R, P) by each retrain.
+    full: (P,) losses of the replies in nats by the tuning with every row.
+    rounds: (R, P) by each retrain, in the order of `left_out_weights`.
     """
     changes = np.stack(rounds) - full
+    numbers = sorted({plant.number for plant in plants})
     result = {}
     for index, plant in enumerate(plants):
-        others = np.delete(changes[:, index], plant.number)
-        effect, placebo = float(changes[plant.number, index]), float(others.max()) if len(others) else 0.0
+        left_out = numbers.index(plant.number)
+        others = np.delete(changes[:, index], left_out)
+        effect, placebo = float(changes[left_out, index]), float(others.max()) if len(others) else 0.0
         counts = effect >= min_effect and (effect > placebo or not len(others))
         result[plant.name] = {"kind": plant.kind, "effect": effect, "placebo": placebo, "counts": counts}
     return result
