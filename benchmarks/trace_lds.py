@@ -29,7 +29,7 @@ F64 = NDArray[np.float64]
 # option of recipe_of -> (its name, values); the others are CURVE_POINT's meanwhile
 CURVES: dict[str, tuple[str, tuple[float, ...]]] = {
     "rate": ("learning rate", (1e-4, 5e-4, 2e-3)),
-    "batch_rows": ("rows of an update", (4, 8, 32)),
+    "batch_rows": ("rows of an update", (8, 32)),
     "epochs": ("epochs", (1, 2, 3)),
 }
 CURVE_POINT: dict[str, Any] = {"rate": 5e-4, "batch_rows": 8, "epochs": 2}
