@@ -188,10 +188,14 @@ def write_plot(lines: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> 
     for panel, (option, points) in zip(panels, lines.items(), strict=True):
         x = [point["value"] for point in points]
         for method in ("unrolled", "gradient_cosine"):
-            mean, low, high = ([point[method][name] for point in points] for name in ("mean", "low", "high"))
-            panel.plot(x, mean, marker="o", label=method)
+            panel.plot(x, [point[method]["mean"] for point in points], marker="o", label=method)
+            # from the least reply to the greatest: an interval over so few of them would fill the panel
+            low = [min(point[method]["by_query"]) for point in points]
+            high = [max(point[method]["by_query"]) for point in points]
             panel.fill_between(x, low, high, alpha=0.2)
-        panel.set(xlabel=CURVES[option][0], xscale="log", ylim=(-0.2, 1.0))
-    panels[0].set_ylabel("LDS, mean of the replies")
-    panels[-1].legend()
+        panel.set(xlabel=CURVES[option][0], xscale="log", ylim=(-0.2, 1.05))
+        panel.set_xticks(x, [f"{value:g}" for value in x])
+        panel.minorticks_off()
+    panels[0].set_ylabel("LDS: mean, least and greatest reply")
+    panels[-1].legend(loc="lower left")
     figure.savefig(file)

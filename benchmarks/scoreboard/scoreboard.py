@@ -160,7 +160,9 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
     value = TAKES[target.take](values) if target.take else values[0]
     narrowing = NARROWER - {target.whole_with}
     reasons = record["result"].get("absent", {}).values()
-    if not any(why.startswith(NOT_ASKED_FOR) for why in reasons) or absent_at(record, target.value):
+    # a file with `kept` sections, or that says which were not asked for, names what a selection left out
+    names_its_parts = "kept" in record or any(why.startswith(NOT_ASKED_FOR) for why in reasons)
+    if not names_its_parts or absent_at(record, target.value):
         narrowing |= SELECTIONS - {target.whole_with}
     options = [option for origin in origins for option in origin["command"]]
     if narrower := [option for option in options if option.partition("=")[0] in narrowing]:
