@@ -321,7 +321,9 @@ def _taught(values: Any, workspace: Workspace) -> Any:
         threading.Event().wait(0.03)
         with lock:
             busy[0] -= 1
-        return {"choices": [{"logprobs": {"token_logprobs": [None, *[-1.0] * len(body["prompt"])]}}]}
+        tokens = len(body["prompt"])
+        scores = {"token_logprobs": [None, *[-1.0] * tokens], "top_logprobs": [None, *[{"a": -1.0}] * tokens]}
+        return {"choices": [{"logprobs": scores}]}
 
     fails_first = iter(["503"])
     with serving(EndpointServer(lambda body, times: next(fails_first, ""))) as server:
