@@ -17,6 +17,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -240,6 +241,18 @@ def make_parent(path: Path, *, is_private: bool = False) -> None:
         raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", _ANOTHER_PATH) from None
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{path.parent} cannot be written to", _ANOTHER_PATH)
+
+
+def check_output_file(file: Path, flag: str, *, replace: bool) -> None:
+    """Create the folder of an output file. Raises ConfigError for a directory, or for a file without `replace`.
+
+    flag: option that names the file, for the remedy.
+    """
+    if file.is_dir():
+        raise ConfigError(f"the output {file} is a directory", f"{flag} {shlex.quote(str(file / 'trace'))}, a file")
+    if file.exists() and not replace:
+        raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
+    make_parent(file)
 
 
 @contextmanager
