@@ -21,6 +21,7 @@ import shlex
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -239,8 +240,11 @@ def make_parent(path: Path, *, is_private: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", _ANOTHER_PATH) from None
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path.parent} cannot be written to", _ANOTHER_PATH)
+    try:
+        # os.access says yes to root, also below /proc and /sys
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be written to: {error.strerror}", _ANOTHER_PATH) from None
 
 
 def check_output_file(file: Path, flag: str, *, replace: bool) -> None:
