@@ -15,7 +15,7 @@ import facade_stub
 import sartor
 
 SOURCES = Path(sartor.__file__).parents[1]
-VERBS = ("curate", "demo", "evaluate", "release", "synthesize", "tune")
+VERBS = ("curate", "demo", "evaluate", "release", "synthesize", "trace", "tune")
 # torch and transformers are read as Any: their own types take mypy minutes
 CONFIG = """\
 [mypy]
@@ -64,6 +64,7 @@ MISTAKES = {
     'sartor.tune("tune.yaml")': 'Missing positional argument "out" in call to "tune"',
     "sartor.curate(3, 'data/faq')": 'Argument 1 to "curate" has incompatible type "int"',
     'sartor.ask("adapters/faq", "How?").answer': '"AskReply" has no attribute "answer"',
+    'sartor.trace("adapters/faq", "How?", "So.").rows': '"TraceResult" has no attribute "rows"',
     'sartor.tuna("tune.yaml")': 'Module has no attribute "tuna"',
     'sartor.curate("c.yaml", "d", on="moon")': 'expected "Literal[',
     'sartor.open("d", "dataset").to_pandas("validation")': 'Argument 1 to "to_pandas" of "Dataset" has incompatible type',
@@ -89,6 +90,15 @@ def test_signature_of_a_package_is_that_of_its_verb(name: str) -> None:
     verb = getattr(importlib.import_module(module), function)
     assert inspect.signature(getattr(sartor, name)) == inspect.signature(verb)
     assert "notice" in inspect.signature(getattr(sartor, name)).parameters or name == "release"
+
+
+@pytest.mark.parametrize("name", sartor.__all__)
+def test_no_public_function_returns_any(name: str) -> None:
+    """A result of type Any has no completion in an editor, and hides every mistake from a type checker."""
+    module, function = facade_stub.source_of(name)
+    named = getattr(importlib.import_module(module), function)
+    if inspect.isfunction(named):
+        assert named.__annotations__["return"] != "Any"
 
 
 def errors_of(script: str, folder: Path) -> list[str]:

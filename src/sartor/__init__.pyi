@@ -154,6 +154,9 @@ from sartor.synthesize.validate.validation import load_options as load_validate_
 from sartor.synthesize.validate.validation import validate as validate
 from sartor.trace.ablation import ablate as ablate
 from sartor.trace.ablation_proof import check_ablation as check_ablation
+from sartor.trace.calibration import calibrate_trace as calibrate_trace
+from sartor.trace.prepare import prepare_trace as prepare_trace
+from sartor.trace.score_matrix import score_rows as score_rows
 from sartor.trace.trace import trace as trace
 from sartor.tune.cost_comparison import compare_costs as compare_costs
 from sartor.tune.plan import plan as plan
@@ -214,6 +217,7 @@ __all__ = [
     "ask_team",
     "assets",
     "bias",
+    "calibrate_trace",
     "chat",
     "check_ablation",
     "check_personal_proof",
@@ -274,6 +278,7 @@ __all__ = [
     "parse_grid",
     "plan",
     "plan_tailor",
+    "prepare_trace",
     "preview",
     "preview_recipe",
     "promote_agent",
@@ -313,6 +318,7 @@ __all__ = [
     "say_many",
     "schema",
     "schema_names",
+    "score_rows",
     "serve",
     "serve_adapter",
     "show",

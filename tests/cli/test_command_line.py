@@ -239,7 +239,10 @@ def test_completion_is_installed_for_the_users_shell(
 ) -> None:
     """The script completes every command, those below a group and flags; where the shell is here, it reads the script."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SHELL", f"/bin/{shell}")
+    # what cyclopts looks at first; without it the parent process counts, here the shell that started pytest
+    for name in ("bash", "zsh", "fish"):
+        monkeypatch.delenv(f"{name.upper()}_VERSION", raising=False)
+    monkeypatch.setenv(f"{shell.upper()}_VERSION", "1")
     assert run("--install-completion") == 0
     capsys.readouterr()
     [script] = tmp_path.rglob(file)

@@ -280,6 +280,12 @@ def test_parent_that_cannot_be_made_names_more_than_out(tmp_path: Path) -> None:
     assert "an argument, SARTOR_HOME" in caught.value.remedy
 
 
+def test_parent_that_takes_no_file_is_an_error_before_the_work() -> None:
+    """To root the access bits of /proc allow what the kernel does not."""
+    with pytest.raises(ConfigError, match="/proc cannot be written to"):
+        make_parent(Path("/proc/page.html"))
+
+
 def test_directory_that_is_there_is_kept_or_replaced(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "old").touch()

@@ -228,7 +228,7 @@ def test_verb_ranks_by_the_ensemble_where_states_are(tune_recipe: dict[str, Any]
     assert alone.facts["ensemble"] is None and f"{tmp_path / 'a'} --prepare" in alone.notes[0]
     plain = gradient_scores(alone.traced, [asked])
     assert alone.examples[0].score == ensemble.combine({"gradient": plain.scores}, ensemble.GRADIENT_ALONE).max()
-    sartor.trace(tmp_path / "a", prepare=True)
+    sartor.prepare_trace(tmp_path / "a")
     joined = sartor.trace(tmp_path / "a", **words)
     said = joined.as_json()["facts"]
     assert said["ensemble"]["origin"] == ensemble.PACKAGED.origin and joined.notes == []

@@ -132,7 +132,7 @@ def test_later_trace_reads_no_parquet(adapter: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_prepare_makes_the_index_beforehand(adapter: Path) -> None:
-    sartor.trace(adapter, prepare=True)
+    sartor.prepare_trace(adapter)
     assert isinstance(open_traced(adapter).rows, StoredRows)
     assert sartor.trace(adapter, "switch office on", "on:office", method="gradient").examples
 

@@ -124,7 +124,7 @@ def test_method_that_predicts_too_little_is_refused(
     adapter: Path, scored: list[Method], monkeypatch: pytest.MonkeyPatch, lds: float, method: str
 ) -> None:
     measured = {Method.UNROLLED: lds, Method.RETRIEVAL: 0.4}
-    monkeypatch.setattr("sartor.trace.trace.measured_lds", lambda traced: measured)
+    monkeypatch.setattr("sartor.trace.methods.measured_lds", lambda traced: measured)
     said = words(adapter, method="unrolled").as_json()
     assert said["method"] == method and said["lds"] == measured[Method(method)]
     assert said["refused"] == ({"method": "unrolled", "lds": lds} if method == "retrieval" else None)
@@ -187,7 +187,7 @@ def test_rows_of_another_dataset_are_ranked_by_two_methods(tmp_path: Path, adapt
     assert result.examples and "need not be those" in result.notes[0]
     error = error_of(lambda: words(adapter, data=tmp_path / "other", method="unrolled"))
     assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy and "--data out" in error.remedy
-    error = error_of(lambda: sartor.trace(adapter, data=tmp_path / "other", calibrate=True))
+    error = error_of(lambda: sartor.calibrate_trace(adapter, data=tmp_path / "other"))
     assert isinstance(error, ConfigError) and "--data out" in error.remedy
 
 
@@ -214,8 +214,8 @@ def test_adapter_of_peft_alone_has_retrieval(tmp_path: Path, adapter: Path, data
     assert result.examples[0].reply == "on:office" and result.base_says_it is None
     for call in (
         lambda: words(folder, data=dataset, method="gradient"),
-        lambda: sartor.trace(folder, data=dataset, prepare=True),
-        lambda: sartor.trace(folder, data=dataset, calibrate=True),
+        lambda: sartor.prepare_trace(folder, data=dataset),
+        lambda: sartor.calibrate_trace(folder, data=dataset),
     ):
         error = error_of(call)
         assert isinstance(error, ConfigError) and "--method retrieval" in error.remedy
@@ -235,25 +235,46 @@ def test_federated_adapter_names_the_clients(tmp_path: Path) -> None:
         ({"method": "guess"}, ConfigError, "guess"),
         ({"by": "colour"}, ConfigError, "colour"),
         ({"top": 0}, ConfigError, "top"),
-        ({"scores": "x.npy"}, ConfigError, "queries"),
-        ({"queries": "x.jsonl"}, ConfigError, "matrix"),
         ({"prompt": [], "media": [Part("image", media="data:,")]}, ConfigError, "turns"),
         ({"target": None}, ConfigError, "no Release or Adapter"),
         ({"prompt": [{"role": "user"}]}, ConfigError, "no message"),
+        ({"prompt": {"tools": []}}, ConfigError, "no `messages`"),
         ({"prompt": [{"role": "robot", "content": "x"}]}, ConfigError, "the role 'robot'"),
         ({"prompt": {"messages": [{"role": "user", "content": "x"}], "tools": 7}}, ConfigError, "tools"),
-        ({"prepare": True, "calibrate": True}, ConfigError, "prepares or calibrates"),
-        ({"prepare": True, "html": "x.html"}, ConfigError, "--prepare ends without"),
         ({"html": "."}, ConfigError, "the output . is a directory"),
-        ({"prepare": True}, ConfigError, "--prompt is of the trace of one reply"),
-        ({"calibrate": True, "prompt": "", "reply": "", "by": "source"}, ConfigError, "--by is of the trace"),
-        ({"queries": "q.jsonl", "scores": "x.npy"}, ConfigError, "--prompt is of the trace of one reply"),
     ],
 )
 def test_wrong_options_are_errors(adapter: Path, options: dict[str, Any], kind: type, word: str) -> None:
     given = {"target": adapter, "prompt": "switch office on", "reply": "on:office", "likelihood": False, **options}
     error = error_of(lambda: sartor.trace(**given))
     assert isinstance(error, kind) and word in error.problem and error.remedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--scores x.npy", "a matrix of scores needs queries"),
+        ("--queries x.jsonl --prompt a --reply b", "queries are for a matrix"),
+        ("--queries x.jsonl --prepare", "queries are for a matrix"),
+        ("--prepare --calibrate", "one of --prepare and --calibrate"),
+        ("--calibrate --queries q.jsonl --scores x.npy", "one of --calibrate and --scores"),
+        ("--prepare --html x.html", "--html is of the trace of one reply"),
+        ("--prepare --prompt a", "--prompt is of the trace of one reply"),
+        ("--calibrate --by source", "--by is of the trace"),
+        ("--queries q.jsonl --scores x.npy --reply b", "--reply is of the trace of one reply"),
+    ],
+)
+def test_flags_of_all_rows_and_of_one_reply_exclude_each_other(
+    adapter: Path, capsys: pytest.CaptureFixture[str], flags: str, word: str
+) -> None:
+    code, said = command(capsys, adapter, *flags.split())
+    assert code == 2 and word in said["error"]["problem"] and said["error"]["remedy"]
+
+
+@pytest.mark.parametrize("flag", ["--prepare", "--calibrate"])
+def test_all_rows_need_a_target(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    code, said = command(capsys, flag)
+    assert code == 2 and "no Release or Adapter" in said["error"]["problem"]
 
 
 def test_request_with_tool_calls_is_the_prompt_that_was_served(adapter: Path) -> None:

@@ -66,7 +66,7 @@ def test_client_traces_a_federated_adapter_to_its_own_rows(tiny_base: Path, tmp_
         assert result.examples[0].row.example.id == example.id and "need not be those" in result.notes[0]
     with pytest.raises(ConfigError, match="rows of the tuning in their order"):
         ranked(shared, "switch office on", "on:office", "unrolled", data=own)
-    prepared = sartor.trace(shared, data=own, prepare=True)
+    prepared = sartor.prepare_trace(shared, data=own)
     assert prepared.folder.name.startswith("rows-") and prepared.rows == len(open_traced(shared, own).rows)
 
 
@@ -106,7 +106,7 @@ def test_rows_with_media_are_found_by_their_media(
     assert recorded.facts["sketches"] == ["recorded"] and recorded.facts["ensemble"] is None
     assert "--prepare" in recorded.notes[0]
     assert REPLIES[4] in [row.reply for row in recorded.examples[:3]], "a sum over the weights of six updates"
-    sartor.trace(tmp_path / "a", prepare=True)
+    sartor.prepare_trace(tmp_path / "a")
     combined = ranked(tmp_path / "a", "what is it?", REPLIES[4], "gradient", media=[asked])
     assert combined.examples[0].reply == REPLIES[4] and combined.facts["ensemble"]["origin"]
     assert combined.notes == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,28 +72,80 @@ def trace(
         html: file for a page with the rows beside the reply
         replace: replace an existing page or matrix
     """
-    return sartor.trace(
-        target,
+    turns, text, parts = (
         turns_of(prompt, prompt_file, messages),
         reply_of(reply, reply_file),
+        sartor.Question.of("", media).media,
+    )
+    of_rows = [
+        flag
+        for flag, given in (("--prepare", prepare), ("--calibrate", calibrate), ("--scores", scores is not None))
+        if given
+    ]
+    if of_rows:
+        of_reply = {
+            "--prompt": turns,
+            "--reply": text,
+            "--image or --audio": parts,
+            "--by": by,
+            "--html": html,
+            "--receipt": receipt,
+            "--team": team,
+            "--system": system,
+        }
+        _check_flags_of_rows(of_rows, of_reply, queries)
+        if target is None:
+            raise ConfigError("there is no Release or Adapter to trace", f"sartor trace RELEASE {of_rows[0]}")
+        if prepare:
+            return sartor.prepare_trace(target, data=data, notice=notice)
+        if calibrate:
+            return sartor.calibrate_trace(target, queries=queries, data=data, runs=runs, notice=notice)
+        if queries is None or scores is None:
+            raise ConfigError("a matrix of scores needs queries", "--queries FILE.jsonl --scores FILE.npy")
+        return sartor.score_rows(target, queries, scores, method=method, data=data, replace=replace, notice=notice)
+    if queries is not None:
+        raise ConfigError(
+            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --scores FILE.npy"
+        )
+    return sartor.trace(
+        target,
+        turns,
+        text,
         method=method,
         by=by,
         top=top,
         receipt=receipt,
         team=team,
         system=system,
-        media=sartor.Question.of("", media).media,
+        media=parts,
         data=data,
-        queries=queries,
-        scores=scores,
-        prepare=prepare,
-        calibrate=calibrate,
-        runs=runs,
         likelihood=likelihood,
         html=html,
         replace=replace,
         notice=notice,
     )
+
+
+def _check_flags_of_rows(of_rows: Sequence[str], of_reply: Mapping[str, Any], queries: Path | None) -> None:
+    """Raise ConfigError for flags that do not fit together where no single reply is traced.
+
+    of_rows: those of --prepare, --calibrate and --scores that were given. of_reply: value by flag of a reply's trace.
+    """
+    if len(of_rows) > 1:
+        first, second = of_rows[:2]
+        raise ConfigError(
+            f"a call does one of {' and '.join(of_rows)}", f"{first}, then the same command with {second}"
+        )
+    for flag, value in of_reply.items():
+        if value:
+            raise ConfigError(
+                f"{flag} is of the trace of one reply, and --scores, --prepare and --calibrate end without one",
+                f"leave {flag} out; or the same command without {of_rows[0]}",
+            )
+    if of_rows == ["--prepare"] and queries is not None:
+        raise ConfigError(
+            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --calibrate"
+        )
 
 
 def turns_of(prompt: str, prompt_file: Path | None, messages: Path | None) -> Any:

@@ -17,9 +17,11 @@ import ctypes
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -238,8 +240,23 @@ def make_parent(path: Path, *, is_private: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", _ANOTHER_PATH) from None
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path.parent} cannot be written to", _ANOTHER_PATH)
+    try:
+        # os.access says yes to root, also below /proc and /sys
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be written to: {error.strerror}", _ANOTHER_PATH) from None
+
+
+def check_output_file(file: Path, flag: str, *, replace: bool) -> None:
+    """Create the folder of an output file. Raises ConfigError for a directory, or for a file without `replace`.
+
+    flag: option that names the file, for the remedy.
+    """
+    if file.is_dir():
+        raise ConfigError(f"the output {file} is a directory", f"{flag} {shlex.quote(str(file / 'trace'))}, a file")
+    if file.exists() and not replace:
+        raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
+    make_parent(file)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
 
 def rethreshold(
     path: Path | str, out: Path | str, *, threshold: float, replace: bool = False, show: bool = False
-) -> Any:
+) -> Curated | of_files.Deduplicated:
     """Write to `out` what `curate` or `dedup` would have made of `path` at another threshold.
 
     Raises ConfigError for a threshold below the floor down to which pairs were stored, or if a later step compared

@@ -30,9 +30,10 @@ from sartor.core.trace_store import read_trace_json, record_origin, write_trace_
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.ensemble import ensemble_scores
 from sartor.trace.measured_trust import CALIBRATION, LEAST_LDS
+from sartor.trace.methods import check_rows, own_rows_remedy
 from sartor.trace.replay import Replay
 from sartor.trace.retrieval_store import retrieval_scores
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, held_out_examples, open_traced, read_queries
 from sartor.trace.unrolling import unroll
 
 F64 = NDArray[np.float64]
@@ -103,6 +104,32 @@ class CalibrationResult:
             worth = "" if trust.lds >= LEAST_LDS else f"; below {LEAST_LDS}, so that it ranks nothing"
             lines.append((str(method), trust.problem or f"{figures}{worth}"))
         return lines
+
+
+def calibrate_trace(
+    target: Path | str,
+    *,
+    queries: Path | str | None = None,
+    data: Path | str | None = None,
+    runs: int = 30,
+    notice: Notice = lambda line: None,
+) -> CalibrationResult:
+    """Measure how far each attribution method can be trusted for an adapter, by retrains that leave rows out.
+
+    target: Adapter, Release or personal adapter. queries: JSONL file of replies; None for those of held-out rows.
+    data: the Dataset of the tuning, where it has moved. runs: retrains.
+    Raises ArtifactError if the rows of the tuning are not here, ConfigError for other rows than those, for an adapter
+    that was tuned elsewhere or a line that is no query, and what `calibrate` raises.
+    """
+    traced = open_traced(target, data)
+    check_rows(traced, Method.GRADIENT)
+    if not traced.is_own:
+        raise ConfigError(
+            f"a calibration repeats the tuning on its own rows, and those of {traced.dataset.path} were named",
+            "retrieval and gradient rank rows of any Dataset without a calibration" + own_rows_remedy(traced),
+        )
+    asked = None if queries is None else read_queries(Path(queries), traced)
+    return calibrate(traced, asked, runs=runs, notice=notice)
 
 
 def calibrate(

@@ -26,7 +26,10 @@ from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.filesystem import make_private_folder, writer_lock
 from sartor.core.sketch_matrix import SketchMatrix
 from sartor.trace import hidden_states
-from sartor.trace.traced_adapter import TracedAdapter, rows_folder
+from sartor.trace.attribution import Method
+from sartor.trace.methods import check_rows
+from sartor.trace.retrieval_store import open_index
+from sartor.trace.traced_adapter import TracedAdapter, open_traced, rows_folder
 from sartor.trace.traced_model import TracedModel
 from sartor.tune.gradient_features import (
     KEPT_AT,
@@ -71,6 +74,22 @@ class Preparation:
             "row_bytes": self.row_bytes,
             "wall_s": round(self.wall_s, 3),
         }
+
+
+def prepare_trace(
+    target: Path | str, *, data: Path | str | None = None, notice: Notice = lambda line: None
+) -> Preparation:
+    """Make what the methods retrieval and gradient need for an adapter, in at most two epochs' time.
+
+    target: Adapter, Release or personal adapter. data: a Dataset whose rows are prepared, where those of the tuning
+        are not here.
+    Raises ArtifactError if the rows of the tuning are not here, ConfigError for an adapter that was tuned elsewhere,
+    and what `prepare` raises.
+    """
+    traced = open_traced(target, data)
+    check_rows(traced, Method.GRADIENT)
+    open_index(traced, notice)
+    return prepare(traced, notice=notice)
 
 
 def prepare(

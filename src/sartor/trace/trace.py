@@ -12,7 +12,6 @@ below LEAST_LDS does not rank; retrieval then does, and the result says so.
 from __future__ import annotations
 
 import dataclasses
-import io
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,33 +22,27 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core import records
 from sartor.core.artifacts import read_manifest
-from sartor.core.errors import ConfigError, SartorError, one_of
-from sartor.core.filesystem import make_parent, write_file_atomic
+from sartor.core.errors import ConfigError, SartorError
+from sartor.core.filesystem import PRIVATE, check_output_file, write_file_atomic
 from sartor.core.html import clipped, escape_control
 from sartor.core.lazy_import import import_module
 from sartor.core.records import Message, Part
 from sartor.trace.attribution import Attribution, Method
 from sartor.trace.credit import RowGroup, RowHistory, SourceCredit, rank_groups, read_histories, sum_by_source
-from sartor.trace.measured_trust import LEAST_LDS, measured_lds
+from sartor.trace.measured_trust import LEAST_LDS
+from sartor.trace.methods import as_method, check_rows, own_lds, scores_of
 from sartor.trace.retrieval import RetrievalIndex, RowMatch, prompt_text, reply_text
-from sartor.trace.retrieval_store import open_index, retrieval_scores
+from sartor.trace.retrieval_store import open_index
 from sartor.trace.served_replies import ServedReply, check_served
-from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow, open_traced, read_queries
+from sartor.trace.traced_adapter import TracedAdapter, TraceQuery, TrainingRow, open_traced
 
 Notice = Callable[[str], object]
 F64 = NDArray[np.float64]
 By = Literal["source"] | None
 
 TOP = 10
-# module and function of each method but retrieval; they import torch, which a look-up does without
-_SCORERS = {
-    Method.GRADIENT: ("sartor.trace.ensemble", "ensemble_scores"),
-    Method.UNROLLED: ("sartor.trace.unrolling", "unrolled_scores"),
-}
 _CELL = 90  # characters of a text in the table for the terminal
-_PRIVATE = 0o600  # a page and a matrix are computed from rows
 
 
 @dataclass(frozen=True)
@@ -246,35 +239,6 @@ class TraceResult:
         return f"no ({values}, {self.likelihood['tokens']} tokens)"
 
 
-@dataclass(frozen=True)
-class ScoreMatrix:
-    """Scores of all training rows for many queries, in a file.
-
-    shape: (queries, training rows).
-    ids: file with the ids of the rows, a JSON list in the order of the columns.
-    """
-
-    file: str
-    ids: str
-    shape: tuple[int, int]
-    method: Method
-    lds: float | None
-    approximate: str
-    wall_s: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the command's JSON."""
-        return {
-            "shape": list(self.shape),
-            "scores": self.file,
-            "ids": self.ids,
-            "method": str(self.method),
-            "lds": self.lds,
-            "approximate": self.approximate or None,
-            "wall_s": round(self.wall_s, 4),
-        }
-
-
 def trace(
     target: Path | str | None = None,
     prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any] = "",
@@ -288,17 +252,12 @@ def trace(
     system: str | None = None,
     media: Sequence[Part] = (),
     data: Path | str | None = None,
-    queries: Path | str | None = None,
-    scores: Path | str | None = None,
-    prepare: bool = False,
-    calibrate: bool = False,
-    runs: int = 30,
     likelihood: bool = True,
     html: Path | str | None = None,
     replace: bool = False,
     notice: Notice = lambda line: None,
-) -> Any:
-    """Return the training rows behind a reply of an Adapter or Release, as a TraceResult.
+) -> TraceResult:
+    """Return the training rows behind a reply of an Adapter or Release.
 
     target: Adapter, Release or personal adapter; None for the one that `receipt` names.
     prompt: text, turns in OpenAI's form, or the body of a request with `messages` and `tools`.
@@ -308,22 +267,23 @@ def trace(
         it did not serve on this machine.
     system: system prompt; None for that of most training rows.
     data: a Dataset whose rows are ranked, by retrieval or gradient, where those of the tuning are not here.
-    scores, queries: write the scores of all rows for each line of `queries` to `scores`, and return a ScoreMatrix.
-    prepare: make what `gradient` needs, and return what was made. calibrate: measure the LDS of each method by
-        `runs` retrains that leave rows out, on `queries` or held-out rows, and return it.
     likelihood: whether to measure the reply's likelihood with and without the adapter, for which the base is opened.
-    html: file of a page. replace: whether `html` and `scores` may exist.
+    html: file of a page. replace: whether it may exist.
+
+    `prepare_trace` makes what `gradient` needs beforehand, `calibrate_trace` measures how far each method can be
+    trusted for the adapter, and `score_rows` writes the scores of all rows for many replies.
 
     Raises ArtifactError if the rows of the tuning are not here, ConfigError for options that do not fit together or a
     method that these rows do not allow, RequestError for a reply that exceeds the base's context, and the errors of
     the methods.
     """
     began = time.monotonic()
-    chosen = _method(method)
-    tools, turns = (prompt.get("tools"), prompt["messages"]) if isinstance(prompt, Mapping) else (None, prompt)
-    _check_outputs(queries, scores, html, prepare=prepare, calibrate=calibrate, replace=replace)
-    if scores is not None or prepare or calibrate:
-        _check_no_reply({"--prompt": turns, "--reply": reply, "--image or --audio": media, "--by": by})
+    chosen = as_method(method)
+    if html is not None:
+        check_output_file(Path(html), "--html", replace=replace)
+    tools, turns = (prompt.get("tools"), prompt.get("messages")) if isinstance(prompt, Mapping) else (None, prompt)
+    if turns is None:
+        raise ConfigError("the request has no `messages`", '{"messages": [{"role": "user", "content": "..."}]}')
     served = None
     if receipt is not None:
         served = _served(Path(receipt), turns, reply, system=system, media=media, team=Path(team) if team else None)
@@ -333,10 +293,6 @@ def trace(
     start = time.monotonic()
     traced = open_traced(target, data)
     read_s = time.monotonic() - start
-    if prepare or calibrate:
-        return _prepared(traced, queries, runs=runs, is_calibration=calibrate, notice=notice)
-    if scores is not None and queries is not None:
-        return _write_scores(traced, Path(queries), Path(scores), chosen, notice)
     query = traced.query(turns, reply, system=system, media=media, tools=tools)
     options = TraceOptions(method=chosen, by=by, top=top, likelihood=likelihood)
     result = dataclasses.replace(trace_reply(traced, query, options, notice), served=served)
@@ -345,52 +301,8 @@ def trace(
         return result
     result = dataclasses.replace(result, html=str(html))
     page = import_module("sartor.trace.trace_page").render(result)
-    write_file_atomic(Path(html), page.encode(), mode=_PRIVATE)
+    write_file_atomic(Path(html), page.encode(), mode=PRIVATE)
     return result
-
-
-def _check_no_reply(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for options of the trace of one reply. given: value by flag."""
-    for flag, value in given.items():
-        if value:
-            raise ConfigError(
-                f"{flag} is of the trace of one reply, and --scores, --prepare and --calibrate end without one",
-                f"leave {flag} out; or the same command without --scores, --prepare and --calibrate",
-            )
-
-
-def _check_outputs(
-    queries: Path | str | None,
-    scores: Path | str | None,
-    html: Path | str | None,
-    *,
-    prepare: bool,
-    calibrate: bool,
-    replace: bool,
-) -> None:
-    """Raise ConfigError for outputs that exist or that do not fit together."""
-    outputs = [(html, "--html"), (scores, "--scores"), (_ids_file(Path(scores)) if scores else None, "--scores")]
-    for file, flag in outputs:
-        if file is None:
-            continue
-        if Path(file).is_dir():
-            raise ConfigError(f"the output {file} is a directory", f"{flag} {shlex.quote(f'{file}/trace')}, a file")
-        if Path(file).exists() and not replace:
-            raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
-        make_parent(Path(file))
-    if prepare and calibrate:
-        raise ConfigError("a call prepares or calibrates", "--prepare, then the same command with --calibrate")
-    if (prepare or calibrate) and (html is not None or scores is not None):
-        flag = "--prepare" if prepare else "--calibrate"
-        raise ConfigError(f"{flag} ends without a page or a matrix", f"leave out {'--html' if html else '--scores'}")
-    if scores is not None and (queries is None or html is not None):
-        raise ConfigError(
-            "a matrix of scores needs queries, and has no page", "--queries FILE.jsonl --scores FILE.npy alone"
-        )
-    if queries is not None and scores is None and not calibrate:
-        raise ConfigError(
-            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --scores FILE.npy"
-        )
 
 
 @dataclass(frozen=True)
@@ -411,7 +323,7 @@ class TraceOptions:
 
 def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions, notice: Notice) -> TraceResult:
     """Return the training rows behind one reply. Raises as `trace`."""
-    _check_rows(traced, options.method)
+    check_rows(traced, options.method)
     seconds, notes, start = {}, [], time.monotonic()
     index = open_index(traced, notice)
     seconds["index"] = time.monotonic() - start
@@ -432,7 +344,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
     seconds["likelihood"] = time.monotonic() - start
     if problem:
         notes.append(f"whether the base says it was not measured: {problem}")
-    lds, refused = _measured_lds(traced), None
+    lds, refused = own_lds(traced), None
     start = time.monotonic()
     attribution, ranked = retrieval, nearest
     if options.method is not Method.RETRIEVAL:
@@ -440,7 +352,7 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
         if score is not None and score < LEAST_LDS:
             refused = Refusal(options.method, score)
         else:
-            attribution = _scores(traced, [query], options.method, notice)
+            attribution = scores_of(traced, [query], options.method, notice)
             ranked = _rows(traced, query, index, attribution, options.top)
             seconds[str(options.method)] = time.monotonic() - start
     used = attribution.method
@@ -463,33 +375,6 @@ def trace_reply(traced: TracedAdapter, query: TraceQuery, options: TraceOptions,
         facts=attribution.facts,
         seconds=seconds,
     )
-
-
-def _method(method: Method | str) -> Method:
-    try:
-        return Method(method)
-    except ValueError:
-        raise ConfigError(f"there is no method {method!r}", one_of("--method", Method)) from None
-
-
-def _check_rows(traced: TracedAdapter, method: Method) -> None:
-    """Raise ConfigError if a method needs the tuning's own rows and another Dataset's were named."""
-    if method is not Method.RETRIEVAL and "base" not in traced.manifest:
-        raise ConfigError(
-            f"{traced.artifact.path} was tuned elsewhere, and {method} computes with a base and states that are not "
-            "known",
-            "--method retrieval, which needs rows alone",
-        )
-    if method is Method.UNROLLED and not traced.is_own:
-        raise ConfigError(
-            f"{method} needs the rows of the tuning in their order, and those of {traced.dataset.path} were named",
-            "--method retrieval or --method gradient, which work for any rows" + _own_rows_remedy(traced),
-        )
-
-
-def _own_rows_remedy(traced: TracedAdapter) -> str:
-    """Return what else helps where another Dataset was named: nothing if the tuning's own rows are not known."""
-    return "" if traced.known_recipe is None else "; or leave --data out, for the rows of the tuning"
 
 
 def _served(
@@ -529,36 +414,6 @@ def _same_target(served: ServedReply, target: Path | str | None) -> Path:
     return served.path
 
 
-def _prepared(
-    traced: TracedAdapter, queries: Path | str | None, *, runs: int, is_calibration: bool, notice: Notice
-) -> Any:
-    """Make what the method gradient needs, or measure the LDS of each method."""
-    _check_rows(traced, Method.GRADIENT)
-    if not is_calibration:
-        open_index(traced, notice)
-        return import_module("sartor.trace.prepare").prepare(traced, notice=notice)
-    if not traced.is_own:
-        raise ConfigError(
-            f"a calibration repeats the tuning on its own rows, and those of {traced.dataset.path} were named",
-            "retrieval and gradient rank rows of any Dataset without a calibration" + _own_rows_remedy(traced),
-        )
-    asked = read_queries(Path(queries), traced) if queries is not None else None
-    return import_module("sartor.trace.calibration").calibrate(traced, asked, runs=runs, notice=notice)
-
-
-def _scores(traced: TracedAdapter, queries: Sequence[TraceQuery], method: Method, notice: Notice) -> Attribution:
-    if method is Method.RETRIEVAL:
-        return retrieval_scores(traced, queries, notice)
-    module, name = _SCORERS[method]
-    attribution: Attribution = getattr(import_module(module), name)(traced, queries, notice=notice)
-    return attribution
-
-
-def _measured_lds(traced: TracedAdapter) -> dict[Method, float]:
-    """Return the LDS of each method that was calibrated for this adapter on the rows of its tuning."""
-    return measured_lds(traced) if traced.is_own else {}
-
-
 def _measure_likelihood(
     traced: TracedAdapter, query: TraceQuery, options: TraceOptions, notice: Notice
 ) -> tuple[Any, str]:
@@ -594,37 +449,6 @@ def _rows(
 
 def _copies(traced: TracedAdapter, group: RowGroup) -> tuple[str, ...]:
     return tuple(dict.fromkeys(traced.rows[row].example.id for row in group.rows[1:]))
-
-
-def _write_scores(traced: TracedAdapter, queries: Path, file: Path, method: Method, notice: Notice) -> ScoreMatrix:
-    """Write the scores of all rows for the queries of a file, and the ids of the rows beside them."""
-    _check_rows(traced, method)
-    start = time.monotonic()
-    attribution = _scores(traced, read_queries(queries, traced), method, notice)
-    for note in attribution.notes:
-        notice(note)
-    lds = _measured_lds(traced).get(method)
-    if lds is not None and lds < LEAST_LDS:
-        notice(f"{method} has an LDS of {lds:.2f} for this adapter, below {LEAST_LDS}: its scores rank nothing")
-    ids = _ids_file(file)
-    buffer = io.BytesIO()
-    np.save(buffer, attribution.scores, allow_pickle=False)
-    write_file_atomic(file, buffer.getvalue(), mode=_PRIVATE)
-    write_file_atomic(ids, records.canonical(traced.ids), mode=_PRIVATE)
-    return ScoreMatrix(
-        str(file),
-        ids=str(ids),
-        shape=(attribution.scores.shape[0], attribution.scores.shape[1]),
-        method=method,
-        lds=lds,
-        approximate=attribution.approximate,
-        wall_s=time.monotonic() - start,
-    )
-
-
-def _ids_file(scores: Path) -> Path:
-    """Return the file of the ids beside a matrix of scores."""
-    return scores.with_suffix(".ids.json")
 
 
 def _table_row(row: TracedRow) -> dict[str, Any]:
