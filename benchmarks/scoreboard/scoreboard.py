@@ -164,7 +164,7 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
     names_its_parts = "kept" in record or any(why.startswith(NOT_ASKED_FOR) for why in reasons)
     if not names_its_parts or absent_at(record, target.value):
         narrowing |= SELECTIONS - {target.whole_with}
-    options = [option for origin in origins for option in origin["command"]]
+    options = dict.fromkeys(option for origin in origins for option in origin["command"])
     if narrower := [option for option in options if option.partition("=")[0] in narrowing]:
         return Standing(target, NOT_COMPARED, show(value), f"of a part alone ({' '.join(narrower)}): {source}")
     if target.needs and any(target.needs not in origin["machine"].get("flags", ()) for origin in origins):

@@ -72,11 +72,12 @@ def trace(
         html: file for a page with the rows beside the reply
         replace: replace an existing page or matrix
     """
-    turns, text, parts = (
-        turns_of(prompt, prompt_file, messages),
-        reply_of(reply, reply_file),
-        sartor.Question.of("", media).media,
-    )
+    turns, text = turns_of(prompt, prompt_file, messages), reply_of(reply, reply_file)
+    parts = sartor.Question.of("", media).media
+    if queries is not None and scores is None and not calibrate:
+        raise ConfigError(
+            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --scores FILE.npy"
+        )
     of_rows = [
         flag
         for flag, given in (("--prepare", prepare), ("--calibrate", calibrate), ("--scores", scores is not None))
@@ -93,7 +94,7 @@ def trace(
             "--team": team,
             "--system": system,
         }
-        _check_flags_of_rows(of_rows, of_reply, queries)
+        _check_flags_of_rows(of_rows, of_reply)
         if target is None:
             raise ConfigError("there is no Release or Adapter to trace", f"sartor trace RELEASE {of_rows[0]}")
         if prepare:
@@ -103,10 +104,6 @@ def trace(
         if queries is None or scores is None:
             raise ConfigError("a matrix of scores needs queries", "--queries FILE.jsonl --scores FILE.npy")
         return sartor.score_rows(target, queries, scores, method=method, data=data, replace=replace, notice=notice)
-    if queries is not None:
-        raise ConfigError(
-            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --scores FILE.npy"
-        )
     return sartor.trace(
         target,
         turns,
@@ -126,7 +123,7 @@ def trace(
     )
 
 
-def _check_flags_of_rows(of_rows: Sequence[str], of_reply: Mapping[str, Any], queries: Path | None) -> None:
+def _check_flags_of_rows(of_rows: Sequence[str], of_reply: Mapping[str, Any]) -> None:
     """Raise ConfigError for flags that do not fit together where no single reply is traced.
 
     of_rows: those of --prepare, --calibrate and --scores that were given. of_reply: value by flag of a reply's trace.
@@ -142,10 +139,6 @@ def _check_flags_of_rows(of_rows: Sequence[str], of_reply: Mapping[str, Any], qu
                 f"{flag} is of the trace of one reply, and --scores, --prepare and --calibrate end without one",
                 f"leave {flag} out; or the same command without {of_rows[0]}",
             )
-    if of_rows == ["--prepare"] and queries is not None:
-        raise ConfigError(
-            "queries are for a matrix or a calibration", f"--queries {shlex.quote(str(queries))} --calibrate"
-        )
 
 
 def turns_of(prompt: str, prompt_file: Path | None, messages: Path | None) -> Any:

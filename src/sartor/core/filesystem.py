@@ -253,7 +253,7 @@ def check_output_file(file: Path, flag: str, *, replace: bool) -> None:
     flag: option that names the file, for the remedy.
     """
     if file.is_dir():
-        raise ConfigError(f"the output {file} is a directory", f"{flag} {shlex.quote(str(file / 'trace'))}, a file")
+        raise ConfigError(f"the output {file} is a directory", f"{flag} {shlex.quote(str(file / 'output'))}, a file")
     if file.exists() and not replace:
         raise ConfigError(f"the output {file} exists", f"choose another {flag}, or add --replace")
     make_parent(file)
