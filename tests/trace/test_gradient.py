@@ -73,7 +73,7 @@ def test_prepare_goes_on_where_it_was_killed(traced: TracedAdapter, monkeypatch:
     lines: list[str] = []
     made = preparation.prepare(traced, notice=lines.append)
     assert any(f"going on with the last {len(traced.rows) - 16} of" in line for line in lines)
-    (estimate,) = [line for line in lines if "epochs' time" in line]
+    (estimate,) = [line for line in lines if "passes over them" in line]
     assert estimate.endswith(" s on the machine of the tuning"), "the time is said beforehand, for any kind of budget"
     killed = SketchMatrix.open(folder_of(traced) / "final")
     assert killed is not None and killed.written().all()

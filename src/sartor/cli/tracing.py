@@ -63,7 +63,7 @@ def trace(
         receipt: receipt of a served reply: prompt and reply are compared with its digests, and it names the target
         team: the team's YAML file, for a receipt of a team that did not serve on this machine
         data: a Dataset whose rows are ranked, where those of the tuning are not on this machine; not by unrolled
-        prepare: make what gradient needs, at most two epochs' time, and end
+        prepare: make what gradient needs, in two passes over all rows, also those against forgetting, and end
         calibrate: measure how well each method predicts, by retrains that leave rows out, and end
         runs: number of these retrains
         queries: JSONL file, a prompt and a reply in each line, for --scores and --calibrate

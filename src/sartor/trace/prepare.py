@@ -79,7 +79,10 @@ class Preparation:
 def prepare_trace(
     target: Path | str, *, data: Path | str | None = None, notice: Notice = lambda line: None
 ) -> Preparation:
-    """Make what the methods retrieval and gradient need for an adapter, in at most two epochs' time.
+    """Make what the methods retrieval and gradient need for an adapter.
+
+    It takes two passes over all rows, also those against forgetting, of which a tuning reads few: of a small file it
+    takes longer than the tuning.
 
     target: Adapter, Release or personal adapter. data: a Dataset whose rows are prepared, where those of the tuning
         are not here.
@@ -211,7 +214,7 @@ def _estimate(model: TracedModel, folder: Path, labels: Sequence[str]) -> str:
     if not labels:
         return f"the sketches of {count:,} rows are in {folder}"
     epochs = sum(_HIDDEN_EPOCHS if label == HIDDEN else _SKETCH_EPOCHS for label in labels)
-    line = f"sketches of {count:,} rows in {folder}: {', '.join(labels)}; about {epochs:.1f} epochs' time"
+    line = f"sketches of {count:,} rows in {folder}: {', '.join(labels)}; about {epochs:.1f} passes over them"
     tokens_per_s = traced.manifest.get("run", {}).get("tokens_per_s")
     if not tokens_per_s:
         return line
