@@ -78,7 +78,7 @@ def test_prepare_goes_on_where_it_was_killed(traced: TracedAdapter, monkeypatch:
     killed = SketchMatrix.open(folder_of(traced) / "final")
     assert killed is not None and killed.written().all()
     preparation.prepare(traced, notice=lines.append)
-    assert "epochs" not in lines[-1], "nothing is computed"
+    assert "passes" not in lines[-1], "nothing is computed"
     values = killed.read(slice(None))
     (folder_of(traced) / "final" / "header.json").unlink()
     preparation.prepare(traced, labels=["final"])
