@@ -36,8 +36,11 @@ def ci_run(folder: Path, failing: str = "", *, condition: str = "true") -> subpr
     for name, body in (("make", make), ("apt-get", "exit 1")):
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
+    script = folder / ".ci" / "run"  # it works in the folder above its own
+    script.parent.mkdir()
+    shutil.copyfile(ROOT / ".ci" / "run", script)
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "CI": ""}
-    return subprocess.run(["bash", ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
 
 
 def minutes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -82,13 +85,20 @@ def test_ci_goes_on_where_the_lock_cannot_be_installed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tier", ["default", "slow", "alone"])
 def test_what_fails_beside_others_is_run_again_by_itself(tier: str, tmp_path: Path) -> None:
-    """Clocks run out while other tests compute. Only the tests that failed are run, one at a time, and that decides."""
+    """Clocks run out while other tests compute. Only the tests that failed are run, one at a time, and that decides.
+
+    They are named at the end, since a test that passes alone may depend on its neighbours.
+    """
+    cache = tmp_path / ".pytest_cache" / ("alone" if tier == "alone" else "") / "v" / "cache"
+    cache.mkdir(parents=True)
+    (cache / "lastfailed").write_text('{"tests/test_a.py::test_b[a \\"c\\"]": true, "tests/test_d.py::test_e": true}')
     first = f'mkdir "{tmp_path}/began" 2>/dev/null'
     asks = 'case "$AGAIN" in "") true;; *) echo "again with $AGAIN"; false;; esac'
     done = ci_run(tmp_path, f"test-{tier}", condition=f"{{ {first} || {asks}; }}")
     assert done.returncode == 0
     assert minutes(done) == {**dict.fromkeys([*STAGES, f"{tier} again", "total"], ""), tier: "  FAILED (2)"}
     assert "again with --last-failed --last-failed-no-failures none -n 0" in done.stdout
+    assert done.stdout.splitlines()[-2:] == ['tests/test_a.py::test_b[a "c"]', "tests/test_d.py::test_e"]
 
 
 def test_stages_beside_others_hear_ctrl_c_and_yield(tmp_path: Path) -> None:
