@@ -17,7 +17,7 @@ sets {name: {method: {metric, forgetting, trainable_fraction, tokens_per_s, peak
     forgetting        nats a token of the worst probe: {mean, low, high}; ends: the widest of the seeds' intervals
     tokens_per_s, peak_memory_bytes   {mean, low, high} over the seeds, of the whole process
 regret {set: {difference, low, high, within}}   LoRA minus full; within: whether the low end is above -0.02
-base_parameters, seeds, machine, wall_s
+base_parameters, rows, seeds, machine, wall_s; absent names what --sets and --methods left out
 """
 
 from __future__ import annotations
@@ -207,13 +207,23 @@ def measure(
     return results, {**regret, "within": compared.low > -REGRET}, base_parameters
 
 
+def left_out(sets: Sequence[str], methods: Sequence[str]) -> dict[str, str]:
+    """What was not asked for, which an earlier record may have (scoreboard/record.py, --keep)."""
+    others = [name for name in CHOSEN_SETS if name not in sets]
+    absent = {f"{part}.{name}": f"not asked for: --sets {name}" for name in others for part in ("sets", "regret")}
+    for method in METHODS:
+        if method not in methods:
+            absent |= {f"sets.{name}.{method}": f"not asked for: --methods {method}" for name in sets}
+    return absent
+
+
 def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of banking77, ...")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(CHOSEN_SETS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="lora and full too")
-    parser.add_argument("--rows", type=int, default=1000, help="most training rows of a set")
+    parser.add_argument("--rows", type=int, default=400, help="most training rows of a set")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="of the rate, of which one is chosen")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -240,7 +250,8 @@ def main() -> None:
             )
             print(f"methods: {name}: {json.dumps(found['regret'][name])}", file=sys.stderr)
     wall_s = round(time.monotonic() - began, 1)
-    print_result({**found, "seeds": list(seeds), "machine": machine_facts(), "wall_s": wall_s})
+    facts = {"rows": options.rows, "seeds": list(seeds), "machine": machine_facts(), "wall_s": wall_s}
+    print_result({**found, "absent": left_out(arguments.sets, methods), **facts})
 
 
 if __name__ == "__main__":
