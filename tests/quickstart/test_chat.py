@@ -67,6 +67,19 @@ def test_base_answers_beside_it_until_told_otherwise() -> None:
     assert "base> HI \necho> HI \n" in written
 
 
+def test_question_behind_a_command_is_asked() -> None:
+    """Behind /compare it is the one that the base answers too, and behind /new the first of its conversation."""
+    partner, conversation, written = talk("/compare hi there", "ho", "/new hello", "/why is that")
+    assert [(messages[-1]["content"], by_base) for messages, by_base in partner.asked] == [
+        ("hi there", True),
+        ("hi there", False),
+        ("ho", False),
+        ("hello", False),
+    ]
+    assert [turn["content"] for turn in conversation.messages] == ["hello", "HELLO "]
+    assert "/why takes no text: 'is that' was not asked" in written
+
+
 def test_failed_reply_leaves_the_conversation_as_it_was() -> None:
     _, conversation, written = talk("hi", "fail", "ho")
     assert "ModelError: a logit is not finite\n  try: another adapter" in written
@@ -89,6 +102,7 @@ def test_saved_conversation_is_a_row(tmp_path: Path) -> None:
         ("/save x.jsonl", "ask something first"),
         ("/why", "no rows"),
         ("/foo", "there is no /foo"),
+        ("/quit now", "/quit takes no text"),
         ("/image no.png", "cannot be read"),
         ("/image", "cannot be read"),
     ],

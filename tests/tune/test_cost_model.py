@@ -461,6 +461,22 @@ def test_a_calibration_changes_nothing_that_is_learnt(
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (Interval(2e9, 1.5e9, 2.5e9), "peak memory 2.00 GB, 90 % in 1.50..2.50"),
+        (Interval(2e9, 2e9, 2e9), "peak memory 2.00 GB, reached before the first update"),
+    ],
+)
+def test_peak_that_planning_has_reached_is_said_without_an_interval(memory: Interval, said: str) -> None:
+    from sartor.tune.cost_model import MicroBatchChoice
+    from sartor.tune.run_forecast import RunForecast
+
+    choice = MicroBatchChoice(256, BatchLoad(), True, "planned")
+    forecast = RunForecast(choice, memory, course_tokens=None, evaluated_tokens=0, limit_s=None)
+    assert forecast.line == f"micro-batch 256 tokens (planned); {said}"
+
+
 def test_a_probe_puts_gradients_random_numbers_and_mode_back() -> None:
     import tiny
     from sartor.models import adapters

@@ -1,10 +1,11 @@
 """Verb chat: talk to a base, an Adapter, a Release, a team or a server in the terminal.
 
-    /compare         the base answers too, from here on (again: no longer)
+    /compare         the base answers too, from here on (again: no longer); /compare QUESTION: this question alone
     /why             training rows nearest to the last question and its reply
     /save FILE       append the conversation as a row that `curate` reads
     /image FILE, /audio FILE     attach media to the next question
-    /new             start a new conversation           /quit, or the end of input
+    /new             start a new conversation; /new QUESTION: with this question
+    /quit            end, as the end of input does
 
 A line that ends with a backslash continues in the next one. Replies are streamed.
 """
@@ -257,25 +258,35 @@ class Chat:
                 self.write(f"{error.kind}: {error.problem}\n  try: {error.remedy}\n")
 
     def command(self, text: str) -> None:
-        """Execute a line that begins with a slash. Raises ConfigError for an unknown command."""
-        name, _, value = text.strip().partition(" ")
+        """Execute a line that begins with a slash. Raises ConfigError for an unknown command, and for text behind one
+        that would not be read.
+        """
+        name, *rest = text.strip().split(maxsplit=1)
+        value = rest[0] if rest else ""
         if name == "/compare":
-            self.compares = not self.compares
-            self.write(f"the base answers {'beside it' if self.compares else 'no longer'}\n")
-        elif name == "/why":
-            self._why()
+            if value:
+                self.answer(value, by_base_too=True)
+            else:
+                self.compares = not self.compares
+                self.write(f"the base answers {'beside it' if self.compares else 'no longer'}\n")
         elif name == "/save":
-            self._save(value.strip())
+            self._save(value)
         elif name in ("/image", "/audio"):
-            self.media.append(read_media("image" if name == "/image" else "audio", value.strip()))
+            self.media.append(read_media("image" if name == "/image" else "audio", value))
         elif name == "/new":
             self.messages.clear()
             self.media.clear()
+            if value:
+                self.answer(value)
+        elif name in ("/why", "/quit"):
+            if value:
+                raise ConfigError(f"{name} takes no text: {value!r} was not asked", f"{name}, then the question")
+            self._why()
         else:
             raise ConfigError(f"there is no {name}", _HELP)
 
-    def answer(self, text: str) -> None:
-        """Ask a question, and keep it with its reply.
+    def answer(self, text: str, *, by_base_too: bool = False) -> None:
+        """Ask a question, and keep it with its reply. by_base_too: the base answers it too, as after `/compare`.
 
         If a reply fails, the conversation is as before, and the attached media are dropped: a partner that cannot read
         them would refuse every later question too.
@@ -286,7 +297,7 @@ class Chat:
             parts = [{"type": part.kind, part.kind: part.media} for part in media]
             content = [*parts, *([{"type": "text", "text": text}] if text.strip() else [])]
         messages = [*self.messages, {"role": "user", "content": content}]
-        if self.compares:
+        if self.compares or by_base_too:
             self.write("base> ")
             for piece in self.partner.reply(messages, by_base=True):
                 self.write(piece)

@@ -62,9 +62,13 @@ class RunForecast:
     def line(self) -> str:
         """Summary for a reader, before the first update."""
         settled, peak = self.settled, self.memory * 1e-9
+        # `MemoryModel.peak` is at least what the process has held by now: above the interval, its ends meet there
+        interval = "reached before the first update"
+        if peak.low < peak.high:
+            interval = f"90 % in {peak.low:.2f}..{peak.high:.2f}"
         return (
             f"micro-batch {settled.micro_batch_tokens:,} tokens ({settled.reason}); "
-            f"peak memory {peak.estimate:.2f} GB, 90 % in {peak.low:.2f}..{peak.high:.2f}"
+            f"peak memory {peak.estimate:.2f} GB, {interval}"
         )
 
     def observe(self, tokens: int, seconds: float, read_tokens: int, wall_s: float) -> bool:
