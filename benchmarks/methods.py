@@ -16,6 +16,8 @@ sets {name: {method: {metric, forgetting, trainable_fraction, tokens_per_s, peak
                       over_lora: {difference, low, high} to LoRA on the same rows
     forgetting        nats a token of the worst probe: {mean, low, high}; ends: the widest of the seeds' intervals
     tokens_per_s, peak_memory_bytes   {mean, low, high} over the seeds, of the whole process
+    foreseen_memory_bytes    of `tune` before the first update, means over the seeds: {estimate, low, high}, and
+                             peaks_inside: of how many seeds the peak was between the ends
 regret {set: {difference, low, high, within}}   LoRA minus full; within: whether the low end is above -0.02
 base_parameters, rows, seeds, machine, wall_s; absent names what --sets and --methods left out
 """
@@ -84,6 +86,7 @@ def tune_and_measure(job: dict[str, Any]) -> Figures:
         "trainable_fraction": run["trainable_fraction"],
         "tokens_per_s": run["tokens_per_s"],
         "peak_memory_bytes": run["peak_memory_bytes"],
+        "foreseen_memory_bytes": run["forecast"]["peak_memory_bytes"],
         "adapter_bytes": (Path(job["out"]) / "adapter_model.safetensors").stat().st_size,
         "path": run["path"],
         "rate": manifest["recipe"]["optimizer"]["learning_rate"],
@@ -170,6 +173,7 @@ def summary(runs: Sequence[Figures], lora: Sequence[Figures]) -> Figures:
             "low": min(item["low"] for item in lost),
             "high": max(item["high"] for item in lost),
         }
+    peaks = [(run["peak_memory_bytes"], run["foreseen_memory_bytes"]) for run in runs]
     return {
         "metric": {
             "mean": fmean(scores),
@@ -179,7 +183,11 @@ def summary(runs: Sequence[Figures], lora: Sequence[Figures]) -> Figures:
         },
         "forgetting": forgetting,
         "tokens_per_s": spread([run["tokens_per_s"] for run in runs]),
-        "peak_memory_bytes": spread([float(run["peak_memory_bytes"]) for run in runs]),
+        "peak_memory_bytes": spread([float(peak) for peak, _ in peaks]),
+        "foreseen_memory_bytes": {
+            **{end: fmean(foreseen[end] for _, foreseen in peaks) for end in ("estimate", "low", "high")},
+            "peaks_inside": sum(foreseen["low"] <= peak <= foreseen["high"] for peak, foreseen in peaks),
+        },
         **{name: runs[0][name] for name in ("trainable", "trainable_fraction", "adapter_bytes", "path", "rate")},
     }
 
