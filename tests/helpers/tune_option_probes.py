@@ -200,7 +200,7 @@ def plan_of(recipe: dict[str, Any], workspace: Workspace) -> TuningPlan:
     key = _key(recipe)
     if key not in _plans:
         workspace.patch.setattr(TimingProbe, "run", _run)
-        workspace.patch.setattr("sartor.tune.plan.forecast_evaluation", lambda model, rows, count: None)
+        workspace.patch.setattr("sartor.tune.plan.forecast_evaluation", lambda model, chat, rows, count: None)
         _plans[key] = sartor.plan(recipe)
     return _plans[key]
 

@@ -26,7 +26,7 @@ from sartor.models.packing import TokenizedExample
 from sartor.tune import cost_model, preflight
 from sartor.tune import plan as plan_module
 from sartor.tune.cost_model import BatchLoad, Interval, MemoryModel, ModelShape, TimedBatch, TimingProbe, load_of
-from sartor.tune.evaluation_forecast import FORGETTING_TOKENS
+from sartor.tune.evaluation_forecast import FORGETTING_TOKENS, SMALL_TALK_TOKENS, small_talk_tokens
 from sartor.tune.plan import device_named, hourly
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.training_loop import Counters
@@ -119,7 +119,7 @@ def test_plan_of_a_small_base_forgets_a_larger_ones_peak(
     if not hardware.restart_peak(torch.device("cpu")):
         pytest.skip("this system's /proc/self/clear_refs cannot be written")
     monkeypatch.setattr(plan_module, "_PROBE_S", 0.1)
-    monkeypatch.setattr(plan_module, "forecast_evaluation", lambda model, rows, count: None)
+    monkeypatch.setattr(plan_module, "forecast_evaluation", lambda model, chat, rows, count: None)
     larger = tiny.write_base(tmp_path / "larger", hidden_size=512, intermediate_size=16384)
     plans = [sartor.plan({**tune_recipe, "base": str(base)}).as_json() for base in (larger, tune_recipe["base"])]
     large, small = (plan["peak_memory_bytes"] for plan in plans)
@@ -524,3 +524,4 @@ def test_forecast_of_an_evaluation_knows_the_tokens_of_the_probes() -> None:
     chat = open_base("starter").chat
     tokens = sum(len(chat.encode(row).ids) for make_rows in PROBES.values() for row in make_rows())
     assert tokens == pytest.approx(FORGETTING_TOKENS, rel=0.05)
+    assert small_talk_tokens(chat) == SMALL_TALK_TOKENS

@@ -238,7 +238,8 @@ def plan(
     if forecast.time_s is None:
         return forecast
     held_out = dataset.manifest["counts"]["splits"].get("eval", 0) or len(data.held_out)
-    return replace(forecast, evaluation_s=forecast_evaluation(model, data.held_out, min(held_out, EVALUATED_ROWS)))
+    rows = min(held_out, EVALUATED_ROWS)
+    return replace(forecast, evaluation_s=forecast_evaluation(model, base.chat, data.held_out, rows))
 
 
 def _forecast(
