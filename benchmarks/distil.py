@@ -190,7 +190,7 @@ def measure_mending(name: str, size: Size, folder: Path) -> dict[str, Any]:
     apart = len(talk) // 4
     general = curated(folder, "talk", talk[apart:])
     before = folder / f"{name}-teacher-{size.seeds[0]}"
-    mended, rehearsed = folder / "mended", folder / "rehearsed"
+    mended, rehearsed = folder / f"{name}-mended", folder / f"{name}-rehearsed"
     untouched = parts.run("nats of the base", lambda: nats(None, talk[:apart]))
     groups = [row["messages"][0]["content"] for row in talk[:apart]]
 
@@ -222,9 +222,9 @@ def measure_mending(name: str, size: Size, folder: Path) -> dict[str, Any]:
         return facts(rehearsed)
 
     found = {
-        "before": parts.run("before mending", lambda: facts(before)),
-        "mended": parts.run("mended", mend),
-        "rehearsal": parts.run("with rehearsal", rehearse),
+        "before": parts.run(f"{name} before mending", lambda: facts(before)),
+        "mended": parts.run(f"{name} mended", mend),
+        "rehearsal": parts.run(f"{name} with rehearsal", rehearse),
     }
     return {**found, "kept": over(found["mended"]["exact_match"], found["before"]["exact_match"])}
 
