@@ -1,6 +1,7 @@
 """What distillation is worth: a student of a tenth of the prompts beside its teacher and beside sft, and mending.
 
     python benchmarks/distil.py --json [--data ../shared/data] [--work distil-work] [--sets snips] [--minutes 60]
+    python benchmarks/distil.py --mending-only --json    # without the students
     python benchmarks/distil.py --small --json    # made-up rows, a tiny base: shows that everything runs
 
 The teacher is an adapter that sft made of all training rows of a set (banking77: the rows of its first ten intents).
@@ -9,14 +10,15 @@ of the rows' replies, by distil of the same replies, and by distil with half of 
 held-out rows greedily; the measure is exact match. Figures are means over the seeds.
 
 Mending: the teacher of the first set, tuned without rehearsal, is distilled from its untouched base on small talk, of
-which a quarter is kept apart to measure forgetting: nats a token over the base. Beside it stands an adapter that was
-tuned on the set with the same small talk as rehearsal.
+which a quarter is kept apart to measure forgetting: nats a token over the base. `mended` sees small talk alone until
+the forgetting is gone; `beside_rows` learns the set's own rows by sft in half of the tokens. Beside them stands an
+adapter that was tuned on the set with the same small talk as rehearsal.
 
 sets {name: {teacher, sft, distil, on_policy}}    exact match
      fraction {distil, on_policy}                 of the teacher's
      over_sft {distil, on_policy: {estimate, low, high}}    paired by prompt
-mending {before, mended, rehearsal: {exact_match, forgetting, low, high}}
-        kept: the fraction of the match `before` that `mended` has; mended.updates: of its run
+mending {before, mended, beside_rows, rehearsal: {exact_match, forgetting, low, high}}
+        kept {mended, beside_rows}: the fraction of the match `before`; updates: of their runs
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TALK = ROOT / "src" / "sartor" / "small_talk.jsonl"
 BASE = "starter"
 INTENTS = 10
+OWN_ROWS = 0.5  # of the tokens of a mending that learns the set's rows beside the small talk
 STUDENTS: dict[str, dict[str, Any]] = {"distil": {}, "on_policy": {"on_policy": 0.5, "max_reply_tokens": 24}}
 Row = dict[str, Any]
 
@@ -190,7 +193,7 @@ def measure_mending(name: str, size: Size, folder: Path) -> dict[str, Any]:
     apart = len(talk) // 4
     general = curated(folder, "talk", talk[apart:])
     before = folder / f"{name}-teacher-{size.seeds[0]}"
-    mended, rehearsed = folder / f"{name}-mended", folder / f"{name}-rehearsed"
+    rows = curated(folder, f"{name}-all", train)
     untouched = parts.run("nats of the base", lambda: nats(None, talk[:apart]))
     groups = [row["messages"][0]["content"] for row in talk[:apart]]
 
@@ -203,12 +206,13 @@ def measure_mending(name: str, size: Size, folder: Path) -> dict[str, Any]:
             "high": lost["high"],
         }
 
-    def mend() -> dict[str, Any]:
+    def mend(side: str, rehearsal: Any) -> dict[str, Any]:
+        mended = folder / f"{name}-{side}"
         run = tuned(
             mended,
             size,
             0,
-            {"path": general, "eval_fraction": 0.25, "rehearsal": "none"},
+            {"path": general, "eval_fraction": 0.25, "rehearsal": rehearsal},
             objective={"kind": "distil", "teacher": "base", "stop_at_forgetting": 0.01},
             method={"start": str(before)},
             optimizer={"learning_rate": size.rate / 5, "batch_tokens": size.batch_tokens},
@@ -217,16 +221,24 @@ def measure_mending(name: str, size: Size, folder: Path) -> dict[str, Any]:
         return {**facts(mended), "updates": run["updates"]}
 
     def rehearse() -> dict[str, Any]:
-        rows = curated(folder, f"{name}-all", train)
+        rehearsed = folder / f"{name}-rehearsed"
         tuned(rehearsed, size, 0, {"path": rows, "eval_fraction": 0.0, "rehearsal": {"path": general}})
         return facts(rehearsed)
 
+    def begin() -> dict[str, Any]:
+        tuned(before, size, size.seeds[0], rows, objective={"kind": "sft"})
+        return facts(before)
+
+    own_rows = {"path": rows, "fraction": OWN_ROWS}
     found = {
-        "before": parts.run(f"{name} before mending", lambda: facts(before)),
-        "mended": parts.run(f"{name} mended", mend),
+        "before": parts.run(f"{name} before mending", begin),
+        "mended": parts.run(f"{name} mended", lambda: mend("mended", "none")),
+        "beside_rows": parts.run(f"{name} mended beside its rows", lambda: mend("beside-rows", own_rows)),
         "rehearsal": parts.run(f"{name} with rehearsal", rehearse),
     }
-    return {**found, "kept": over(found["mended"]["exact_match"], found["before"]["exact_match"])}
+    matches_before = found["before"]["exact_match"]
+    kept = {side: over(found[side]["exact_match"], matches_before) for side in ("mended", "beside_rows")}
+    return {**found, "kept": kept}
 
 
 def main() -> None:
@@ -234,7 +246,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the public sets")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    smallest.add_argument(parser, selections=("sets",))
+    parser.add_argument("--mending-only", action="store_true", help="no students")
+    smallest.add_argument(parser, selections=("sets", "mending_only"))
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, smallest.home(options.small):
@@ -243,9 +256,10 @@ def main() -> None:
         if options.small:
             data = defaults.write_small_data(Path(temporary) / "data")
             size = Size(data, rows=12, held_out=4, fraction=0.5, talk=16, updates=2, seeds=(0,))
-        found: dict[str, Any] = {"sets": {name: measure_set(name, size, folder) for name in options.sets}}
+        asked = [] if options.mending_only else options.sets
+        found: dict[str, Any] = {"sets": {name: measure_set(name, size, folder) for name in asked}}
         found["mending"] = measure_mending(options.sets[0], size, folder)
-    found["absent"] = {f"sets.{name}": f"not asked for: --sets {name}" for name in SETS if name not in options.sets}
+    found["absent"] = {f"sets.{name}": f"not asked for: --sets {name}" for name in SETS if name not in asked}
     print_result({**found, "machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)})
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import sartor
 from dedup_rows import edited, text, texts
+from sample_data import write_jsonl
 from sartor.core import processes
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, GuardError, SourceError
@@ -78,6 +79,33 @@ def test_csv_keeps_header_quoting_and_multiline_rows(tmp_path: Path) -> None:
     assert kept.startswith(b"id,text,note\n0,")
     aside = b"".join(row["content"] for row in dropped(tmp_path / "out"))
     assert sorted(kept + aside) == sorted(file.read_bytes())
+
+
+@pytest.mark.parametrize("stated", ["", "sep=;\n"])
+def test_csv_with_another_delimiter_loses_no_row(tmp_path: Path, stated: str) -> None:
+    rows = some_rows(20, 3)
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{stated}Meldung;Nummer\n" + "".join(f"{row}, sofort;{n}\n" for n, row in enumerate(rows)))
+    done = sartor.dedup([file], tmp_path / "out", text_field="Meldung").as_json()
+    assert (done["read"], done["kept"], done["dropped"]) == (23, 20, {"duplicate": 3})
+    assert (tmp_path / "out/kept/rows.csv").read_text().startswith(f"{stated}Meldung;Nummer\n")
+
+
+def test_csv_in_a_code_page_names_the_command_that_recodes_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("Störung;Abteilung\nPumpe;Mechanik\n".encode("cp1252"))
+    with pytest.raises(SourceError, match="the first line of .* is not UTF-8") as refused:
+        sartor.dedup([file], tmp_path / "out")
+    command = refused.value.remedy.partition(", and give")[0]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert sartor.dedup([tmp_path / "utf8.csv"], tmp_path / "out").as_json()["kept"] == 1
+
+
+def test_amounts_that_differ_by_cents_are_not_exact_duplicates(tmp_path: Path) -> None:
+    amounts = [1234567.89, 1234567.12, 12.0, 12]
+    write_jsonl(tmp_path / "a.jsonl", [{"betrag": amount} for amount in amounts])
+    done = sartor.dedup([tmp_path / "a.jsonl"], tmp_path / "out").as_json()
+    assert done["removed"] == {"exact": 1, "near": 1}
 
 
 def test_parquet_keeps_its_types_and_json_its_shape(tmp_path: Path) -> None:

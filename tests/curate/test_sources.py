@@ -8,16 +8,18 @@ import sqlite3
 import traceback
 from pathlib import Path
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import sartor
 from sample_data import write_jsonl
 from sartor.core import assets
 from sartor.core.errors import ConfigError, HubError, SourceError
 from sartor.curate.sources import row_formats, sql
 from sartor.curate.sources.planner import plan_reading
-from sartor.curate.sources.types import SourceOptions
+from sartor.curate.sources.types import Columns, SourceOptions
 from sourcing import Rows, pdf
 
 
@@ -161,6 +163,61 @@ def test_json_that_holds_two_lists_names_the_one_not_read(tmp_path: Path) -> Non
     rows = Rows(tmp_path / "media", tmp_path)
     assert (rows.replies, rows.reasons) == (["a", "x", "y"], {"unread_list": 1})
     assert "2 entries of 'test'" in rows.drops[0].detail
+
+
+@pytest.mark.parametrize("suffix", ["csv", "xlsx"])
+def test_table_whose_first_rows_have_no_answer_is_read(tmp_path: Path, suffix: str) -> None:
+    """Its columns are those of its header, not those of its first rows' filled cells."""
+    rows: list[list[str | None]] = [
+        ["Frage", "Antwort"],
+        *([f"wo ist {n}", None if n < 60 else "da"] for n in range(80)),
+    ]
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        file.write_text("".join(";".join(cell or "" for cell in row) + "\n" for row in rows))
+    else:
+        workbook = openpyxl.Workbook()
+        for row in rows:
+            workbook.active.append(row)
+        workbook.save(file)
+    source = SourceOptions(str(file), fields=Columns(prompt="Frage", completion="Antwort"))
+    found = Rows(tmp_path / "media", source)
+    assert (len(found.kept), found.reasons) == (20, {"missing_field": 60})
+    assert found.drops[0].detail == "the row has no completion"
+
+
+def test_columns_of_an_empty_answer_are_no_unknown_form(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nhi,\nho,\n")
+    assert Rows(tmp_path / "media", tmp_path).reasons == {"missing_field": 2}
+
+
+def test_label_beside_a_text_is_not_passed_over_silently(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\nthe pump leaks,mechanics\nthe belt squeaks,mechanics\nno label here,\n")
+    rows = Rows(tmp_path / "media", file)
+    assert (len(rows.kept), rows.notes) == (3, {("a.csv", "unread label: label"): 2})
+    assert not Rows(tmp_path / "media", SourceOptions(str(file), fields=Columns(text="text"))).notes
+    made = sartor.curate({"sources": [str(file)], "split": {"eval_fraction": 0.0}}, tmp_path / "data")
+    (warning,) = [warning for warning in made.warnings if warning.reason == "unread_label"]
+    assert "2 rows are learnt as texts, and their column 'label' is not read" in warning.problem
+    recipe = {"sources": [{"path": str(file), "fields": {"prompt": "text", "completion": "label"}}]}
+    assert sartor.curate({**recipe, "split": {"eval_fraction": 0.0}}, tmp_path / "classes").kept == 2
+
+
+def test_header_in_another_code_page_than_stated_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("Störung;Abteilung\nPumpe;Mechanik\n".encode("cp1252"))
+    rows = Rows(tmp_path / "media", SourceOptions(str(file), encoding="utf8"))
+    assert rows.reasons == {"not_utf8": 1} and rows.drops[0].detail.startswith("the header is not UTF-8")
+
+
+@pytest.mark.parametrize(("reply", "text"), [(4931, "4931"), (["Hydraulik", "Elektrik"], '["Hydraulik", "Elektrik"]')])
+def test_answer_that_is_no_text_names_the_option_that_reads_it(tmp_path: Path, reply: object, text: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "how many", "completion": reply}])
+    (drop,) = Rows(tmp_path / "media", tmp_path).drops
+    assert drop.detail.endswith("fields: {completion: completion} reads it as text")
+    source = SourceOptions(str(tmp_path), fields=Columns(completion="completion"))
+    assert Rows(tmp_path / "media", source).replies == [text]
 
 
 def test_two_speakers_become_user_and_assistant(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 import sartor
 from release_fixtures import probe_rows
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, SourceError
 from sartor.evaluate.audit import probes
 from sartor.quickstart import tailor as verb
 
@@ -53,6 +53,29 @@ def test_frame_becomes_a_specialist_whose_recipe_runs_again(tmp_path: Path, tiny
 def test_parts_called_test_are_measured_on(tmp_path: Path, tiny_base: Path, quick: None) -> None:
     made = tailored({"train": ROWS[:20], "test": ROWS[20:]}, tmp_path / "konto", tiny_base)
     assert made.dataset.manifest["counts"]["splits"] == {"train": 20, "eval": 10}
+
+
+def test_file_with_a_label_beside_its_text_is_asked_about(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    """Once named, the columns are those of a file that is evaluated, too."""
+    lines = [f"wie öffne ich konto {number}?,{'offen' if number % 2 else 'zu'}" for number in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *lines[:30]]), encoding="utf-8")
+    (tmp_path / "more.csv").write_text("\n".join(["text,label", *lines[30:]]), encoding="utf-8")
+    given: dict[str, Any] = {"name": "konto", "base": str(tiny_base), "licence": "own", "out": tmp_path / "konto"}
+    with pytest.raises(ConfigError, match="has a column 'label' beside `text`") as refused:
+        sartor.tailor(tmp_path / "a.csv", **given)
+    assert refused.value.remedy.startswith("--fields prompt=text,completion=label;")
+    made = sartor.tailor(tmp_path / "a.csv", fields={"prompt": "text", "completion": "label"}, **given)
+    measured = sartor.evaluate(made.adapter.path, data=tmp_path / "more.csv", out=tmp_path / "report")
+    assert measured.report.manifest["rows"] == 10
+
+
+def test_test_rows_that_are_the_training_rows_are_named(tmp_path: Path, tiny_base: Path) -> None:
+    pandas.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(SourceError, match="is left to learn from .*exact_duplicate 30.*rows that are in .*a.csv too"):
+        sartor.tailor(
+            tmp_path / "a.csv", name="konto", base=str(tiny_base), fields=FIELDS, licence="own", out=tmp_path / "konto",
+            test=tmp_path / "a.csv",
+        )  # fmt: skip
 
 
 def test_rows_where_they_do_not_belong_are_refused(tmp_path: Path, tiny_base: Path) -> None:

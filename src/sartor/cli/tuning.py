@@ -54,9 +54,11 @@ def _fields(kind: object, tokens: Sequence[Token]) -> dict[str, str]:
         name, mark, column = part.partition("=")
         if not mark or not column.strip():
             raise ConfigError(
-                f"--fields {part.replace(chr(0), ',')!r} is no NAME=COLUMN", "--fields prompt=Frage,completion=Antwort"
+                f"--fields {part.replace(chr(0), ',')!r} is no NAME=COLUMN",
+                "--fields prompt=Frage,completion=Antwort; a comma in a column's name is doubled",
             )
-        fields[name.strip()] = column.strip().replace("\0", ",")
+        # not stripped: a key of JSON Lines may begin or end with a space
+        fields[name.strip()] = column.replace("\0", ",")
     return fields
 
 

@@ -533,7 +533,7 @@ def _describe_type(hint: Any) -> str:
         return kind_of(hint) if has_kind(hint) else "a mapping"
     origin = get_origin(hint)
     if origin is Literal:
-        return " | ".join(str(choice) for choice in get_args(hint))
+        return " | ".join(str(choice) or "''" for choice in get_args(hint))
     if origin is tuple:
         return f"a list of {_describe_type(get_args(hint)[0])}"
     if origin in (Union, types.UnionType):

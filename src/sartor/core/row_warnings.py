@@ -199,7 +199,8 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
         examples.append(" and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants))
     subject = "1 label stands" if len(several) == 1 else f"{len(several)} labels stand"
     problem = f"{subject} in more than one spelling: {'; '.join(examples)}"
-    return [DataWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0])}")]
+    # the commonest one; not its blanks at the ends, which nobody sees
+    return [DataWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0].strip())}")]
 
 
 def _label_key(reply: str) -> str:

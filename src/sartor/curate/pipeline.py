@@ -42,6 +42,7 @@ from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedu
 from sartor.curate.recipe import CurateRecipe, with_rows
 from sartor.curate.shards import Shard, ShardTask, execute
 from sartor.curate.sources import planner, python_rows
+from sartor.curate.sources.row_formats import UNREAD_LABEL
 from sartor.curate.sources.source_files import ROWS
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData, personal_data_warning
@@ -59,6 +60,15 @@ def find_warnings(dataset: Artifact) -> list[DataWarning]:
     if PersonalData.kind not in dataset.manifest.get("steps", {}):
         personal = personal_data_warning(parquet_io.read_own_examples(dataset))
         warnings += [personal] if personal else []
+    for source in dataset.manifest.get("sources", []):
+        for note, count in source.get("notes", {}).items():
+            if note.startswith(UNREAD_LABEL):
+                label = note.removeprefix(UNREAD_LABEL)
+                problem = (
+                    f"{source['path']}: {count:,} rows are learnt as texts, and their column {label!r} is not read"
+                )
+                remedy = f"fields: {{prompt: text, completion: {label}}} at the source, if it is the answer"
+                warnings.append(DataWarning("unread_label", problem, remedy))
     return warnings
 
 
@@ -544,9 +554,12 @@ def _nothing_kept(rows_read: int, folder: Path) -> SourceError:
     drops: list[dict[str, Any]] = []
     for file in sorted((folder / "drops").glob("*.parquet")):
         drops += parquet_io.read_file(file)
-    remedy = "sartor curate RECIPE --out DIR --strict stops at the first row that is dropped, and says why"
     if not drops:
-        return SourceError(f"no row is left of {rows_read}", remedy)
+        return SourceError(f"no row is left of {rows_read}", "a file with rows: at most a header was found")
+    remedy = "mend the rows as the first one's reason says, or name the columns: " + (
+        "fields: {prompt: COLUMN, completion: COLUMN} at the source; --fields prompt=COLUMN,completion=COLUMN of "
+        "`sartor tailor`"
+    )
     counts = records.count_values(drop["reason"] for drop in drops)
     if list(counts) == ["unknown_encoding"]:
         remedy = "--encoding cp1252 (`sartor tailor`), or `encoding: cp1252` at the source in the recipe"

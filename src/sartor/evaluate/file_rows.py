@@ -23,7 +23,7 @@ from sartor.core.filesystem import file_digest
 from sartor.core.records import Drop, Example
 from sartor.core.splits import prompt_group
 from sartor.curate.sources.planner import read_all
-from sartor.curate.sources.types import SourceOptions
+from sartor.curate.sources.types import Columns, SourceOptions
 
 MAX_ROW_BYTES = 4 << 20
 
@@ -65,24 +65,32 @@ def rows_of_file(
 
 
 def _read(data: Path, task: Sequence[Artifact], media: Path) -> list[Example | Drop]:
-    """Return the rows as the Datasets of the task read theirs, so that a row has the same id as there."""
-    plain = SourceOptions(str(data))
-    like = _task_source(task)
-    rows = list(read_all(replace(plain, system=like.system), MAX_ROW_BYTES, media / "media"))
-    if like.fields == plain.fields or any(isinstance(row, Example) for row in rows):
-        return rows
-    options = replace(plain, system=like.system, fields=like.fields)
-    return list(read_all(options, MAX_ROW_BYTES, media / "media"))
+    """Return the rows as the Datasets of the task read theirs, so that a row has the same id as there.
+
+    A file without their columns is read by its own. Raises SourceError if it has neither.
+    """
+    options = replace(_task_source(task), path=str(data))
+    try:
+        return list(read_all(options, MAX_ROW_BYTES, media / "media"))
+    except ConfigError as error:
+        if not options.fields.by_name():
+            raise
+        missing = error.problem
+    rows = list(read_all(replace(options, fields=Columns()), MAX_ROW_BYTES, media / "media"))
+    if all(isinstance(row, Drop) and row.reason == "unknown_form" for row in rows):
+        names = ", ".join(options.fields.by_name().values())
+        raise SourceError(missing, f"--data FILE with the columns {names}, as the rows of the tuning have them")
+    return rows
 
 
 def _task_source(task: Sequence[Artifact]) -> SourceOptions:
-    """Return the columns and the system prompt that all sources of the task share; the defaults if they differ."""
+    """Return columns, system prompt and encoding that all sources of the task share; the defaults if they differ."""
     sources = []
     for dataset in task:
         for source in dataset.manifest.get("recipe", {}).get("sources", []):
             if source.get("rehearsal"):
                 continue
-            stated = {name: source[name] for name in ("fields", "system") if source.get(name)}
+            stated = {name: source[name] for name in ("fields", "system", "encoding") if source.get(name)}
             try:
                 sources.append(load(SourceOptions, {"path": "any", **stated}))
             except ConfigError:  # of another version

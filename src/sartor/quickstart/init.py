@@ -15,7 +15,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources.planner import first_rows, plan_reading
-from sartor.curate.sources.row_formats import column_names, suggest_columns
+from sartor.curate.sources.row_formats import column_names, suggest_columns, unread_label
 from sartor.curate.sources.types import SourceOptions
 from sartor.quickstart.preview import preview
 from sartor.quickstart.yaml_schemas import schema, schema_comment, schema_file
@@ -86,7 +86,9 @@ def init(
     form = next(
         (file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), ""
     )
-    rows = [] if form else first_rows(source, CurateRecipe.max_row_bytes)
+    rows = first_rows(source, CurateRecipe.max_row_bytes) if form in ("", "text") else []
+    if form and not any(map(unread_label, rows)):
+        rows = []
     name = re.sub(r"[^\w.-]+", "-", Path(str(data).partition("#")[0]).stem.lower()).strip("-") or "rows"
     names = {"curate": files[0], "tune": files[1], "name": name}
     make_parent(files[0])

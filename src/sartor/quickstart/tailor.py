@@ -44,7 +44,7 @@ from sartor.curate.pipeline import Curated, curate
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources import python_rows
 from sartor.curate.sources.planner import first_rows, plan_reading, read_all
-from sartor.curate.sources.row_formats import column_names, suggest_columns
+from sartor.curate.sources.row_formats import column_names, suggest_columns, unread_label
 from sartor.curate.sources.source_files import sheet_of
 from sartor.curate.sources.types import Columns, SourceOptions
 from sartor.evaluate.bootstrap import Comparison, groups_needed
@@ -503,6 +503,10 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Dataset:
 def _show_warnings(curated: Curated, notice: Notice) -> None:
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
+    if curated.warnings:
+        notice(
+            "         options named here are of recipes for `sartor curate`; tailor takes --fields and --test alone"
+        )
 
 
 def _dropped_text(dropped: Mapping[str, int]) -> str:
@@ -519,8 +523,15 @@ def _without_licences(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_held_out(dataset: Artifact, job: _Job) -> None:
-    """Raise SourceError if there would be no rows to measure on after the tuning."""
+    """Raise SourceError if there would be no rows to learn from, or none to measure on after the tuning."""
     counts = dataset.manifest["counts"]
+    if job.test and not counts["splits"].get("train"):
+        raise SourceError(
+            f"no row of {', '.join(job.data)} is left to learn from (dropped: {_dropped_text(counts['dropped'])}): "
+            f"rows that are in {job.test} too, or in a group with one there, are not learnt",
+            "--test FILE --replace, with rows that are not among those to learn from; without --test a part is held "
+            "out",
+        )
     if counts["splits"].get("eval"):
         return
     if job.test:
@@ -565,6 +576,8 @@ def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     for line, value in forecast.table():
         if line in _PLAN_LINES:
             notice(f"plan     {line}: {value}")
+    if any(line == "warning" for line, _ in forecast.table()):
+        notice("         options named here are those of `sartor tune`; tailor takes none of them")
     preflight.check_disk(out, forecast.trainable, Checkpoints.keep)
     if minutes:
         recipe |= _within(forecast, minutes, time.monotonic() - start_time)
@@ -649,13 +662,22 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
     for fields_of_source in job.sources():
         source = load(SourceOptions, {**fields_of_source, "fields": fields})
         files = plan_reading([source], CurateRecipe.max_row_bytes).files
-        if fields or not files or any(file.form != "unknown" for file in files):
+        forms = {file.form for file in files}
+        if fields or not files or forms - {"unknown", "text"}:
             continue
         rows = first_rows(source, CurateRecipe.max_row_bytes)
+        label = next((label for row in rows if (label := unread_label(row))), "") if "text" in forms else ""
+        if "text" in forms and not label:
+            continue
         columns = column_names(rows)
         if not columns:
             continue  # curate reports the problem of each file
         name = Path(source.path).name
+        if ask is None and label:
+            raise ConfigError(
+                f"{name} has a column {label!r} beside `text`, and it is not said whether that is the answer",
+                f"{_fields_flag('text', label)}; or --fields text=text, to learn the texts alone",
+            )
         if ask is None:
             raise ConfigError(
                 f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or "

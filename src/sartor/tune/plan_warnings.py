@@ -128,7 +128,7 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
         # the first tokens of a text cost most, so short rows are compared with texts as short
         mean_characters = round(sum(map(len, sample)) / max(len(sample), 1))
         reference = _nats_per_letter(_spread(small_talk, mean_characters), chat, path)
-        if rows < UNKNOWN_RATIO * reference:
+        if not rows >= UNKNOWN_RATIO * reference:  # NaN of weights that are not finite, which `tune` refuses itself
             continue
         problem = (
             f"the {part}' {'language is' if len(codes) == 1 else 'languages are'} {', '.join(map(repr, codes))}, in "

@@ -73,15 +73,14 @@ def _check_with(symbol: Any) -> None:
 
 def _unknown(key: str) -> ConfigError:
     lowered = {name.lower(): name for name in categories() if "exception" not in name}
-    matches = difflib.get_close_matches(key.lower().replace(" ", "-"), lowered, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(key.lower().replace(" ", "-"), lowered, n=1, cutoff=0.7)
     suggestion = lowered[matches[0]] if matches else ""
     text = f"; {suggestion!r} was probably meant" if suggestion else ""
     licence_ref = "LicenseRef-" + _slug(key)
+    first = f"{suggestion}; or " if suggestion else ""
     return ConfigError(
         f"{key!r} is no licence that SPDX lists{text}",
-        f"give {suggestion}; or {licence_ref}, for terms of your own"
-        if suggestion
-        else f"give {licence_ref}, for terms of your own",
+        f"give {first}own, for rows that are yours; or {licence_ref}, for terms of another",
     )
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core.errors import ConfigError, SourceError
-from sartor.curate.sources import row_formats
+from sartor.curate.sources import row_formats, row_readers
 
 # Fields that identify a row: no two rows share a value, however similar they are. They are left out if no field was
 # named, and the output lists them.
@@ -151,7 +151,7 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, bool):
         return
     elif isinstance(value, (int, float)):
-        yield f"{value:g}" if isinstance(value, float) else str(value)
+        yield str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
@@ -367,6 +367,10 @@ class _Lines:
         return raw
 
 
+# how a file of another code page is made one that can be read; `dedup` copies rows byte for byte and recodes none
+_AS_UTF8 = "iconv -f CP1252 -t UTF-8 '{path}' > utf8.csv, and give utf8.csv"
+
+
 class CsvRow(NamedTuple):
     """A record of a CSV file: its bytes, and its fields by name or a BadRecord."""
 
@@ -375,10 +379,12 @@ class CsvRow(NamedTuple):
 
 
 def _csv(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
-    """Yield the rows of a CSV file. The header is gap 0 of the first block."""
+    """Yield the rows of a CSV file. The header is gap 0 of the first block, with a line `sep=;` before it."""
     csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
     source = _Lines(path, max_row_bytes)
-    reader = csv.reader(source, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    with path.open("rb") as stream:
+        delimiter, is_stated = row_readers.delimiter_of(stream.read(row_readers.CSV_HEAD_BYTES))
+    reader = csv.reader(source, delimiter=delimiter)
     names: list[str] | None = None
     block, size, first_line = RecordBlock([], []), 0, 1
     while True:
@@ -393,10 +399,14 @@ def _csv(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
         raw = source.take()
         if source.too_long:
             values, problem, source.too_long = [], source.too_long, None
-        if problem is None and not "".join(values).strip():
+        if is_stated and first_line == 1:
+            block.gaps[0] = raw
+        elif problem is None and not "".join(values).strip():
             block.gaps[len(block.rows)] = block.gaps.get(len(block.rows), b"") + raw
         elif problem is None and names is None:
             names = [name.strip() for name in values]
+            if not row_readers.is_utf8(names):
+                raise SourceError(f"the first line of {path} is not UTF-8", _AS_UTF8.format(path=path))
             block.gaps[0] = block.gaps.get(0, b"") + raw
         else:
             block.lines.append(first_line)
@@ -411,7 +421,7 @@ def _csv(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
 def _csv_fields(names: list[str], values: list[str]) -> dict[str, str] | BadRecord:
     if len(values) != len(names):
         return BadRecord("field_count", f"the row has {len(values)} fields, the header {len(names)}")
-    if any("\udc80" <= character <= "\udcff" for value in values if not value.isascii() for character in value):
+    if not row_readers.is_utf8(values):
         return BadRecord("not_utf8", "the row is not UTF-8")
     return dict(zip(names, values, strict=True))
 

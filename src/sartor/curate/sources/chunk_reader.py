@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -283,11 +283,17 @@ class _ChunkReader:
             except RecursionError:
                 yield self._drop(MalformedRow("bad_json", "the row is nested too deeply"), origin, None)
                 continue
-            if field := row_formats.date_of(row)[1]:
-                self.notes[file.name, f"`{field}` is no date"] += 1
+            self._note(file, form, row)
             if file.kind == inbox.FORM:
                 example = replace(example, group=conversation_group(example))
             yield replace(example, group=group) if group and not example.group else example
+
+    def _note(self, file: InputFile, form: str, row: Mapping[str, Any]) -> None:
+        """Count what is not read of a row that is kept."""
+        if field := row_formats.date_of(row)[1]:
+            self.notes[file.name, f"`{field}` is no date"] += 1
+        if form == "text" and not self.source.fields.text and (label := row_formats.unread_label(row)):
+            self.notes[file.name, row_formats.UNREAD_LABEL + label] += 1
 
     def _store_media(self, file: InputFile, kind: str, value: str) -> str:
         if file.kind in file_formats.MEDIA_KINDS:  # the row is the media file itself

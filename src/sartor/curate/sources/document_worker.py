@@ -241,7 +241,7 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for line, row in _rows(raw, request):
             size = len(row) if isinstance(row, str) else 0
             if isinstance(row, dict):
-                size = sum(map(len, row.values()))
+                size = sum(len(cell) for cell in row.values() if cell is not None)
             if size > request["most"]:
                 row = MalformedRow(
                     "oversize_row", f"{size:,} characters; the limit is {request['most']:,} (max_row_bytes)"

@@ -48,6 +48,7 @@ MEDIA_KINDS = ("image", "audio")
 OFFICE = (".xlsx", ".xlsm", ".docx")
 # Never opened: an archive's size does not bound its content. (.xlsx, .xlsm and .docx are zip archives, and are read.)
 _OFFICE = (".docm", ".pptx", ".odt", ".ods", ".odp", ".epub")
+_AS_TABLE = "save the sheet as .xlsx or .csv"
 _PACKED = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".br", ".z", ".7z", ".rar", ".tar")
 ARCHIVES = frozenset((*_OFFICE, *_PACKED, ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg", ".cab"))
 
@@ -126,12 +127,14 @@ def format_refusal(name: str) -> tuple[str, str] | None:
         )
     if kind == "archive":
         remedy = "save it as text, HTML or PDF" if suffix in _OFFICE else "unpack it yourself and name the folder"
+        if suffix == ".ods":
+            remedy = _AS_TABLE
         return "archive", f"archives ({suffix}) are not opened; {remedy}"
     if not kind:
-        known = " ".join(KINDS)
+        known = _AS_TABLE if suffix in (".xls", ".xlsb") else f"known: {' '.join(KINDS)}"
         return (
             "unsupported_file",
-            f"files of the kind {suffix[:20] or 'without extension'} are not read; known: {known}",
+            f"files of the kind {suffix[:20] or 'without extension'} are not read; {known}",
         )
     return None
 

@@ -138,7 +138,7 @@ def _header(cells: Sequence[Any]) -> list[str]:
 
 
 def _row(header: Sequence[str], cells: Sequence[Any]) -> dict[str, Any] | MalformedRow:
-    row = {}
+    row: dict[str, Any] = {name: None for name in header if name}  # an empty cell is null, as in a CSV file
     for index, cell in enumerate(cells):
         value = _cell(cell)
         if value == "":

@@ -135,6 +135,10 @@ FORMS: dict[str, tuple[str, ...]] = {
 # ImageFolder in the datasets library); elsewhere `file_name` is the origin of a text.
 CAPTIONED = "captioned"
 CAPTIONS = ("text", "caption", "transcript", "transcription", "label")
+# Columns that hold the class of a text in public sets for classification
+LABELS = ("label", "labels", "class", "category", "intent", "target")
+# Beginning of the note about rows of the form "text" that have such a column; the column's name follows
+UNREAD_LABEL = "unread label: "
 DATES = ("date", "timestamp", "created_at", "created")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -192,6 +196,11 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
     return None
 
 
+def unread_label(row: Mapping[str, Any]) -> str:
+    """Return the column with the class of a row in the form "text", which does not read it; empty without one."""
+    return next((name for name in LABELS if row.get(name) is not None), "")
+
+
 def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of the columns of rows, in order."""
     return list(dict.fromkeys(str(name) for row in rows for name in row))
@@ -200,9 +209,12 @@ def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def suggest_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return the columns that most likely hold what is asked and the answer, of the first rows of an unknown format.
 
-    What is asked is the first column of sentences, the answer the next column of words. A column of numbers or dates,
+    They are `text` and its label, if there are such columns. Else what is asked is the first column of sentences, the
+    answer the next column of words. A column of numbers or dates,
     or with another code in each row, is neither unless there is no other. Where a column is missing it is "COLUMN".
     """
+    if label := next((label for row in rows if row.get("text") is not None and (label := unread_label(row))), ""):
+        return "text", label
     values = {name: [str(row[name]) for row in rows if row.get(name) is not None] for row in rows for name in row}
     names = [str(name) for name in values]
     words = [str(name) for name, texts in values.items() if _are_words(texts)]
@@ -252,7 +264,7 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
             isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)
         ):
             value = json.dumps(value, ensure_ascii=False)
-        if value is not None:
+        if column in row:
             renamed[field] = value
     return renamed
 
@@ -660,6 +672,10 @@ def _answer(value: Any, name: str, media: Media) -> tuple[Message, ...]:
     value = _loads(value)
     if isinstance(value, str):
         return (Message.of("assistant", value),)
+    if not isinstance(value, list) or (value and not any(isinstance(item, Mapping) for item in value)):
+        kind = "a list of texts" if isinstance(value, list) else f"a {type(value).__name__}"
+        detail = f"`{name}` is {kind}, neither text nor turns; fields: {{{name}: {name}}} reads it as text"
+        raise MalformedRow("bad_field", detail)
     turns = _turns(value, media)
     if not turns:
         raise MalformedRow("empty_answer", f"`{name}` is empty")

@@ -233,12 +233,12 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
     or none, it is the most frequent one in the header. A first line `sep=;`, as Excel writes it, overrides both.
     """
     csv.field_size_limit(most_bytes)
-    head = stream.read(_HEAD_BYTES)
+    delimiter, is_stated = delimiter_of(stream.read(CSV_HEAD_BYTES))
     stream.seek(0)
     source = _RowLines(stream, most_bytes)
-    if stated := _STATED_DELIMITER.match(head):
+    if is_stated:
         next(source)
-    rows = csv.reader(source, delimiter=stated[1].decode() if stated else _delimiter(head), strict=True)
+    rows = csv.reader(source, delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
         first, source.row_bytes = source.number + 1, 0
@@ -257,6 +257,9 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
             continue
         if names is None:
             names = [name.strip() for name in row]
+            if not is_utf8(names):
+                yield _span(first, source.number), MalformedRow("not_utf8", "the header is not UTF-8; no row is read")
+                return
             if repeated := sorted(name for name in row_formats.FIELDS if names.count(name) > 1):
                 detail = (
                     f"the header names {', '.join(map(repr, repeated[:5]))} more than once; one would hide the other"
@@ -268,17 +271,21 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
         yield _span(first, source.number), _csv_row(names, row)
 
 
-_HEAD_BYTES, _HEAD_ROWS, _DELIMITERS = 64 << 10, 20, ",;\t|"
+CSV_HEAD_BYTES, _HEAD_ROWS, _DELIMITERS = 64 << 10, 20, ",;\t|"
 _STATED_DELIMITER = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;\t|])\r?\n")
 
 
-def _delimiter(head: bytes) -> str:
-    """Return the delimiter of a CSV file; a header such as `Frage;Antwort (kurz, klar)` contains others too."""
+def delimiter_of(head: bytes) -> tuple[str, bool]:
+    """Return the delimiter of a CSV file, and whether its first line states it (`sep=;`).
+
+    A header such as `Frage;Antwort (kurz, klar)` contains others too. head: the first CSV_HEAD_BYTES.
+    """
+    if stated := _STATED_DELIMITER.match(head):
+        return stated[1].decode(), True
     text = head.decode("utf-8", "replace").removeprefix("\ufeff")
     counts = {mark: text.partition("\n")[0].count(mark) for mark in _DELIMITERS}
-    return max(
-        _DELIMITERS, key=lambda mark: (_parts_evenly(text, mark, is_cut=len(head) == _HEAD_BYTES), counts[mark])
-    )
+    is_cut = len(head) == CSV_HEAD_BYTES
+    return max(_DELIMITERS, key=lambda mark: (_parts_evenly(text, mark, is_cut=is_cut), counts[mark])), False
 
 
 def _parts_evenly(text: str, mark: str, *, is_cut: bool) -> bool:
@@ -320,14 +327,19 @@ def _csv_row(names: list[str], row: list[str]) -> Any:
         return MalformedRow("field_count", f"the row has {len(row)} fields, the header {len(names)}")
     if "\0" in whole:
         return MalformedRow("nul_bytes", f"the row holds {whole.count(chr(0))} NUL bytes")
-    if not whole.isascii() and any("\udc80" <= character <= "\udcff" for character in whole):
+    if not is_utf8(row):
         return MalformedRow("not_utf8", "the row is not UTF-8")
     for name, value in zip(names, row, strict=True):
         if is_formula(value):
             text = f"a spreadsheet would run the cell {name[:40]!r}: {value.strip()[:60]!r}"
             return MalformedRow("csv_formula", f"{text}; if it is meant as text, save the rows as JSON Lines")
-    # CSV cannot express an absent field otherwise, so an empty cell is one
-    return {name: value for name, value in zip(names, row, strict=True) if name and value != ""}
+    # CSV cannot express an absent value otherwise, so an empty cell is one: null, as in JSON
+    return {name: value or None for name, value in zip(names, row, strict=True) if name}
+
+
+def is_utf8(cells: Sequence[str]) -> bool:
+    """Return whether the bytes of cells were UTF-8: others were decoded as surrogates."""
+    return not any("\udc80" <= character <= "\udcff" for cell in cells if not cell.isascii() for character in cell)
 
 
 def is_formula(cell: str) -> bool:

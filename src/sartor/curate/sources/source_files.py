@@ -187,16 +187,18 @@ def form_of(
 ) -> str:
     """Return the most frequent format among the first rows of a table; empty if none has a known format.
 
-    Columns are renamed as the source says. Raises ConfigError if a column that it names is missing or occurs twice.
+    Columns are renamed as the source says. If no row has values for a format, that of the columns counts: each row
+    without a value is then dropped for what it lacks. Raises ConfigError if a column that it names is missing or
+    occurs twice.
     """
     columns = source.fields.by_name() if source is not None else {}
     rows = list(head)
     _check_columns(columns, [row for _, row in rows if isinstance(row, dict)], table)
-    counts = Counter(
-        form
-        for _, row in row_formats.renamed_rows(iter(rows), columns)
-        if isinstance(row, dict) and (form := row_formats.detect_row_format(row, of_media=of_media))
-    )
+    renamed = [row for _, row in row_formats.renamed_rows(iter(rows), columns) if isinstance(row, dict)]
+    counts = Counter(form for row in renamed if (form := row_formats.detect_row_format(row, of_media=of_media)))
+    if not counts:
+        filled = [{name: "" if value is None else value for name, value in row.items()} for row in renamed]
+        counts = Counter(form for row in filled if (form := row_formats.detect_row_format(row)))
     return counts.most_common(1)[0][0] if counts else ""
 
 

@@ -70,11 +70,13 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
         left_out["seen_by_the_generator"] = len(real) - len(unseen)
     for name, path, side_rows in (("synthetic", synthetic, synthetic_rows), ("held-out real", reality, unseen)):
         if len(side_rows) < FEWEST_ROWS:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
             raise SourceError(
-                f"{len(side_rows)} {name} rows are left of {path} ({left_out or 'nothing was left out'}); "
+                f"{len(side_rows)} {name} rows are left of {path} (left out: {reasons or 'none'}); "
                 f"with under {FEWEST_ROWS} nothing can be told",
                 f"give {FEWEST_ROWS} {name} rows or more"
-                + (" that no seed is in a group with" if name != "synthetic" else ""),
+                + (" that no seed is in a group with" if name != "synthetic" else "")
+                + (", with columns that are known: `sartor init` names them" if "unknown_form" in left_out else ""),
             )
     cited: dict[str, tuple[int, int]] = {}  # spans that `sartor synthesize` recorded, by row id
     evidence_file = synthetic / "evidence" / "synthetic.parquet"
