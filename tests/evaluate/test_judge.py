@@ -280,7 +280,8 @@ def test_labels_of_another_form_name_their_line(line: str, word: str, tmp_path: 
     with pytest.raises(SourceError) as caught:
         read_labels(tmp_path / "labels.jsonl")
     assert word in caught.value.problem
-    (tmp_path / "labels.jsonl").write_text(f"{good}\n\n")
+    good = good.replace('"x"', '"two\u2028lines"')  # a line end for Python, not for JSON Lines
+    (tmp_path / "labels.jsonl").write_text(f"{good}\n\n", encoding="utf-8")
     assert [pair.preferred for pair in read_labels(tmp_path / "labels.jsonl")] == ["tie"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,9 @@ def test_the_winner_s_interval_is_wider_than_that_of_a_single_run(
     assert said["chosen_among"] == 4 and said["score"] == pytest.approx(0.7)
     assert said["low"] == pytest.approx(0.38, abs=0.02) and said["high"] == pytest.approx(0.92, abs=0.02)
     assert "corrected for the choice among 4" in dict(result.table())["winner"]
+    failed = dataclasses.replace(result.trials[0], score=None, problem="its loss is not finite")
+    said = dataclasses.replace(result, trials=[*result.trials, failed])
+    assert said.as_json()["winner"] == result.as_json()["winner"]  # a trial without a score was no choice
 
 
 def test_a_killed_sweep_goes_on_where_it_was(
@@ -260,6 +264,9 @@ def test_a_sweep_is_read_from_the_command_line() -> None:
     for text in ("method.rank", "method.rank=8", "method.rank=8,8", "=1,2"):
         with pytest.raises(ConfigError, match="does not name an option and at least two values"):
             parse_grid([text])
+    with pytest.raises(ConfigError, match="names method.rank twice") as refused:
+        parse_grid(["method.rank=8,16", "method.rank=32,64"])
+    assert refused.value.remedy == "--sweep method.rank=8,16,32,64"
 
 
 def test_without_rows_held_out_nothing_is_compared(tmp_path: Path, recipe: dict[str, Any]) -> None:

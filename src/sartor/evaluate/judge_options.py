@@ -84,7 +84,7 @@ def read_labels(path: Path) -> list[LabelledPair]:
     """
     form = '{"prompt": "...", "reply_a": "...", "reply_b": "...", "preferred": "a"}'
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a reply may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{path} cannot be read as text: {error}", f"--judge-labels FILE with lines {form}"

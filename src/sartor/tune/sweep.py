@@ -112,6 +112,11 @@ class Sweep:
         last = max(trial.rung for trial in self.trials)
         return max((trial for trial in self.trials if trial.rung == last), key=lambda trial: trial.rank)
 
+    @property
+    def measured_count(self) -> int:
+        """Number of measurements among which the winner was chosen: those of failed trials are none."""
+        return sum(trial.score is not None for trial in self.trials)
+
     def corrected_interval(self) -> tuple[float, float] | None:
         """Return the winner's interval, corrected for its choice; None for a loss.
 
@@ -121,8 +126,7 @@ class Sweep:
         winner = self.winner
         if winner.metric != "exact_match" or winner.score is None:
             return None
-        measured = sum(trial.score is not None for trial in self.trials)
-        level = 1 - (1 - CONFIDENCE) / measured
+        level = 1 - (1 - CONFIDENCE) / self.measured_count
         return statistics.interval(round(winner.score * winner.rows), winner.rows, level)
 
     def as_json(self) -> dict[str, Any]:
@@ -131,7 +135,7 @@ class Sweep:
         low, high = interval or (None, None)
         return {
             "adapter": str(self.adapter.path),
-            "winner": {**asdict(self.winner), "low": low, "high": high, "chosen_among": len(self.trials)},
+            "winner": {**asdict(self.winner), "low": low, "high": high, "chosen_among": self.measured_count},
             "trials": [asdict(trial) for trial in self.trials],
             "plot": str(self.folder / "sweep.png"),
         }
@@ -151,7 +155,7 @@ class Sweep:
                 (
                     "winner",
                     f"{self.winner.score:.3f}, {interval[0]:.3f} to {interval[1]:.3f} "
-                    f"(95 %, corrected for the choice among {len(self.trials)} measurements)",
+                    f"(95 %, corrected for the choice among {self.measured_count} measurements)",
                 )
             )
         return [*lines, ("plot", str(self.folder / "sweep.png"))]
@@ -225,6 +229,11 @@ def parse_grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
     grid: dict[str, list[str]] = {}
     for text in sweeps:
         option, _, values = text.partition("=")
+        if option in grid:
+            raise ConfigError(
+                f"--sweep names {option} twice",
+                f"--sweep {option}={','.join(grid[option])},{values.strip()}",
+            )
         grid[option] = [value.strip() for value in values.split(",") if value.strip()]
         if not option or len(set(grid[option])) < 2:
             raise ConfigError(
