@@ -113,7 +113,7 @@ class Sweep:
         return max((trial for trial in self.trials if trial.rung == last), key=lambda trial: trial.rank)
 
     @property
-    def measured_count(self) -> int:
+    def _measured_count(self) -> int:
         """Number of measurements among which the winner was chosen: those of failed trials are none."""
         return sum(trial.score is not None for trial in self.trials)
 
@@ -126,7 +126,7 @@ class Sweep:
         winner = self.winner
         if winner.metric != "exact_match" or winner.score is None:
             return None
-        level = 1 - (1 - CONFIDENCE) / self.measured_count
+        level = 1 - (1 - CONFIDENCE) / self._measured_count
         return statistics.interval(round(winner.score * winner.rows), winner.rows, level)
 
     def as_json(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Sweep:
         low, high = interval or (None, None)
         return {
             "adapter": str(self.adapter.path),
-            "winner": {**asdict(self.winner), "low": low, "high": high, "chosen_among": self.measured_count},
+            "winner": {**asdict(self.winner), "low": low, "high": high, "chosen_among": self._measured_count},
             "trials": [asdict(trial) for trial in self.trials],
             "plot": str(self.folder / "sweep.png"),
         }
@@ -155,7 +155,7 @@ class Sweep:
                 (
                     "winner",
                     f"{self.winner.score:.3f}, {interval[0]:.3f} to {interval[1]:.3f} "
-                    f"(95 %, corrected for the choice among {self.measured_count} measurements)",
+                    f"(95 %, corrected for the choice among {self._measured_count} measurements)",
                 )
             )
         return [*lines, ("plot", str(self.folder / "sweep.png"))]
