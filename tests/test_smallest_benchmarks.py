@@ -37,7 +37,8 @@ KEYS = {
     "dedup": "chosen chosen_on sets.edit_1.precision sets.edit_1.recall sets.edit_1.b_cubed sets.febrl1.rows_per_s peers.datasketch peers.rensa "
     "peers.semhash throughput.rows_per_s memory.bytes_per_row boilerplate",
     "distil": "sets.banking77.teacher sets.banking77.fraction.distil sets.snips.over_sft.distil.low sets.snips.over_sft.on_policy.low "
-    "mending.before.forgetting mending.mended.high mending.rehearsal.exact_match mending.kept.beside_rows mending.beside_rows.updates machine.processor",
+    "mending.before.forgetting mending.mended.high mending.rehearsal.exact_match mending.kept.beside_rows "
+    "mending.beside_rows.updates machine.processor",
     "edge": "cap_bytes peak_bytes predicted_error update_points update_points_survived attacks attacks_refused delta_fraction "
     "peers predictions same_losses_under_the_cap",
     "evaluate": "sets.banking77.ratio sets.banking77.measuring_ratio sets.banking77.exact_match_ratio sets.banking77.later_ratio sets.banking77.scores.f1.tuned "

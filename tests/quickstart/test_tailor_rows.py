@@ -71,11 +71,14 @@ def test_file_with_a_label_beside_its_text_is_asked_about(tmp_path: Path, tiny_b
 
 def test_test_rows_that_are_the_training_rows_are_named(tmp_path: Path, tiny_base: Path) -> None:
     pandas.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
+    options: dict[str, Any] = {
+        "fields": FIELDS,
+        "licence": "own",
+        "out": tmp_path / "konto",
+        "test": tmp_path / "a.csv",
+    }
     with pytest.raises(SourceError, match="is left to learn from .*exact_duplicate 30.*rows that are in .*a.csv too"):
-        sartor.tailor(
-            tmp_path / "a.csv", name="konto", base=str(tiny_base), fields=FIELDS, licence="own", out=tmp_path / "konto",
-            test=tmp_path / "a.csv",
-        )  # fmt: skip
+        sartor.tailor(tmp_path / "a.csv", name="konto", base=str(tiny_base), **options)
 
 
 def test_rows_where_they_do_not_belong_are_refused(tmp_path: Path, tiny_base: Path) -> None:

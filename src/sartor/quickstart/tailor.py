@@ -504,9 +504,7 @@ def _show_warnings(curated: Curated, notice: Notice) -> None:
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
     if curated.warnings:
-        notice(
-            "         options named here are of recipes for `sartor curate`; tailor takes --fields and --test alone"
-        )
+        notice("         options named here belong into a recipe of `sartor curate`; they are no flags of tailor")
 
 
 def _dropped_text(dropped: Mapping[str, int]) -> str:
@@ -577,7 +575,7 @@ def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: No
         if line in _PLAN_LINES:
             notice(f"plan     {line}: {value}")
     if any(line == "warning" for line, _ in forecast.table()):
-        notice("         options named here are those of `sartor tune`; tailor takes none of them")
+        notice("         options named here are flags of `sartor tune`; they are none of tailor")
     preflight.check_disk(out, forecast.trainable, Checkpoints.keep)
     if minutes:
         recipe |= _within(forecast, minutes, time.monotonic() - start_time)

@@ -26,8 +26,8 @@ _SPARE_TOKENS, _MAX_REPLY_TOKENS = 8, 512
 _SIDES = 2
 _PROBE_ROWS, _PROBE_TOKENS = 16, 4
 # Tokens of the three probes of forgetting (evaluate/audit/forgetting_probes.py) and of the asset `small-talk`, by the
-# starter's tokeniser. Another's tokens of the probes are foreseen by its tokens of small talk, with these ends: by the
-# starter's that ratio is 1.53 with the chat template; of the text alone it is 1.71 by GPT-2's tokeniser
+# starter's tokeniser. Another's tokens of the probes are foreseen by its tokens of small talk, with these ends, since
+# that ratio is not the same by all tokenisers
 FORGETTING_TOKENS, SMALL_TALK_TOKENS = 15_865, 10_374
 _FEWER, _MORE = 0.85, 1.15
 

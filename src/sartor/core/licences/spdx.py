@@ -77,10 +77,10 @@ def _unknown(key: str) -> ConfigError:
     suggestion = lowered[matches[0]] if matches else ""
     text = f"; {suggestion!r} was probably meant" if suggestion else ""
     licence_ref = "LicenseRef-" + _slug(key)
-    first = f"{suggestion}; or " if suggestion else ""
+    listed = f"{suggestion}; or " if suggestion else ""
     return ConfigError(
         f"{key!r} is no licence that SPDX lists{text}",
-        f"give {first}own, for rows that are yours; or {licence_ref}, for terms of another",
+        f"give {listed}own, for rows that are yours; or {licence_ref}, for terms of another",
     )
 
 
