@@ -100,6 +100,13 @@ def test_flags_of_every_command_are_no_flags_behind_two_dashes(capsys: pytest.Ca
     assert "nowhere" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--trials", "--halving"])
+def test_flags_of_a_sweep_alone_are_not_ignored(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    assert run("tune", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "a"), flag, "4") == 2
+    assert f"{flag} belongs to --sweep" in capsys.readouterr().err
+
+
 def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tune", "--help") == 0
     short = capsys.readouterr().out

@@ -167,13 +167,15 @@ def test_export_of_argilla(tmp_path: Path) -> None:
     ]
 
 
-def test_reasoning_and_tool_calls_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_and_tool_calls_are_kept(tmp_path: Path, name: str) -> None:
+    """Under the name of DeepSeek and older vLLM, and that of newer vLLM and OpenRouter."""
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     turns = [
         {"role": "user", "content": "weather in Ulm?"},
-        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "I must look it up."},
+        {"role": "assistant", "content": None, "tool_calls": [call], name: "I must look it up."},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
-        {"role": "assistant", "content": "It rains.", "reasoning_content": "The tool says rain."},
+        {"role": "assistant", "content": "It rains.", name: "The tool says rain."},
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text(

@@ -17,7 +17,7 @@ from sartor.core.config import load
 from sartor.core.errors import ConfigError, KeyRefusedError, ModelError, SourceError
 from sartor.core.parquet_io import read_file
 from sartor.evaluate import judge_models
-from sartor.evaluate.judge import JudgedRow, JudgePlan, PairVerdict, Winner, planted_pairs
+from sartor.evaluate.judge import JudgedRow, JudgePlan, PairVerdict, Winner, planted_pairs, sentence
 from sartor.evaluate.judge_models import JudgeQuestion, LocalJudge, Verdict, read_verdict
 from sartor.evaluate.judge_options import JudgeOptions, LabelledPair, read_labels
 from sartor.models.base import open_base
@@ -229,10 +229,14 @@ def test_local_judge_takes_the_likeliest_letter(tiny_base: Path, monkeypatch: py
     assert [verdict.value for verdict in judge.ask(questions)] == ["ABT"[row.index(max(row))] for row in nats]
 
 
-def test_question_beyond_the_context_is_unreadable(tiny_base: Path) -> None:
+def test_question_beyond_the_context_is_counted_apart(tiny_base: Path) -> None:
     base = open_base(str(tiny_base), bits=32, device=torch.device("cpu"))
     judge = LocalJudge("tiny", base, base.model)
-    assert judge.ask([JudgeQuestion(RUBRIC, "long " * 400, "x", "y")]) == [Verdict.UNREADABLE]
+    assert judge.ask([JudgeQuestion(RUBRIC, "long " * 400, "x", "y")]) == [Verdict.TOO_LONG]
+    with judging(likes_the_reference, status=413) as server:
+        facts = plan_for(server.url).run(judged_rows(), lambda line: None).facts
+    assert facts["planted"]["position"]["too_long"] == 60 and facts["planted"]["position"]["unreadable"] == 0
+    assert "60 questions too long for its context: a smaller max_characters" in sentence(facts)
 
 
 @pytest.mark.parametrize(

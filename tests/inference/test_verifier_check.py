@@ -17,6 +17,7 @@ from sartor.inference.verifiers.numeric import NumericVerifier, last_number
 from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.inference.verifiers.reply_edits import wrong_reply
 from sartor.inference.verifiers.submission import Submission
+from sartor.inference.verifiers.unit_tests import UnitTestsVerifier
 from sartor.inference.verifiers.verifier_check import check_rows, check_verifier
 
 JSON_REPLIES = [
@@ -72,6 +73,26 @@ def test_a_constant_verifier_is_refused() -> None:
     with pytest.raises(ConfigError, match="regex gives every reply the reward 1, right or wrong") as caught:
         check_verifier(RegexVerifier("."), submissions(JSON_REPLIES), 0)
     assert "row" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_package\ndef f(): return {n}\nassert f() == {n}", "raised ModuleNotFoundError: No module"),
+        ("def f(): return {n}\nassert f() == {n} + 1", r"assert f\(\) == \d+ \+ 1 does not hold"),
+        ("while True: pass\nassert {n} == {n}", "took more than 0.2 s"),
+        ("print('x' * (2 << 20))\nassert {n} == {n}", "wrote more than 1 MB"),
+        ("import os\nos._exit(3)\nassert {n} == {n}", "its process ended by itself"),
+    ],
+)
+def test_why_references_fail_their_own_tests_is_said(code: str, reason: str) -> None:
+    """And not that the verifier should be stricter."""
+    rows = submissions([code.format(n=n) for n in range(20)])
+    with pytest.raises(
+        ConfigError, match=f"20 of 20 right replies have less than 1, as that to row row.*: .*{reason}"
+    ) as caught:
+        check_verifier(UnitTestsVerifier(time_s=0.2), rows, 0)
+    assert "mend or leave out rows" in caught.value.remedy and caught.value.option == "objective.verifier"
 
 
 def test_a_verifier_near_chance_is_refused_with_an_example() -> None:

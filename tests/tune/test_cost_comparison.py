@@ -204,6 +204,26 @@ def test_a_refused_recipe_is_not_compared(planned: dict[str, Any], monkeypatch: 
         compare_costs(planned)
 
 
+def test_every_assumption_on_a_gpu_is_said(planned: dict[str, Any]) -> None:
+    lines = compare_costs(planned, bases=["SmolLM2-135M"], gpus=["l4=0.01", "h100=2.5"]).assumptions
+    (sheets,) = [line for line in lines if line.startswith("GPUs: dense bf16")]
+    assert sheets.endswith("l4 121 and 24, h100 989 and 80")
+    text = " ".join(lines)
+    for value in (
+        "libraries take 1 GB",
+        "LoRA 16 with its states",
+        "fine-tuning 16, weight",
+        "4 to 64 devices",
+        "90% at most",
+    ):
+        assert value in text, value
+
+
+def test_costs_below_a_cent_are_no_zeros() -> None:
+    texts = [cost_comparison._money(Interval(x, x / 2, 2 * x)) for x in (0.00042, 0.031, 12.3)]
+    assert texts == ["0.00042 (0.00021 to 0.00084)", "0.031 (0.015 to 0.062)", "12.30 (6.15 to 24.60)"]
+
+
 def test_durations_are_in_a_unit_that_suits_them() -> None:
     texts = [cost_comparison._duration(Interval(x, x / 2, 2 * x)) for x in (90.0, 600.0, 86400.0, 864000.0)]
     assert texts == ["90 s (45 to 180)", "10 min (5 to 20)", "24 h (12 to 48)", "10 d (5 to 20)"]

@@ -23,6 +23,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError, StoppedError, UnavailableError
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
+from sartor.inference.endpoint_client import QuestionRefused
 from sartor.models import adapters, packing
 from sartor.models.base import open_base
 from sartor.models.chat import ChatTokenizer
@@ -321,13 +322,37 @@ def test_a_refused_row_is_shortened_in_the_student_s_tokens() -> None:
         name="m@host",
         top_k=2,
         options=SimpleNamespace(model="m"),
-        client=SimpleNamespace(ask=lambda *given, **options: None),
+        client=SimpleNamespace(ask=lambda *given, **options: QuestionRefused("says 400: too long", True)),
         translation=SimpleNamespace(row=lambda row: teacher_row),
     )
     row: Any = SimpleNamespace(ids=[1] * 20, example_id="r1")
     with pytest.raises(ModelError, match="of 40 of its tokens") as refused:
         RemoteTeacher._score(teacher, row)
     assert refused.value.remedy.startswith("--data.max_length_tokens 19,")
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "kind", "remedy"),
+    [
+        (422, "prompt must be a string", ModelError, "a server whose /completions takes token ids"),
+        (400, "logprobs: at most 5", ConfigError, "--objective.top_k 5"),
+        (400, "no model m here", ConfigError, "change what the endpoint's words name"),
+    ],
+)
+def test_an_endpoint_that_refuses_is_quoted(
+    tmp_path: Path, recipe: dict[str, Any], status: int, words: str, kind: type[SartorError], remedy: str
+) -> None:
+    with serving(EndpointServer(lambda body, times: str(status))) as server:
+        server.word = words
+        with pytest.raises(kind, match=words) as caught:
+            tune(changed(recipe, endpoint(server)), tmp_path / "a")
+    assert remedy in caught.value.remedy and caught.value.option == "objective.teacher"
+
+
+def test_an_address_alone_is_no_teacher(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="of an endpoint the model is needed too") as caught:
+        sartor.load_recipe(changed(recipe, {"teacher": "http://127.0.0.1:9/v1"}))
+    assert "{url: http://127.0.0.1:9/v1, model: NAME}" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

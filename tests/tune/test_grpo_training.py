@@ -162,6 +162,17 @@ def test_rewards_that_are_all_equal_end_the_run(
     assert [folder.name for folder in folder_of(tmp_path / "a").glob("update-*")]
 
 
+def test_a_short_run_that_learnt_nothing_says_so(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RegexVerifier, "rewards", exact)
+    tune(changed(recipe, {}, budget={"updates": SILENT_UPDATES - 1}, evaluations=0), tmp_path / "a")
+    warnings = open_artifact(tmp_path / "a").manifest["run"]["warnings"]
+    (said,) = [warning for warning in warnings if warning["reason"] == "equal_rewards"]
+    assert "in all 4 updates" in said["problem"] and "tune by sft" in said["remedy"]
+    assert said["remedy"].endswith("--replace")
+
+
 def test_full_rewards_are_no_reason_to_end(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

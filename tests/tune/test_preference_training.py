@@ -356,6 +356,11 @@ def test_what_cannot_be_gone_on_from_is_refused(
     assert "--method.rank 8 --method.alpha 16" in error.remedy
     refused("alpha 16.0 there, 32.0 here", method={"rank": 8, **start})
     refused("its targets are", method={"rank": 8, "alpha": 16, "targets": ["q_proj"], **start})
+    # on disk a pissa is a LoRA of twice the rank
+    error = refused(
+        "was tuned by lora, and the recipe's method is pissa", method={"kind": "pissa", "rank": 4, **start}
+    )
+    assert error.remedy.startswith("--method.kind lora")
     other = tiny.write_base(tmp_path / "other", hidden_size=64)
     refused("was made for the base", base=str(other), method={"rank": 8, "alpha": 16, **start})
 

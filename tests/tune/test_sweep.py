@@ -14,13 +14,15 @@ import sartor
 from sample_data import write_jsonl
 from sartor.core import evaluation_ledger
 from sartor.core.artifacts import open_artifact
-from sartor.core.errors import BudgetError, BusyError, ConfigError, ModelError, StoppedError
+from sartor.core.errors import BudgetError, BusyError, ConfigError, ModelError, StoppedError, about_option
 from sartor.tune import sweep as sweeping
-from sartor.tune.plan import TuningPlan
+from sartor.tune.auto_settings import Setting
+from sartor.tune.plan import PlanAdvice, TuningPlan
 from sartor.tune.recipe import Recipe
 from sartor.tune.sweep import Sweep, SweepTrial, parse_grid, sweep
 from sartor.tune.training_loop import Counters
 
+BUDGET = {"budget": Setting({"updates": 16}, "")}
 RATES = {"optimizer.learning_rate": ["1e-5", "1e-3", "1e-2", "3e-3"]}
 
 
@@ -250,6 +252,55 @@ def test_a_trial_that_is_refused_is_out(
         sweep(recipe, RATES, tmp_path / "b", factor=2)
 
 
+def test_what_every_trial_would_meet_ends_the_sweep_with_its_own_remedy(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a verifier that hangs; with more time for it the sweep goes on, and no trial is out."""
+    asked = {**recipe, "objective": {"kind": "grpo", "verifier": {"kind": "python", "function": "m:f", "time_s": 1.0}}}
+    hung = about_option(BudgetError("took more than 1 s", "--objective.verifier.time_s 2"), "objective.verifier")
+
+    class Hanging(FakeTune):
+        def __call__(self, recipe: Recipe, out: Path, **options: Any) -> Any:
+            if len(self.calls) == 1:
+                raise hung
+            return super().__call__(recipe, out, **options)
+
+    monkeypatch.setattr(sweeping, "_check_budget", lambda *arguments: None)
+    monkeypatch.setattr(sweeping, "_LOGGED", {})  # these runs have no log
+    monkeypatch.setattr(sweeping, "plan", lambda recipe, **options: TuningPlan(advice=PlanAdvice(settings=BUDGET)))
+    monkeypatch.setattr(sweeping, "tune", Hanging())
+    with pytest.raises(BudgetError, match="took more than 1 s") as error:
+        sweep(asked, RATES, tmp_path / "a", factor=2)
+    assert error.value.remedy == "--objective.verifier.time_s 2"
+    asked["objective"]["verifier"]["time_s"] = 2.0
+    second = FakeTune()
+    monkeypatch.setattr(sweeping, "tune", second)
+    result = sweep(asked, RATES, tmp_path / "a", factor=2, resume=True)
+    assert len(second.calls) == 6 and not any(trial.problem for trial in result.trials)
+    asked["objective"]["verifier"]["function"] = "m:g"
+    with pytest.raises(ConfigError, match="exists"):
+        sweep(asked, RATES, tmp_path / "a", factor=2, resume=True)
+
+
+def test_a_swept_option_that_fails_is_out_of_the_race(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(FakeTune):
+        def __call__(self, recipe: Recipe, out: Path, **options: Any) -> Any:
+            if recipe.optimizer.learning_rate == 1e-2:
+                raise about_option(ConfigError("too high", "lower"), "optimizer.learning_rate")
+            return super().__call__(recipe, out, **options)
+
+    monkeypatch.setattr(sweeping, "tune", Refusing())
+    result = sweep(recipe, RATES, tmp_path / "a", factor=2)
+    assert [trial.problem for trial in result.trials if trial.problem] == ["too high"]
+
+
+def test_two_spellings_of_a_value_are_one_trial(tmp_path: Path, recipe: dict[str, Any], fake: FakeTune) -> None:
+    with pytest.raises(ConfigError, match="1e-2 and 0.01 are the same"):
+        sweep(recipe, {"optimizer.learning_rate": ["1e-2", "1e-3", "0.01"]}, tmp_path / "a")
+
+
 def test_some_of_a_large_grid_are_drawn_by_the_seed(tmp_path: Path, recipe: dict[str, Any], fake: FakeTune) -> None:
     grid = {"method.rank": [str(rank) for rank in range(1, 10)], "optimizer.learning_rate": ["1e-3", "2e-3"]}
     drawn = [sweep(recipe, grid, tmp_path / name, trials=3).as_json()["trials"][:3] for name in "ab"]
@@ -261,6 +312,12 @@ def test_a_sweep_is_read_from_the_command_line() -> None:
         "method.rank": ["8", "16"],
         "optimizer.epsilon": ["1e-8", "1e-6"],
     }
+    lists = "method.targets=[q_proj,v_proj],{modules: [q_proj, k_proj], layers: all},all-linear"
+    assert parse_grid([lists])["method.targets"] == [
+        "[q_proj,v_proj]",
+        "{modules: [q_proj, k_proj], layers: all}",
+        "all-linear",
+    ]
     for text in ("method.rank", "method.rank=8", "method.rank=8,8", "=1,2"):
         with pytest.raises(ConfigError, match="does not name an option and at least two values"):
             parse_grid([text])

@@ -274,7 +274,7 @@ def tune(
     replace: REPLACE = False,
     sweep: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     trials: int | None = None,
-    halving: int = 3,
+    halving: int | None = None,
 ) -> Any:
     """Fine-tune a base on a Dataset to make an Adapter.
 
@@ -289,7 +289,7 @@ def tune(
         replace: start over, and replace an existing Adapter
         sweep: try these values of an option (method.rank=8,16); also several options, whose values are combined
         trials: with --sweep: only so many of the combinations, drawn by the seed
-        halving: with --sweep: one of so many trials goes on, with so many times the budget
+        halving: with --sweep: one of so many trials goes on, with so many times the budget (by default 3)
     """
     if sweep:
         if prove:
@@ -299,13 +299,15 @@ def tune(
             sartor.parse_grid(sweep),
             out,
             trials=trials,
-            factor=halving,
+            factor=3 if halving is None else halving,
             resume=resume,
             replace=replace,
             notice=notice,
         )
-    if trials is not None:
-        raise ConfigError("--trials belongs to --sweep", "--sweep optimizer.learning_rate=1e-4,5e-4 --trials 2")
+    for flag, value in (("--trials", trials), ("--halving", halving)):
+        if value is not None:
+            example = f"--sweep optimizer.learning_rate=1e-4,5e-4 {flag} 2"
+            raise ConfigError(f"{flag} belongs to --sweep", example)
     return sartor.tune(
         sartor.load_recipe(recipe, flags), out, resume=resume, prove=prove, replace=replace, notice=notice
     )

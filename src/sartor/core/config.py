@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, about_option
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
@@ -389,7 +389,7 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
             problem = (
                 f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
             )
-            raise _option_error(where, problem, f"{where}.kind: {having[0]}")
+            raise about_option(ConfigError(problem, f"{where}.kind: {having[0]}"), where)
         raise _invalid_value(
             f"{where}.kind".lstrip("."),
             key_or_kind,
@@ -441,7 +441,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
                 remedy = f"{where}.{suggestion}: ...".lstrip(".")
             elif names:
                 remedy = f"one of {names}"
-            raise _option_error(path, problem, remedy)
+            raise about_option(ConfigError(problem, remedy), path)
     hints = get_type_hints(cls)
     built = {}
     for name, field in fields.items():
@@ -451,7 +451,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
             built[field.name] = _build(hint, _with_default_kind(field, _classes(hint), value[name]), path)
         elif field.default is dataclasses.MISSING:
             problem = f"the option {path!r} is missing: {field.metadata.get('help', '')}"
-            raise _option_error(path, problem, f"{path}: ...")
+            raise about_option(ConfigError(problem, f"{path}: ..."), path)
     try:
         return cls(**built)
     except ConfigError as error:
@@ -460,7 +460,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
         first_words = (text.replace(".", " ").replace(":", " ").split()[:1] for text in (error.problem, error.remedy))
         name = next((word for words in first_words for word in words if word in fields), "")
         path = ".".join(part for part in (where, name) if part)
-        raise _option_error(path, f"{prefix}{error.problem}", error.remedy) from None
+        raise about_option(ConfigError(f"{prefix}{error.problem}", error.remedy), path) from None
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
@@ -519,13 +519,8 @@ _MOST_SHOWN = 1_000  # characters of a value in an error
 def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
     shown = repr(value) if len(repr(value)) <= _MOST_SHOWN else f"{repr(value)[:_MOST_SHOWN]}..."
     text = f"{where} is {shown}; it must be {expected}" if where else f"{shown} is not {expected}"
-    return _option_error(where, text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
-
-
-def _option_error(option_path: str, problem: str, remedy: str) -> ConfigError:
-    error = ConfigError(problem, remedy)
-    error.option = option_path
-    return error
+    remedy = f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>"
+    return about_option(ConfigError(text, remedy), where)
 
 
 def _describe_type(hint: Any) -> str:

@@ -44,10 +44,11 @@ import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from sartor.core.installation import install_command
 
+AnyError = TypeVar("AnyError", bound="SartorError")
 _IN_MEMORY = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
 
 
@@ -67,10 +68,13 @@ class SartorError(Exception):
     problem: what is wrong, with the values that caused it.
     remedy: what to do or type next.
     check: name of the check that failed, where a list of named checks exists, as in admission; else empty.
+    option: dotted path of the option of a recipe that is wrong, as `sources[0].path`, or that names what failed, as
+        `objective.verifier`; empty if it is none.
     """
 
     exit_code = 1
     check = ""
+    option = ""
     _brief = ""
     _is_shown = False
 
@@ -105,13 +109,9 @@ class SartorError(Exception):
 
 
 class ConfigError(SartorError):
-    """A recipe, a flag or an output path is wrong.
-
-    option: dotted path of the option of a recipe that is wrong, as `sources[0].path`; empty if it is none.
-    """
+    """A recipe, a flag or an output path is wrong."""
 
     exit_code = 2
-    option = ""
 
 
 class InputError(SartorError):
@@ -326,6 +326,12 @@ class UnavailableError(MissingError):
 
 class HubError(MissingError):
     """A model or dataset hub cannot be reached."""
+
+
+def about_option(error: AnyError, option: str) -> AnyError:
+    """Return the error with its option set, to raise."""
+    error.option = option
+    return error
 
 
 def missing_package(module: str, extra: str = "") -> ExtraError:

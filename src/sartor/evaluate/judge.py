@@ -290,6 +290,7 @@ def _position(verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
         "high": high,
         "flipped": sum(verdict.is_flipped for verdict in verdicts),
         "unreadable": counts[Verdict.UNREADABLE],
+        "too_long": counts[Verdict.TOO_LONG],
     }
 
 
@@ -341,8 +342,16 @@ def sentence(facts: dict[str, Any]) -> str:
 
 def _rate(position: dict[str, Any]) -> str:
     if position["rate"] is None:
-        return f"none of its answers ({position['unreadable']} unreadable)"
+        return f"none of its answers ({_lost(position)})"
     return (
         f"{position['rate']:.2f} of the answers that name one, in [{position['low']:.2f}, {position['high']:.2f}]; "
-        f"{position['flipped']} pairs flipped with the order, {position['unreadable']} answers unreadable"
+        f"{position['flipped']} pairs flipped with the order, {_lost(position)}"
     )
+
+
+def _lost(position: dict[str, Any]) -> str:
+    """Return how many questions have no verdict, and why. Older Reports do not count those that were too long."""
+    lost = f"{position['unreadable']} answers unreadable"
+    if too_long := position.get("too_long", 0):
+        lost += f", {too_long} questions too long for its context: a smaller max_characters"
+    return lost

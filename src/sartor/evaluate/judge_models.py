@@ -26,6 +26,7 @@ from sartor.inference.endpoint_client import (
     EndpointClient,
     IncompleteResponseError,
     Patience,
+    QuestionRefused,
     RequestThrottle,
     bounded_lines,
     json_body,
@@ -43,12 +44,15 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class Verdict(StrEnum):
-    """Answer of a judge to one question: the first reply, the second, a tie, or nothing that can be read."""
+    """Answer of a judge to one question: the first reply, the second, a tie, nothing that can be read, or that the
+    question exceeds its context.
+    """
 
     FIRST = "A"
     SECOND = "B"
     TIE = "T"
     UNREADABLE = ""
+    TOO_LONG = "too long"
 
 
 LETTERS = (Verdict.FIRST, Verdict.SECOND, Verdict.TIE)
@@ -130,13 +134,15 @@ class LocalJudge:
         self._context = context_tokens(model) or 2**31
 
     def ask(self, questions: Sequence[JudgeQuestion]) -> list[Verdict]:
-        """Return the verdicts, in order; UNREADABLE for a question that the base's template or context refuses."""
+        """Return the verdicts, in order; UNREADABLE for a question that the base's template refuses, and TOO_LONG."""
         verdicts = [Verdict.UNREADABLE] * len(questions)
         rows: list[TokenizedExample] = []
         indices = []
         for index, question in enumerate(questions):
             encoded = self._encoded(question)
-            if encoded:
+            if any(len(row.ids) > self._context for row in encoded):
+                verdicts[index] = Verdict.TOO_LONG
+            elif encoded:
                 rows += encoded
                 indices.append(index)
         if not rows:
@@ -149,21 +155,21 @@ class LocalJudge:
         return verdicts
 
     def _encoded(self, question: JudgeQuestion) -> list[TokenizedExample]:
-        """Return the question with each of the three answers; empty where it cannot be asked."""
+        """Return the question with each of the three answers; empty where the base's template refuses it."""
         prompt, rows = Message.of("user", question.text), []
         for letter in LETTERS:
             try:
                 row = self._base.chat.encode(Example((prompt, Message.of("assistant", letter.value)), ()))
             except SourceError:
                 return []
-            if len(row.ids) > self._context:
-                return []
             rows.append(row)
         return rows
 
 
 class EndpointJudge:
-    """Judge behind an endpoint. An answer that is no single letter is UNREADABLE, as is a question that it refuses."""
+    """Judge behind an endpoint. An answer that is no single letter is UNREADABLE, as is a question that it refuses for
+    another reason than its length.
+    """
 
     def __init__(self, options: JudgeEndpoint, notice: Notice) -> None:
         self._client = EndpointClient(
@@ -195,7 +201,9 @@ class EndpointJudge:
         }
         tokens = len(question.text) // CHARACTERS_PER_TOKEN + self._options.max_tokens
         answer = self._client.ask(json.dumps(body).encode(), tokens, _read_answer, seed=question.boundary)
-        return Verdict.UNREADABLE if answer is None else read_verdict(answer)
+        if isinstance(answer, QuestionRefused):
+            return Verdict.TOO_LONG if answer.is_too_long else Verdict.UNREADABLE
+        return read_verdict(answer)
 
 
 def _read_answer(lines: Iterable[bytes], content_type: str) -> str:

@@ -3,7 +3,7 @@
     429, 503, 529     asked again after Retry-After (all threads wait), or after a doubling pause
     408, 409, 425, 500, 502, 504, time-out, cut stream, malformed JSON    asked again after a doubling pause
     401, 403          KeyRefusedError
-    413, 422, content_filter, context_length_exceeded    None, for this question alone
+    413, 422, content_filter, context_length_exceeded    QuestionRefused, for this question alone
     400, 404, 3xx, other    ConfigError: asking again would change nothing
 
 The key is read from the environment and appears in no message, file or name. Only the standard library is used: the
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from sartor.core.errors import BusyError, ConfigError, KeyRefusedError, UnavailableError
+from sartor.core.errors import BusyError, ConfigError, KeyRefusedError, UnavailableError, about_option
 
 Answer = TypeVar("Answer")
 MINUTE_S = 60.0
@@ -121,6 +121,17 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
+class QuestionRefused:
+    """That an endpoint refuses one question alone.
+
+    problem: its words, in one line. is_too_long: whether for the length.
+    """
+
+    problem: str
+    is_too_long: bool
+
+
+@dataclass(frozen=True)
 class Access:
     """Address, model and key of an endpoint. The key is secret and not part of the repr."""
 
@@ -183,14 +194,13 @@ class EndpointClient:
 
     def ask(
         self, body: bytes, tokens: int, read: Callable[[Iterable[bytes], str], Answer], *, seed: str
-    ) -> Answer | None:
+    ) -> Answer | QuestionRefused:
         """Return what `read` makes of the answer to a request, with retries.
 
         tokens: of the request and its answer, for the rate limit.
         read: of the lines of the body and its content type; raises IncompleteResponseError.
         seed: of the jitter of the pauses.
-        None means that the endpoint refuses this question alone. Raises BusyError or UnavailableError once all tries
-        are used, KeyRefusedError, ConfigError.
+        Raises BusyError or UnavailableError once all tries are used, KeyRefusedError, ConfigError.
         """
         jitter = random.Random(seed)
         for attempt in range(self.patience.tries):
@@ -212,7 +222,7 @@ class EndpointClient:
             remedy = "the same command goes on where it stopped; what was answered is not asked again"
         raise BusyError(problem, remedy, last.after_s or pause) if last.is_busy else UnavailableError(problem, remedy)
 
-    def _request(self, body: bytes, read: Callable[[Iterable[bytes], str], Answer]) -> Answer | None:
+    def _request(self, body: bytes, read: Callable[[Iterable[bytes], str], Answer]) -> Answer | QuestionRefused:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "User-Agent": "sartor"}
         if self.access.key:
             headers["Authorization"] = f"Bearer {self.access.key}"
@@ -223,23 +233,24 @@ class EndpointClient:
         except urllib.error.HTTPError as error:
             with error:  # closes the socket
                 failure = self._failure(error)
-            if failure is None:
-                return None
+            if isinstance(failure, QuestionRefused):
+                return failure
             raise failure from None
         except IncompleteResponseError as error:
             raise _AgainError(self._redacted(str(error))) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
             raise _AgainError(self._redacted(f"{type(error).__name__}: {error}")) from None
 
-    def _failure(self, error: urllib.error.HTTPError) -> Exception | None:
-        """Return the exception for an error status; None if it concerns this question alone."""
+    def _failure(self, error: urllib.error.HTTPError) -> Exception | QuestionRefused:
+        """Return the exception for an error status, or the refusal if it concerns this question alone."""
         try:
             body = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             body = ""
-        if error.code in OF_THE_QUESTION or (error.code == 400 and TOO_LONG in body):
-            return None
         problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(body.split())[:300]}")
+        is_too_long = error.code == 413 or (error.code in (400, 422) and TOO_LONG in body)
+        if error.code in OF_THE_QUESTION or is_too_long:
+            return QuestionRefused(problem, is_too_long)
         if error.code in AGAIN or (error.code >= 500 and error.code != 501):
             is_busy = error.code in (429, 503, 529)
             return _AgainError(
@@ -251,7 +262,11 @@ class EndpointClient:
                 remedy = f"export VARIABLE=KEY with a valid key, for the VARIABLE that {self._option}.key_env names"
             return KeyRefusedError(problem, remedy)
         remedy = f"check {self._option}.url, which has to serve {self._route}, and {self._option}.model"
-        return ConfigError(problem, f"{remedy}; what was answered is kept" if self._keeps_answers else remedy)
+        if error.code == 400 and body.strip():
+            remedy = f"change what the endpoint's words name; if they name nothing, {remedy}"
+        if self._keeps_answers:
+            remedy += "; what was answered is kept"
+        return about_option(ConfigError(problem, remedy), self._option)
 
     def _redacted(self, text: str) -> str:
         return text.replace(self.access.key, "***") if self.access.key else text

@@ -105,7 +105,7 @@ class RecipeForm:
 
     def fill(self, recipe: Mapping[str, Any], errors: Sequence[SartorError] = ()) -> FilledForm:
         """Return the form with the values of a recipe, which need not be valid, and its errors."""
-        known = _Errors({_option_of(error): error for error in reversed(errors) if _option_of(error)})
+        known = _Errors({error.option: error for error in reversed(errors) if error.option})
         lists: dict[str, Sequence[FormGroup]] = {}
         others: list[FormGroup] = []
         own: list[FormField] = []
@@ -122,7 +122,7 @@ class RecipeForm:
             else:
                 own.append(self._field(key, key, schema, value, known))
         others.append(FormGroup("", "", "", own))
-        left = [error for error in errors if _option_of(error) not in known.placed]
+        left = [error for error in errors if error.option not in known.placed]
         return FilledForm(lists, others, left)
 
     def _group(
@@ -226,7 +226,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> list[SartorError]:
             sartor.load_curate_recipe(remaining)
         except SartorError as error:
             errors.append(error)
-            if not _remove(remaining, _option_of(error)):
+            if not _remove(remaining, error.option):
                 return errors
         else:
             return errors
@@ -236,10 +236,6 @@ def check_recipe(recipe: Mapping[str, Any]) -> list[SartorError]:
 def recipe_yaml(recipe: Mapping[str, Any]) -> str:
     """Return a recipe as YAML."""
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110)
-
-
-def _option_of(error: SartorError) -> str:
-    return error.option if isinstance(error, ConfigError) else ""
 
 
 def _remove(recipe: Any, option: str) -> bool:

@@ -15,6 +15,7 @@ from sartor.inference.endpoint_client import (
     EndpointClient,
     IncompleteResponseError,
     Patience,
+    QuestionRefused,
     RequestThrottle,
     bounded_lines,
     json_body,
@@ -100,7 +101,7 @@ class EndpointTeacher:
         """
         body, size = self._body(question)
         answer = self._client.ask(body, size, read_body, seed=question.digest(self.name))
-        if answer is None:
+        if isinstance(answer, QuestionRefused):
             return TeacherAnswer("", "refused")
         if not answer.is_estimated:
             return answer

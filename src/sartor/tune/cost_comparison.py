@@ -218,7 +218,7 @@ class ComparedCost:
             "device": self.device if self.devices < 2 else f"{self.devices} x {self.device}",
             "memory, GB": f"{memory.estimate:.1f} ({memory.low:.1f} to {memory.high:.1f})",
             "time": _duration(self.time_s) if self.time_s else "not foreseen" if self.devices else "does not fit",
-            "cost": f"{self.cost.estimate:.2f} ({self.cost.low:.2f} to {self.cost.high:.2f})" if self.cost else "",
+            "cost": _money(self.cost) if self.cost else "",
         }
 
 
@@ -311,7 +311,7 @@ def compare_costs(
         rows += [comparison.here(name, base, method, price_h) for method in Method]
         for gpu, gpu_price_h in gpu_prices_h.items():
             rows += [comparison.on_gpus(name, base, method, gpu, gpu_price_h) for method in Method]
-    return CostComparison(rows, comparison.assumptions(bool(gpu_prices_h)), planned.measurement.tokens)
+    return CostComparison(rows, comparison.assumptions(list(gpu_prices_h)), planned.measurement.tokens)
 
 
 @dataclass(frozen=True)
@@ -411,12 +411,12 @@ class _Comparison:
         time_s = Interval(seconds / utilisation.estimate, seconds / utilisation.high, seconds / utilisation.low)
         return replace(cost, devices=devices).priced(time_s, price_h)
 
-    def assumptions(self, has_gpus: bool) -> list[str]:
-        """Return every assumption of the figures, in words."""
+    def assumptions(self, gpus: Sequence[str]) -> list[str]:
+        """Return every assumption of the figures, in words. gpus: those that are compared."""
         recompute = self.measured.memory.shape.recompute
         here = [
             f"{HERE}: calibrated by the plan of the recipe's own base; FLOPs carry its time to other sizes, with "
-            f"{CARRIED_HALF_WIDTH:.0%} more to each side per factor of ten",
+            f"{CARRIED_HALF_WIDTH:.0%} more to each side per factor of ten, {MOST_HALF_WIDTH:.0%} at most",
             f"LoRA and QLoRA have rank {self.rank} on all linear modules; "
             f"activations are {'computed again' if recompute else 'kept'}",
             f"memory: gradients and moments of trained parameters in fp32, {STATE_BYTES} bytes each; "
@@ -436,18 +436,28 @@ class _Comparison:
                 f"{self.objective.kind}: forward passes beside those of an update: {self.reference_passes}; that of "
                 "the reference is counted in every epoch, and made in the first alone"
             )
-        if not has_gpus:
+        if not gpus:
             return here
+        sheets = ", ".join(f"{name} {GPUS[name].tflops:g} and {GPUS[name].memory_gb:g}" for name in gpus)
         return [
             *here,
+            f"GPUs: dense bf16 TFLOP/s and GB of memory: {sheets}",
             f"GPUs: from data sheets, not calibrated; {UTILISATION.estimate:.0%} of dense bf16 FLOP/s "
             f"({UTILISATION.low:.0%} to {UTILISATION.high:.0%}), below 1 B parameters "
             f"{SMALL_UTILISATION.estimate:.0%} ({SMALL_UTILISATION.low:.0%} to {SMALL_UTILISATION.high:.0%})",
-            f"GPUs: a run may fill {USABLE_FRACTION:.0%} of the memory; full fine-tuning takes {GPU_FULL_BYTES + 2} "
-            f"bytes a parameter, weight included; "
-            f"weights and states are divided over the devices, and each doubling of them costs "
-            f"{DOUBLING_OVERHEAD:.0%} of the time",
+            f"GPUs: a run may fill {USABLE_FRACTION:.0%} of the memory, of which libraries take "
+            f"{CONTEXT_BYTES / 1e9:g} GB; the frozen weights have 2 bytes, a parameter of LoRA {GPU_LORA_BYTES} with "
+            f"its states, and one of full fine-tuning {GPU_FULL_BYTES + 2}, weight included",
+            f"GPUs: weights and states are divided over 1, 2, 4 to {MOST_DEVICES} devices, and each doubling of them "
+            f"costs {DOUBLING_OVERHEAD:.0%} of the time",
         ]
+
+
+def _money(cost: Interval) -> str:
+    """Return an interval of costs to the cent, or to two digits where a cent is too coarse."""
+    small = min(cost.low, cost.estimate)
+    decimals = 2 if small >= 1 or not small else max(2, 1 - math.floor(math.log10(small)))
+    return f"{cost.estimate:.{decimals}f} ({cost.low:.{decimals}f} to {cost.high:.{decimals}f})"
 
 
 def _duration(seconds: Interval) -> str:

@@ -20,13 +20,14 @@ import torch
 
 from sartor.core import records
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
-from sartor.core.errors import ConfigError, ModelError, SourceError
+from sartor.core.errors import ConfigError, ModelError, SourceError, about_option
 from sartor.core.model_refs import locate_base
 from sartor.inference.endpoint_client import (
     Access,
     EndpointClient,
     IncompleteResponseError,
     Patience,
+    QuestionRefused,
     RequestThrottle,
     bounded_lines,
     json_body,
@@ -249,11 +250,23 @@ class RemoteTeacher:
             return self._read(lines, teacher_row.ids)
 
         seed = hashlib.sha256(repr(teacher_row.ids).encode()).hexdigest()
-        scores = self.client.ask(json.dumps(body).encode(), len(teacher_row.ids), read, seed=seed)
-        if scores is None:
-            problem = f"{self.name} refuses the row {row.example_id} of {len(teacher_row.ids):,} of its tokens"
-            # the option counts the student's tokens
-            raise ModelError(problem, f"--data.max_length_tokens {len(row.ids) - 1}, or a longer context there")
+        try:
+            scores = self.client.ask(json.dumps(body).encode(), len(teacher_row.ids), read, seed=seed)
+        except ConfigError as error:
+            if "logprobs" not in error.problem:
+                raise
+            # OpenAI's /completions gives 5, vLLM 20 unless it is started with more
+            remedy = (
+                f"--objective.top_k 5, or as many as it gives; or start it for more: vLLM --max-logprobs {self.top_k}"
+            )
+            raise about_option(ConfigError(error.problem, remedy), _OPTION) from None
+        if isinstance(scores, QuestionRefused):
+            long_row = f"the row {row.example_id} of {len(teacher_row.ids):,} of its tokens"
+            problem = f"{self.name} refuses {long_row}: {scores.problem}"
+            remedy = f"{_OPTION}: a server whose /completions takes token ids, echo and logprobs; or leave the row out"
+            if scores.is_too_long:  # the option counts the student's tokens
+                remedy = f"--data.max_length_tokens {len(row.ids) - 1}, or a longer context there"
+            raise about_option(ModelError(problem, remedy), _OPTION)
         places = [place for place in range(1, len(teacher_row.ids)) if teacher_row.learnt[place]]
         targets = torch.tensor([scores.targets[place] for place in places])
         chunks = self.translation.chunks(row, teacher_row)
@@ -335,11 +348,9 @@ class RemoteTeacher:
             )
 
     def _lacks(self, lack: str, remedy: str = "") -> ModelError:
-        return ModelError(
-            f"{self.client.access.url} ({self.options.model}) cannot teach: {lack}",
-            remedy
-            or f"{_OPTION}: a server whose /completions takes echo and logprobs (vLLM, SGLang), or a base on disk",
-        )
+        problem = f"{self.client.access.url} ({self.options.model}) cannot teach: {lack}"
+        other = f"{_OPTION}: a server whose /completions takes echo and logprobs (vLLM, SGLang), or a base on disk"
+        return about_option(ModelError(problem, remedy or other), _OPTION)
 
 
 def _stated_id(text: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sartor.core.errors import ConfigError, ModelError, SourceError
+from sartor.core.row_warnings import DataWarning
 from sartor.inference.engine import Sampling
 from sartor.inference.verifiers.submission import Submission, Verifier
 from sartor.inference.verifiers.verifier_check import VerifierCheck, check_rows, check_verifier
@@ -181,6 +182,19 @@ class GrpoRun(TrainingRun):
             "reference_loss": {"start": self.reference_loss_at_start, "last": self.reference_loss},
         }
 
+    def silence(self) -> DataWarning | None:
+        """Return a warning if no update could learn anything: fewer than SILENT_UPDATES, or all fully rewarded."""
+        counts = self.counts
+        if not counts.groups or counts.equal < counts.groups:
+            return None
+        problem = (
+            f"in all {self.counters.updates} updates the replies to each prompt had the same reward, at last "
+            f"{counts.last_reward:g}: nothing was learnt from them"
+        )
+        if counts.last_reward == 1:
+            return DataWarning("equal_rewards", problem, "none is needed if every reply is right; else harder rows")
+        return DataWarning("equal_rewards", problem, _remedy(counts.last_reward, self._objective))
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the state of the TrainingRun with the counts of groups."""
         tensors, facts = super().state()
@@ -316,7 +330,8 @@ def _remedy(mean_reward: float, objective: Grpo) -> str:
     if not mean_reward:
         return (
             "no reply is rewarded: tune by sft on some right replies first and go on from there (method.start); if "
-            f"they are cut before their end: --objective.max_reply_tokens {2 * objective.max_reply_tokens}"
+            f"they are cut before their end: --objective.max_reply_tokens {2 * objective.max_reply_tokens}; then "
+            "start over with --replace"
         )
     return (
         f"--objective.temperature {objective.temperature + 0.3:.1f}, or --objective.group_size "

@@ -21,6 +21,7 @@ from sartor.models.multimodal.whisper_base import WhisperMedia
 from sartor.models.tensor_files import TensorCache
 from sartor.tune import preflight
 from sartor.tune.methods.full import Full
+from sartor.tune.methods.pissa import Pissa
 from sartor.tune.methods.targets import ALL, Placement, Targets
 from sartor.tune.recipe import Method, Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -99,7 +100,7 @@ def stored_bytes(recipe: Recipe, model: Any) -> int:
 def start_of(recipe: Recipe, base: Base) -> Artifact | None:
     """Return the Adapter or Release whose weights the recipe starts from; None if it names none.
 
-    Raises ArtifactError, and ConfigError if it was made for another base.
+    Raises ArtifactError, and ConfigError if it was made for another base, or as a LoRA and goes on as pissa.
     """
     if not recipe.method.start:
         return None
@@ -111,6 +112,13 @@ def start_of(recipe: Recipe, base: Base) -> Artifact | None:
             f"{problem}, not {base.ref.name} ({base.ref.digest[:16]})",
             f"base: {start_base['name']}, or a method.start that was tuned on {base.ref.name}",
         )
+    # on disk a pissa is a LoRA of twice the rank
+    start_kind = start.manifest.get("recipe", {}).get("method", {}).get("kind", recipe.method.kind)
+    if isinstance(recipe.method, Pissa) and start_kind != recipe.method.kind:
+        problem = (
+            f"method.start {start.path} was tuned by {start_kind}, and the recipe's method is {recipe.method.kind}"
+        )
+        raise ConfigError(problem, f"--method.kind {start_kind}, or --method.start '' to begin afresh")
     return start
 
 

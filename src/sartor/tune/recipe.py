@@ -283,6 +283,11 @@ class Distil:
         _at_least(self, 1, "top_k", "max_reply_tokens")
         if self.teacher == "":
             raise ConfigError("teacher is empty", "objective: {kind: distil, teacher: base}")
+        if isinstance(self.teacher, str) and "://" in self.teacher:
+            raise ConfigError(
+                f"teacher is {self.teacher!r}, and of an endpoint the model is needed too",
+                f"teacher: {{url: {self.teacher}, model: NAME}}",
+            )
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy is {self.on_policy}; it must be in 0..1", "on_policy: 1.0")
         if not 0 < self.mixture < 1:

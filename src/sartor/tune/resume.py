@@ -175,21 +175,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     Examples: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab -> 34cd`.
     """
-    lines = []
-    before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
-    for name, value in _OF_OLDER_RUNS.items():
-        if name in after:
-            before.setdefault(name, value)
-    for key in sorted(before.keys() | after.keys()):
-        is_free = key.startswith(FREE_OPTIONS) or (
-            key == VERIFIER_TIME and after.get("objective.verifier.kind") == "python"
-        )
-        if before.get(key) != after.get(key) and not is_free:
-            lines.append(f"recipe {key}: {_format_value(before.get(key))} -> {_format_value(after.get(key))}")
+    lines = changed_options(old.get("recipe", {}), new["recipe"], FREE_OPTIONS)
     for name in new.keys() - {"recipe"}:
         if old.get(name) != new[name]:
             lines.append(f"{name}: digest {str(old.get(name, 'unknown'))[:16]} -> {str(new[name])[:16]}")
     return sorted(lines)
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
+    """Return the differences between two dumped recipes as lines, but for options that begin with one of `free`."""
+    lines = []
+    before, after = _flat(old), _flat(new)
+    for name, value in _OF_OLDER_RUNS.items():
+        if name in after:
+            before.setdefault(name, value)
+    for key in sorted(before.keys() | after.keys()):
+        is_free = key.startswith(free) or (key == VERIFIER_TIME and after.get("objective.verifier.kind") == "python")
+        if before.get(key) != after.get(key) and not is_free:
+            lines.append(f"recipe {key}: {_format_value(before.get(key))} -> {_format_value(after.get(key))}")
+    return lines
 
 
 def _format_value(value: Any) -> str:

@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import PAIRED, Grpo, Kto, Objective, Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
+from sartor.tune.resume import changed_options
 from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.trainer import tune
 
@@ -54,6 +56,12 @@ FACTOR = 3
 # With fewer updates a rung's scores say nothing of the whole run
 LEAST_UPDATES = 4
 CONFIDENCE = 0.95
+# A sweep goes on with other values of these
+_FREE_OPTIONS = (
+    "checkpoints.",
+    "track.",
+    *(f"objective.teacher.{name}" for name in ("url", "key_env", "tries", "at_once")),
+)
 _OTHER_OPTION = "--sweep optimizer.learning_rate=1e-4,5e-4"
 # metric of a trial -> key of its evaluation in the log, and label of the plot
 _LOGGED = {"agreement": "eval_agreement", "reward": "eval_reward"}
@@ -62,6 +70,7 @@ _LABELS = {
     "agreement": "agreement with held-out preferences",
     "reward": "reward of held-out rows",
 }
+_OUTER_COMMA = re.compile(r",(?![^\[{]*[\]}])")
 _LEDGER = LineLedger("journal of a sweep", 1, lambda line: "question" in line or "trial" in line, "rm {file}")
 
 
@@ -181,8 +190,9 @@ def sweep(
     resume: go on with a sweep that was stopped or killed, within the trial that it was in. A finished one is returned.
 
     Raises ConfigError (recipe, grid, scores that cannot be compared, taken `out`, another sweep in its folder, nothing
-    held out), ModelError if every trial failed, and what `tune` raises but ModelError, ConfigError and BudgetError: a
-    trial whose loss explodes, or whose values do not fit the base or the memory, is out of the race.
+    held out), ModelError if every trial failed, and what `tune` raises. Of its ModelError, ConfigError and BudgetError
+    only those of an option that is not swept, as a verifier that hangs: a trial whose loss explodes, or whose values
+    do not fit the base or the memory, is out of the race.
     """
     recipe, out = load_recipe(recipe), Path(out).absolute()
     chosen = _trials_of(recipe, grid, trials)
@@ -225,7 +235,10 @@ def sweep(
 
 
 def parse_grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """Return option -> values of texts such as `method.rank=8,16`. Raises ConfigError for a text of another form."""
+    """Return option -> values of texts such as `method.rank=8,16`; a value may be a list or a mapping in brackets.
+
+    Raises ConfigError for a text of another form.
+    """
     grid: dict[str, list[str]] = {}
     for text in sweeps:
         option, _, values = text.partition("=")
@@ -234,7 +247,8 @@ def parse_grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
                 f"--sweep names {option} twice",
                 f"--sweep {option}={','.join(grid[option])},{values.strip()}",
             )
-        grid[option] = [value.strip() for value in values.split(",") if value.strip()]
+        # a comma within brackets belongs to a value: method.targets.modules=[q_proj],[q_proj,v_proj]
+        grid[option] = [value.strip() for value in _OUTER_COMMA.split(values) if value.strip()]
         if not option or len(set(grid[option])) < 2:
             raise ConfigError(
                 f"--sweep {text} does not name an option and at least two values of it",
@@ -304,6 +318,8 @@ class _Race:
         except (BusyError, DeadlineError):  # of an endpoint, and not of the trial's values
             raise
         except (ModelError, ConfigError, BudgetError) as error:
+            if error.option and not any(_is_within(error.option, option) for option in values):
+                raise  # every trial has it
             result = dataclasses.replace(result, problem=error.problem)
             self.notice(f"rung {rung}, trial {trial} is out: {error.problem}")
         else:
@@ -365,7 +381,11 @@ def _trials_of(recipe: Recipe, grid: Mapping[str, Sequence[str]], trials: int | 
                     f"{option} cannot be swept: trials must have the same budget, rows and measure",
                     _OTHER_OPTION,
                 )
-        _with_values(recipe, values)
+    dumps = [config.dump(_with_values(recipe, values)) for values in combined]
+    for index, dump in enumerate(dumps):
+        if (first := dumps.index(dump)) < index:
+            first_text, text = (", ".join(combined[place].values()) for place in (first, index))
+            raise ConfigError(f"--sweep names one trial twice: {first_text} and {text} are the same", "give it once")
     return combined
 
 
@@ -454,9 +474,16 @@ def _time(planned: TuningPlan, runs: float) -> str:
     return f", about {minutes.estimate:.0f} minutes ({minutes.low:.0f} to {minutes.high:.0f})"
 
 
+def _is_within(option: str, other: str) -> bool:
+    """Return whether one of two options is the other or a part of it."""
+    return f"{option}.".startswith(f"{other}.") or f"{other}.".startswith(f"{option}.")
+
+
 def _is_same(question: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether the question of a journal is that of a sweep."""
-    return bool(question == json.loads(json.dumps(other)))
+    """Return whether the question of a journal is that of a sweep, but for options on which no score depends."""
+    old, new = dict(question), json.loads(json.dumps(other))
+    before, after = old.pop("recipe"), new.pop("recipe")
+    return old == new and not changed_options(before, after, _FREE_OPTIONS)
 
 
 def _finished(out: Path, folder: Path, question: Mapping[str, Any], last_rung: int) -> Sweep | None:

@@ -253,6 +253,7 @@ def _tune(
                     notice(run.prove())
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
+                warnings += _warnings_afterwards(run, notice)
                 selection = run.keep_best_weights(notice)
                 facts = _facts(context, run, warnings, selection)  # here, so that wall_s excludes drawing and writing
             plot_losses(journal.lines, temp_folder / "loss.png")
@@ -349,6 +350,15 @@ def _warnings(context: TuningContext, run: TrainingRun, notice: Notice) -> list[
     for warning in warnings:
         notice(str(warning))
     return [dict(vars(warning)) for warning in warnings]
+
+
+def _warnings_afterwards(run: TrainingRun, notice: Notice) -> list[dict[str, str]]:
+    """Return the warnings about a run that has ended, after printing them."""
+    warning = run.silence() if isinstance(run, GrpoRun) else None
+    if warning is None:
+        return []
+    notice(str(warning))
+    return [dict(vars(warning))]
 
 
 def _facts(

@@ -709,8 +709,12 @@ def _turn(turn: Any, index: int, media: Media) -> Message:
     if content is None and not calls:
         raise MalformedRow("missing_content", f"turn {index} ({role}) has no content")
     fields = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
+    # the name of newer vLLM and OpenRouter
+    fields["reasoning_content"] = fields["reasoning_content"] or turn.get("reasoning") or ""
     if not all(isinstance(value, str) for value in fields.values()):
-        raise MalformedRow("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {index} is not text")
+        raise MalformedRow(
+            "bad_field", f"`name`, `tool_call_id`, `reasoning_content` or `reasoning` of turn {index} is not text"
+        )
     weight = weight if role == "assistant" else 1.0
     return Message(role, tuple(_parts(content, index, media)), tool_calls=calls, weight=weight, **fields)
 

@@ -51,4 +51,4 @@ class EntryPointVerifier:
             name=f"python ({self.function})",
             time_s=self.time_s,
             network=self.network,
-        )
+        ).rewards

@@ -57,11 +57,19 @@ class Fault(StrEnum):
     DIED = "died"
 
 
+# What ended a reply's code and asserts, which then get 0
+_ENDS: Mapping[Fault, str] = {
+    Fault.HUNG: "its code and asserts took more than {seconds:g} s and were killed",
+    Fault.OUTPUT: f"its code wrote more than {MOST_OUTPUT_BYTES >> 20} MB and was killed",
+    Fault.DIED: f"its process ended by itself, by a signal, or for lack of memory ({MOST_WORKER_BYTES >> 30} GB)",
+}
+
+
 @dataclass(frozen=True)
 class ChildResult:
     """Rewards of the first replies, and the fault at the next one.
 
-    detail: of the fault, for people.
+    detail: of the fault, for people; of unit tests, why the first reply with less than the full reward has it.
     """
 
     rewards: list[float]
@@ -196,18 +204,25 @@ def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
 
 def run_unit_tests(job: Mapping[str, Any], scratch: Path) -> ChildResult:
     """Return for each reply the fraction of its asserts that hold; 0 for code that fails, hangs or is killed."""
-    rewards = []
+    rewards, detail = [], ""
     for number, item in enumerate(job["items"]):
 
         def work(report: Callable[[Mapping[str, Any]], None], item: Mapping[str, Any] = item) -> None:
             namespace: dict[str, Any] = {"__name__": "reply"}
-            exec(compile(item["code"], "<reply>", "exec"), namespace)
-            passed = 0
+            try:
+                exec(compile(item["code"], "<reply>", "exec"), namespace)
+            except BaseException as error:
+                report({"reward": 0.0, "detail": f"its code raised {_text(error)}"})
+                return
+            passed, failed = 0, ""
             for test in item["tests"]:
-                with contextlib.suppress(Exception):
+                try:
                     exec(compile(test, "<test>", "exec"), namespace)
                     passed += 1
-            report({"reward": passed / len(item["tests"])})
+                except Exception as error:
+                    end = "does not hold" if isinstance(error, AssertionError) else f"raised {_text(error)}"
+                    failed = failed or f"{test[:_DETAIL]} {end}"
+            report({"reward": passed / len(item["tests"]), "detail": failed})
 
         own_scratch = scratch / str(number)
         worker = _fork(work, own_scratch, job["time_s"])
@@ -219,7 +234,9 @@ def run_unit_tests(job: Mapping[str, Any], scratch: Path) -> ChildResult:
         # the code can write to the pipe as well
         is_reward = type(reward) in (int, float) and 0 <= reward <= 1
         rewards.append(float(reward) if is_reward else 0.0)
-    return ChildResult(rewards)
+        if rewards[-1] < 1 and not detail:
+            detail = _ENDS.get(fault, "").format(seconds=job["time_s"]) or str(fields.get("detail", ""))[: 3 * _DETAIL]
+    return ChildResult(rewards, detail=detail)
 
 
 def _text(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sartor.core.errors import BudgetError, ConfigError, MissingError, SartorError
+from sartor.core.errors import BudgetError, ConfigError, MissingError, SartorError, about_option
 from sartor.core.resource_limits import JobResult, ResourceLimits, run_job
 from sartor.inference.verifiers.limited_child import IMPORT_S, MOST_OUTPUT_BYTES, MOST_WORKER_BYTES, ChildResult, Fault
 from sartor.inference.verifiers.submission import Submission
@@ -23,8 +23,8 @@ def check_time(time_s: float) -> None:
 
 def score_in_child(
     job: Mapping[str, Any], submissions: Sequence[Submission], *, name: str, time_s: float, network: Network
-) -> list[float]:
-    """Return the rewards of submissions, in order.
+) -> ChildResult:
+    """Return the rewards of submissions, in order, and the detail of unit tests.
 
     job: `items`, one for each submission, and `function` for an entry point.
     name: of the verifier, for errors.
@@ -33,18 +33,18 @@ def score_in_child(
     or returns no reward, BudgetError for a child that was killed.
     """
     if not submissions:
-        return []
+        return ChildResult([])
     fields = {**job, "time_s": time_s, "allows_network": network == "allowed"}
     # a worker's own limit ends it first; the child may hold two of them for a moment
     limits = ResourceLimits(2 * MOST_WORKER_BYTES, IMPORT_S + 2 * time_s * len(submissions) + 60)
     done = run_job(_MODULE, fields, limits)
     if done.payload is None:
-        raise _killed(done, name, time_s)
+        raise about_option(_killed(done, name, time_s), _OPTION)
     result = ChildResult(done.payload["rewards"], Fault(done.payload["fault"]), done.payload["detail"])
     if result.fault is Fault.NONE:
-        return result.rewards
+        return result
     row = submissions[min(len(result.rewards), len(submissions) - 1)].row
-    raise _error(result, f"the verifier {name}", row, time_s=time_s)
+    raise about_option(_error(result, f"the verifier {name}", row, time_s=time_s), _OPTION)
 
 
 def _killed(done: JobResult, name: str, time_s: float) -> BudgetError:
@@ -87,5 +87,5 @@ def _error(result: ChildResult, name: str, row: str, *, time_s: float) -> Sartor
             f"call the function by hand on that reply; it has {MOST_WORKER_BYTES >> 30} GB of memory",
         )
     problem = f"raised {result.detail}" if result.fault is Fault.RAISED else f"returned {result.detail}"
-    remedy = "return a number from 0 to 1 for every reply, however malformed"
+    remedy = "let it return a number from 0 to 1 for every reply, however malformed, and --resume if the run has begun"
     return ConfigError(f"{name} {problem} for the reply to row {row}", remedy)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sartor.core.config import option
+from sartor.inference.verifiers.limited_child import ChildResult
 from sartor.inference.verifiers.limited_scoring import Network, check_time, score_in_child
 from sartor.inference.verifiers.submission import Submission
 
@@ -41,6 +42,13 @@ class UnitTestsVerifier:
 
     def rewards(self, submissions: Sequence[Submission]) -> list[float]:
         """Return the fractions of asserts that hold. Raises what `score_in_child` raises."""
+        return self._result(submissions).rewards
+
+    def failure(self, submission: Submission) -> str:
+        """Return why a reply has less than the full reward; empty if it has it. Raises as `rewards`."""
+        return self._result([submission]).detail
+
+    def _result(self, submissions: Sequence[Submission]) -> ChildResult:
         items = [
             {"code": code_of(each.reply), "tests": asserts_of(each.reference)[1] or ["assert False"]}
             for each in submissions

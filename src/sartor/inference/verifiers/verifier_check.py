@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from sartor.core.errors import ConfigError, SourceError
+from sartor.core.errors import ConfigError, SourceError, about_option
 from sartor.core.statistics import Z, area_under_roc
 from sartor.inference.verifiers.reply_edits import wrong_reply
 from sartor.inference.verifiers.submission import Submission, Verifier
+from sartor.inference.verifiers.unit_tests import UnitTestsVerifier
 
 # Fewest labelled replies, half of them wrong
 LEAST_REPLIES = 40
@@ -84,20 +85,28 @@ def check_verifier(verifier: Verifier, rows: Sequence[Submission], seed: int) ->
         right=fmean(right_rewards),
         wrong=fmean(wrong_rewards),
     )
+    problem = ""
     if len(set(rewards)) == 1:
-        raise ConfigError(
+        problem = (
             f"the verifier {verifier.kind} gives every reply the reward {rewards[0]:g}, right or wrong "
-            f"({len(rewards)} replies)",
-            f"objective.verifier: one that passes row {right[0].row} and fails its reply changed to "
-            f"{wrong[0].reply[:60]!r}",
+            f"({len(rewards)} replies)"
         )
-    if check.low <= LEAST_AUC:
+    elif check.low <= LEAST_AUC:
+        problem = f"{check}: the lower end must be above {LEAST_AUC:g}"
+    if problem:
         missed = max(range(len(right)), key=lambda index: wrong_rewards[index] - right_rewards[index])
-        raise ConfigError(
-            f"{check}: the lower end must be above {LEAST_AUC:g}",
-            f"objective.verifier: a stricter one, or another kind. It does not tell the right reply to row "
-            f"{right[missed].row} from {wrong[missed].reply[:60]!r}",
-        )
+        failed = sum(reward < 1 for reward in right_rewards)
+        if not failed:
+            remedy = (
+                f"objective.verifier: a stricter one, or another kind. It does not tell the right reply to row "
+                f"{right[missed].row} from {wrong[missed].reply[:60]!r}"
+            )
+        else:
+            problem += f"; {failed} of {len(right)} right replies have less than 1"
+            reason = verifier.failure(right[missed]) if isinstance(verifier, UnitTestsVerifier) else ""
+            problem += f", as that to row {right[missed].row}" + (f": {reason}" if reason else "")
+            remedy = "mend or leave out rows whose own reply fails; or objective.verifier: one that passes it"
+        raise about_option(ConfigError(problem, remedy), "objective.verifier")
     return check
 
 

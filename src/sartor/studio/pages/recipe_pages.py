@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 import sartor
 from sartor.core.config import is_valid_name, parse_yaml
-from sartor.core.errors import ConfigError, SartorError
+from sartor.core.errors import ConfigError, SartorError, about_option
 from sartor.core.filesystem import write_file_atomic
 from sartor.studio.page_renderer import redirect, render
 from sartor.studio.pages.new_pages import SHOWN_CHARS, turns_of_example
@@ -147,8 +147,7 @@ def _errors(folder: StudioFolder, stated: Mapping[str, Any]) -> list[SartorError
     for option, value in _texts(stated, ""):
         if option.rpartition(".")[2] not in _TEXTS and not _is_inside(folder, value):
             outside = ConfigError(f"{option} is {value[:200]!a}, not below this folder", "give a file of this folder")
-            outside.option = option
-            errors.append(outside)
+            errors.append(about_option(outside, option))
     return errors
 
 
