@@ -115,6 +115,14 @@ def test_a_harmed_artefact_is_refused_with_what_differs(tmp_path: Path, harm: ob
     assert caught.value.remedy
 
 
+def test_a_file_of_rows_in_place_of_a_dataset_points_to_init(tmp_path: Path) -> None:
+    file = tmp_path / "my rows.csv"
+    file.write_text("question,answer\na,b\n")
+    with pytest.raises(ArtifactError, match="a dataset was expected") as caught:
+        open_artifact(file, "dataset")
+    assert caught.value.remedy.startswith(f"sartor init '{file}' writes recipes for these rows")
+
+
 def test_artefacts_of_a_folder_are_named_in_the_remedy(tmp_path: Path) -> None:
     write(tmp_path / "faq" / "adapter")
     with pytest.raises(ArtifactError, match="no artefact of Sartor") as caught:

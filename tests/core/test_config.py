@@ -61,6 +61,8 @@ def test_flags_override(flags: list[str], value: object) -> None:
         (Recipe, {**TUNE, "method": {"rank": 0}}, [], "rank is 0; it must be at least 1", "rank: 1"),
         (Recipe, {**TUNE, "budget": {}}, [], "sets no limit", "epochs"),
         (Recipe, {**TUNE, "base": {"name": "starter", "bits": 5}}, [], "base.bits is 5", "bits"),
+        (Recipe, TUNE, ["--method.rank", "0"], "rank is 0; it must be at least 1", "--method.rank 1"),
+        (Recipe, TUNE, ["--seed", "one"], "seed is 'one'", "--seed <whole number>"),
         (Recipe, TUNE, ["--seed"], "--seed has no value", "--seed VALUE"),
         (Recipe, TUNE, ["seed", "1"], "'seed' stands where an option is expected", "--option"),
         (CurateRecipe, {**CURATE, "steps": ["exact_duplicate"]}, [], "exact_duplicate", "exact_duplicates"),

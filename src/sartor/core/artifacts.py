@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from sartor.core import records, strict_json
+from sartor.core.config import SUFFIXES_OF_ROWS
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
 from sartor.core.filesystem import (
     DISK_FULL,
@@ -443,6 +444,9 @@ def _elsewhere(path: Path, kinds: Sequence[str]) -> str:
     aside = replaced_versions(path.absolute()) if not path.exists() else []
     if aside:
         return f"{shlex.join(['mv', str(aside[-1]), str(path)])} brings back what a killed --replace moved aside"
+    if "dataset" in kinds and path.suffix.lower() in SUFFIXES_OF_ROWS and path.is_file():
+        recipe = f"sartor init {shlex.quote(str(path))}"
+        return f"{recipe} writes recipes for these rows, of which sartor curate curate.yaml --out DIR makes a dataset"
     # a directory of `sartor tailor` holds its results
     within: list[Path] = []
     with suppress(OSError):

@@ -30,7 +30,7 @@ from sartor.core.errors import ConfigError, about_option
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
-_SUFFIXES_OF_ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx", ".parquet")
+SUFFIXES_OF_ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx", ".parquet")
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z`])")  # skips the full stop in "et al. 2023"
 
 
@@ -70,7 +70,7 @@ for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises ConfigError with the line where it does not parse."""
-    if path.suffix.lower() in _SUFFIXES_OF_ROWS and path.is_file():
+    if path.suffix.lower() in SUFFIXES_OF_ROWS and path.is_file():
         problem = f"{path} is a file of rows, not a recipe"
         raise ConfigError(problem, f"sartor init {shlex.quote(str(path))} writes recipes for these rows")
     try:
@@ -156,6 +156,7 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     flags: `--method.rank 8` or `--method.rank=8`.
     Raises ConfigError naming the option and the closest valid one.
     """
+    given = []
     if flags:
         # flags may supply required options, so the file alone may be incomplete; its shorthands are expanded first
         expanded = _expanded(cls, data)
@@ -167,9 +168,22 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
                 problem = f"--{key} is {text!r}, which is not YAML"
                 raise ConfigError(problem, f"quote it: --{key} \"'...'\"") from None
             _set(expanded, key.split("."), value, key)
+            given.append(key)
             expanded = _expanded(cls, expanded)  # `--objective dpo --objective.beta 0.2`
         data = expanded
-    return _build(cls, data, "")
+    try:
+        return _build(cls, data, "")
+    except ConfigError as error:
+        if error.option in given:
+            raise about_option(ConfigError(error.problem, _flag_remedy(error)), error.option) from None
+        raise
+
+
+def _flag_remedy(error: ConfigError) -> str:
+    """Return the remedy of an error of an option that a flag set: `rank: 16` as `--method.rank 16`."""
+    name = error.option.rpartition(".")[2]
+    line = re.fullmatch(rf"(?:{re.escape(error.option)}|{re.escape(name)}): ([^,:;{{}}\[\]]+)", error.remedy)
+    return f"--{error.option} {line[1]}" if line else error.remedy
 
 
 def load_any(cls: type[T], recipe: T | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> T:
