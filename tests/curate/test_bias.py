@@ -254,6 +254,9 @@ def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
         sartor.bias(data, mitigate="drop")
     with pytest.raises(ConfigError, match="no reply has the outcome"):
         sartor.bias(data, outcome="salary")
+    with pytest.raises(ConfigError, match="--outcome: the pattern '\\(' does not compile") as caught:
+        sartor.bias(data, outcome="regex:(")
+    assert caught.value.remedy.startswith("--outcome 'regex:")
     (tmp_path / "free").mkdir()
     free = [{"prompt": f"Emily asks {n}", "completion": f"Well, {n} is what {n * 7} said, {n}."} for n in range(40)]
     with pytest.raises(SourceError):

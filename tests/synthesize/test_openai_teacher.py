@@ -178,14 +178,25 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
     assert key not in repr(Access("http://127.0.0.1/v1", "m", key))
 
 
-@pytest.mark.parametrize(("code", "word"), [("422", ""), ("413", ""), ("400", "context_length_exceeded")])
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("422", ""),
+        ("413", ""),
+        ("400", "context_length_exceeded"),
+        ("400", "This model's maximum context length is 2048 tokens."),
+        ("400", "exceed_context_size_error"),
+    ],
+)
 def test_a_refusal_of_one_question_alone_stops_nothing(tmp_path: Path, code: str, word: str) -> None:
     with serving(EndpointServer(lambda body, times: code)) as server:
         server.word = word
-        answer = EndpointTeacher(Access(server.url, "m"), RequestThrottle(), Patience(), 1).answer(
-            TeacherQuestion((("user", "a"),))
-        )
-    assert answer.finish == "refused" and server.asked.total() == 1
+        told: list[str] = []
+        teacher = EndpointTeacher(Access(server.url, "m"), RequestThrottle(), Patience(), 1, notice=told.append)
+        answers = [teacher.answer(TeacherQuestion((("user", text),))) for text in "ab"]
+    assert [answer.finish for answer in answers] == ["refused", "refused"] and server.asked.total() == 2
+    (line,) = told  # the first alone
+    assert "refuses a question" in line and f"says {code}" in line and word in line
 
 
 def test_refused_question_is_dropped_and_lost_endpoint_stops(tmp_path: Path) -> None:

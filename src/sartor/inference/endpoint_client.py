@@ -3,7 +3,7 @@
     429, 503, 529     asked again after Retry-After (all threads wait), or after a doubling pause
     408, 409, 425, 500, 502, 504, time-out, cut stream, malformed JSON    asked again after a doubling pause
     401, 403          KeyRefusedError
-    413, 422, content_filter, context_length_exceeded    QuestionRefused, for this question alone
+    413, 422, 400 for its length, content_filter    QuestionRefused, for this question alone
     400, 404, 3xx, other    ConfigError: asking again would change nothing
 
 The key is read from the environment and appears in no message, file or name. Only the standard library is used: the
@@ -116,7 +116,8 @@ LONGEST_PAUSE_S = 60.0
 MOST_RETRY_AFTER_S = 600.0
 AGAIN = (408, 409, 425, 429)  # and the server's own failures: 5xx, but for 501, which is for good
 OF_THE_QUESTION = (413, 422)
-TOO_LONG = "context_length_exceeded"  # error code of OpenAI and vLLM in a 400
+# in a 400 for the length: the code of OpenAI, the words of vLLM and OpenAI, the type of llama.cpp's server
+TOO_LONG = ("context_length_exceeded", "maximum context length", "exceed_context_size_error")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -169,7 +170,7 @@ class EndpointClient:
 
     option: name of the recipe's option with the address, for errors.
     keeps_answers: whether the caller keeps what was answered, so that the same command goes on.
-    notice: gets a line for each retry.
+    notice: gets a line for each retry, and for the first question that is refused.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class EndpointClient:
         _check(access, option)
         self.access, self.pace, self.patience, self._notice = access, pace, patience, notice
         self._route, self._option, self._keeps_answers = route, option, keeps_answers
+        self._has_told_refusal = False
         self.name = f"{access.model}@{urlsplit(access.url).netloc.rpartition('@')[2]}"
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
         if urlsplit(access.url).hostname in LOOPBACK:
@@ -206,7 +208,11 @@ class EndpointClient:
         for attempt in range(self.patience.tries):
             self.pace.wait(tokens)
             try:
-                return self._request(body, read)
+                answer = self._request(body, read)
+                if isinstance(answer, QuestionRefused) and not self._has_told_refusal:
+                    self._has_told_refusal = True
+                    self._notice(f"{self.name} refuses a question, and others are not said: {answer.problem}")
+                return answer
             except _AgainError as failure:
                 self._notice(f"{self.name}: {failure.problem}; try {attempt + 1} of {self.patience.tries}")
                 pause = min(LONGEST_PAUSE_S, self.patience.pause_s * 2**attempt) * jitter.uniform(0.5, 1.0)
@@ -248,7 +254,7 @@ class EndpointClient:
         except (OSError, http.client.HTTPException):
             body = ""
         problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(body.split())[:300]}")
-        is_too_long = error.code == 413 or (error.code in (400, 422) and TOO_LONG in body)
+        is_too_long = error.code == 413 or (error.code in (400, 422) and any(words in body for words in TOO_LONG))
         if error.code in OF_THE_QUESTION or is_too_long:
             return QuestionRefused(problem, is_too_long)
         if error.code in AGAIN or (error.code >= 500 and error.code != 501):

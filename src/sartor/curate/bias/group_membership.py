@@ -191,7 +191,7 @@ def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     """Return the outcome of each reply, as `outcomes` does for rows."""
     if form not in ("auto", "reply", "text") and form.partition(":")[0] not in ("json", "regex"):
         form = f"json:{form}"
-    class_labels.check(form)
+    class_labels.check(form, "--outcome")
     row_labels = class_labels.find(replies, form)
     if any(row_labels.labels):
         return row_labels

@@ -40,9 +40,13 @@ class ClassLabels:
     spelling: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(form: str) -> None:
-    """Raise ConfigError unless `form` is auto, reply, text, json:KEY or regex:PATTERN."""
+def check(form: str, option: str = "label:") -> None:
+    """Raise ConfigError unless `form` is auto, reply, text, json:KEY or regex:PATTERN.
+
+    option: as it is written before its value, for the error.
+    """
     kind, _, rest = form.partition(":")
+    name = option.rstrip(":")
     if form in ("auto", "reply", "text") or (kind == "json" and rest):
         return
     if kind == "regex" and rest:
@@ -50,11 +54,11 @@ def check(form: str) -> None:
             re.compile(rest)
         except re.error as error:
             raise ConfigError(
-                f"label: the pattern {rest!r} does not compile: {error}",
-                r"label: 'regex:Label: (\w+)', or another pattern that Python's re compiles",
+                f"{name}: the pattern {rest!r} does not compile: {error}",
+                rf"{option} 'regex:Label: (\w+)', or another pattern that Python's re compiles",
             ) from None
         return
-    raise ConfigError(f"label is {form!r}", "auto, reply, text, json:KEY or regex:PATTERN")
+    raise ConfigError(f"{name} is {form!r}", f"{option} auto, or one of reply, text, json:KEY and regex:PATTERN")
 
 
 def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
