@@ -147,16 +147,20 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
         (
             ["--objective.kind", "dop"],
             "objective.kind is 'dop'; it must be one of sft, dpo, kto",
-            "objective.kind: dpo",
+            "--objective.kind dpo",
         ),
         (["--objective", "kot"], "objective.kind is 'kot'; it must be one of sft, dpo, kto", "objective.kind: kto"),
         (["--objective.kind", "ppo-clip-2"], "one of sft, dpo, kto", "one of sft, dpo, kto"),
-        (["--objective.kind", "[dpo]"], "one of sft, dpo, kto", "objective.kind: dpo"),
+        (["--objective.kind", "[dpo]"], "one of sft, dpo, kto", "--objective.kind dpo"),
         (["--objective.kind", "["], "--objective.kind is '[', which is not YAML", "quote it"),
         (["--objective.beta", "0.2"], "'beta' is an option of dpo and kto", "objective.kind: dpo"),
-        (["--method.kind", "dorra"], "method.kind is 'dorra'; it must be one of lora, rslora, dora", "kind: dora"),
+        (
+            ["--method.kind", "dorra"],
+            "method.kind is 'dorra'; it must be one of lora, rslora, dora",
+            "--method.kind dora",
+        ),
         (["--method.block_size", "8"], "'block_size' is an option of oft", "method.kind: oft"),
-        (["--method.rank", "a"], "method.rank is 'a'; it must be whole number", "method.rank"),
+        (["--method.rank", "a"], "method.rank is 'a'; it must be a whole number", "--method.rank <whole number>"),
     ],
 )
 def test_a_wrong_kind_names_the_choices_and_the_closest(

@@ -54,7 +54,7 @@ def test_flags_override(flags: list[str], value: object) -> None:
         (Recipe, {**TUNE, "methd": {}}, [], "'methd'", "method"),
         (Recipe, TUNE, ["--data.max_lenght_tokens", "5"], "'data.max_lenght_tokens'", "max_length_tokens"),
         (Recipe, {"data": {"path": "d"}}, [], "'base' is missing", "base"),
-        (Recipe, {**TUNE, "seed": "one"}, [], "seed is 'one'; it must be whole number", "seed"),
+        (Recipe, {**TUNE, "seed": "one"}, [], "seed is 'one'; it must be a whole number", "seed"),
         (Recipe, {**TUNE, "seed": True}, [], "seed is True", "seed"),
         (Recipe, {**TUNE, "method": {"kind": "lara"}}, [], "'lara'", "lora"),
         (Recipe, {**TUNE, "objective": {"sft": 5}}, [], "sft has no options, and 5 was given", "write sft alone"),

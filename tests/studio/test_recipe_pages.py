@@ -96,7 +96,7 @@ def test_error_stands_beside_its_field(site: Site) -> None:
     assert re.search(
         r'id="seed" name="seed" value="many"[^>]*aria-describedby="seed-help seed-error" aria-invalid=true', page
     )
-    assert re.search(r'id="seed-error"><span dir=auto>seed is &#x27;many&#x27;; it must be whole number', page)
+    assert re.search(r'id="seed-error"><span dir=auto>seed is &#x27;many&#x27;; it must be a whole number', page)
     assert "Wrong options: 1" in page and site.app.studio.jobs.files.ids() == [] and not (site.folder / "faq").exists()
 
 

@@ -109,7 +109,7 @@ def test_recipe_is_made_by_keyboard_and_without_javascript(browser: Browser, sit
         page.get_by_label("min words").press("Enter")
         field = page.get_by_label("min words")
         expect(field).to_have_attribute("aria-invalid", "true")
-        expect(page.locator("#steps-1-min_words-error")).to_contain_text("it must be whole number")
+        expect(page.locator("#steps-1-min_words-error")).to_contain_text("it must be a whole number")
         field.fill("2")
         field.press("Enter")
         expect(page.locator("main")).to_contain_text("not applied here, since they need all rows: exact_duplicates")

@@ -104,7 +104,7 @@ def test_options_of_a_kind_within_a_kind_load() -> None:
     ("key", "text", "problem"),
     [
         ("method.rank@lora", "0", "rank is 0; it must be at least 1"),
-        ("method.rank@lora", "many", "must be whole number"),
+        ("method.rank@lora", "many", "must be a whole number"),
         ("optimizer.learning_rate", "fast", "must be auto | number"),
         ("budget.epochs", "-1", "epochs is -1"),
         ("base.name", "", "the base has no name"),

@@ -532,7 +532,8 @@ _MOST_SHOWN = 1_000  # characters of a value in an error
 
 def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
     shown = repr(value) if len(repr(value)) <= _MOST_SHOWN else f"{repr(value)[:_MOST_SHOWN]}..."
-    text = f"{where} is {shown}; it must be {expected}" if where else f"{shown} is not {expected}"
+    article = "a " if expected in ("whole number", "number") else ""
+    text = f"{where} is {shown}; it must be {article}{expected}" if where else f"{shown} is not {article}{expected}"
     remedy = f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>"
     return about_option(ConfigError(text, remedy), where)
 
