@@ -149,7 +149,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
             "objective.kind is 'dop'; it must be one of sft, dpo, kto",
             "--objective.kind dpo",
         ),
-        (["--objective", "kot"], "objective.kind is 'kot'; it must be one of sft, dpo, kto", "objective.kind: kto"),
+        (["--objective", "kot"], "objective.kind is 'kot'; it must be one of sft, dpo, kto", "--objective.kind kto"),
         (["--objective.kind", "ppo-clip-2"], "one of sft, dpo, kto", "one of sft, dpo, kto"),
         (["--objective.kind", "[dpo]"], "one of sft, dpo, kto", "--objective.kind dpo"),
         (["--objective.kind", "["], "--objective.kind is '[', which is not YAML", "quote it"),

@@ -61,6 +61,8 @@ def test_flags_override(flags: list[str], value: object) -> None:
         (Recipe, {**TUNE, "method": {"rank": 0}}, [], "rank is 0; it must be at least 1", "rank: 1"),
         (Recipe, {**TUNE, "budget": {}}, [], "sets no limit", "epochs"),
         (Recipe, {**TUNE, "base": {"name": "starter", "bits": 5}}, [], "base.bits is 5", "bits"),
+        (Recipe, TUNE, ["--method", "lorra"], "'lorra'", "--method.kind lora"),
+        (Recipe, TUNE, ["--weights", "x"], "weights is 'x'", "weights: <"),
         (Recipe, TUNE, ["--method.rank", "0"], "rank is 0; it must be at least 1", "--method.rank 1"),
         (Recipe, TUNE, ["--seed", "one"], "seed is 'one'", "--seed <whole number>"),
         (Recipe, TUNE, ["--seed"], "--seed has no value", "--seed VALUE"),
@@ -136,3 +138,9 @@ def test_a_remedy_can_be_typed_as_it_stands() -> None:
     with pytest.raises(ConfigError) as refused:
         config.load(Recipe, TUNE, ["--objective.kind", "sft", "--objective.beta", "0.3"])
     assert refused.value.remedy == "leave objective.beta out"
+
+
+def test_a_flag_comes_before_those_below_it_wherever_it_stands() -> None:
+    flags = ["--objective.verifier.kind", "regex", "--objective.verifier.pattern", "x", "--objective", "grpo"]
+    recipe = config.load(Recipe, TUNE, flags)
+    assert recipe.objective.kind == "grpo" and recipe.objective.verifier.pattern == "x"

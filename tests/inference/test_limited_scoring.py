@@ -23,6 +23,9 @@ REPLIES = {
     "def double(x): return 'no'": 0.0,
     "def double(x:": 0.0,
     "import os; os._exit(0)": 0.0,
+    # a process that the code forks and that ends by itself says nothing of the reply
+    "import os, sys\nif not os.fork(): sys.exit(0)\nos.wait()\ndef double(x): return 2 * x": 1.0,
+    "import os\nforked = os.fork()\nif forked: os.wait()\ndef double(x): return 2 * x if forked else 0": 1.0,
     "import sys; sys.exit(0)": 0.0,
     "while True: pass": 0.0,
     "print('x' * (1 << 30))": 0.0,

@@ -95,6 +95,16 @@ def test_why_references_fail_their_own_tests_is_said(code: str, reason: str) -> 
     assert "mend or leave out rows" in caught.value.remedy and caught.value.option == "objective.verifier"
 
 
+def test_a_few_references_that_fail_do_not_hide_that_a_verifier_is_lenient() -> None:
+    """The row that fails is named, and not one that passes."""
+    lenient = [f"x = {n}\nassert True" for n in range(39)]
+    with pytest.raises(
+        ConfigError, match="1 of 40 right replies have less than 1, as that to row row39: assert x == 2 does"
+    ) as caught:
+        check_verifier(UnitTestsVerifier(time_s=5), submissions([*lenient, "x = 39\nassert x == 2"]), 0)
+    assert "a stricter one" in caught.value.remedy
+
+
 def test_a_verifier_near_chance_is_refused_with_an_example() -> None:
     with pytest.raises(ConfigError, match=r"AUC 0\.\d+ in .* the lower end must be above 0\.6") as caught:
         check_verifier(JsonSchemaVerifier({"type": "object"}), submissions(JSON_REPLIES), 0)

@@ -186,6 +186,8 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
         ("400", "context_length_exceeded"),
         ("400", "This model's maximum context length is 2048 tokens."),
         ("400", "exceed_context_size_error"),
+        ("400", "The input (50 tokens) is longer than the model's context length (9 tokens)."),
+        ("400", "content_filter"),
     ],
 )
 def test_a_refusal_of_one_question_alone_stops_nothing(tmp_path: Path, code: str, word: str) -> None:

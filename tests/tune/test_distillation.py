@@ -335,7 +335,7 @@ def test_a_refused_row_is_shortened_in_the_student_s_tokens() -> None:
     ("status", "words", "kind", "remedy"),
     [
         (422, "prompt must be a string", ModelError, "a server whose /completions takes token ids"),
-        (400, "logprobs: at most 5", ConfigError, "--objective.top_k 5"),
+        (400, "logprobs and echo at once are not supported", ConfigError, "change what the endpoint's words name"),
         (400, "no model m here", ConfigError, "change what the endpoint's words name"),
     ],
 )
@@ -566,3 +566,18 @@ def test_a_signal_while_the_teacher_scores_keeps_what_is_scored(
     assert before == 16 and told["updates"] == 3
     rows = next(line for line in lines_of(tmp_path / "a") if "teacher_rows" in line)["teacher_rows"]
     assert scored[0] == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "top_k", "remedy"),
+    [
+        ("logprobs: at most 5", 16, "--objective.top_k 5, or as many as it gives"),
+        ("logprobs: at most 5", 5, ""),
+        ("echo with logprobs is not supported", 16, ""),
+        ("no such model", 16, ""),
+    ],
+)
+def test_fewer_likeliest_tokens_are_advised_where_they_help(words: str, top_k: int, remedy: str) -> None:
+    teacher: Any = SimpleNamespace(top_k=top_k)
+    assert RemoteTeacher._fewer_tokens(teacher, words).startswith(remedy)
+    assert bool(remedy) == bool(RemoteTeacher._fewer_tokens(teacher, words))

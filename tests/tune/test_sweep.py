@@ -318,6 +318,13 @@ def test_a_sweep_is_read_from_the_command_line() -> None:
         "{modules: [q_proj, k_proj], layers: all}",
         "all-linear",
     ]
+    nested = "method.targets={layers: all, modules: [q_proj, k_proj]},all-linear,'a,b',[a,[b,c]]"
+    assert parse_grid([nested])["method.targets"] == [
+        "{layers: all, modules: [q_proj, k_proj]}",
+        "all-linear",
+        "'a,b'",
+        "[a,[b,c]]",
+    ]
     for text in ("method.rank", "method.rank=8", "method.rank=8,8", "=1,2"):
         with pytest.raises(ConfigError, match="does not name an option and at least two values"):
             parse_grid([text])

@@ -160,8 +160,8 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     if flags:
         # flags may supply required options, so the file alone may be incomplete; its shorthands are expanded first
         expanded = _expanded(cls, data)
-        # set each kind before its options, wherever it stands on the command line
-        for key, text in sorted(_flag_pairs(flags), key=lambda pair: not pair[0].endswith(".kind")):
+        # wherever they stand on the command line, a flag comes before those below it, and a kind before its options
+        for key, text in sorted(_flag_pairs(flags), key=_flag_order):
             try:
                 value = yaml.load(text, _UniqueKeys) if text else text
             except yaml.YAMLError:
@@ -174,15 +174,22 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     try:
         return _build(cls, data, "")
     except ConfigError as error:
-        if error.option in given:
+        if any(f"{error.option}.".startswith(f"{key}.") for key in given):
             raise about_option(ConfigError(error.problem, _flag_remedy(error)), error.option) from None
         raise
+
+
+def _flag_order(pair: tuple[str, str]) -> tuple[int, bool]:
+    """Return the sort key of a (flag, text) pair: by depth, and the kind before its options."""
+    key, _ = pair
+    return key.count("."), not key.endswith(".kind")
 
 
 def _flag_remedy(error: ConfigError) -> str:
     """Return the remedy of an error of an option that a flag set: `rank: 16` as `--method.rank 16`."""
     name = error.option.rpartition(".")[2]
-    line = re.fullmatch(rf"(?:{re.escape(error.option)}|{re.escape(name)}): ([^,:;{{}}\[\]]+)", error.remedy)
+    # one word or a placeholder, as a shell takes it
+    line = re.fullmatch(rf"(?:{re.escape(error.option)}|{re.escape(name)}): ([\w.+-]+|<[\w ]+>)", error.remedy)
     return f"--{error.option} {line[1]}" if line else error.remedy
 
 

@@ -3,7 +3,7 @@
     429, 503, 529     asked again after Retry-After (all threads wait), or after a doubling pause
     408, 409, 425, 500, 502, 504, time-out, cut stream, malformed JSON    asked again after a doubling pause
     401, 403          KeyRefusedError
-    413, 422, 400 for its length, content_filter    QuestionRefused, for this question alone
+    413, 422, 400 for its length or content         QuestionRefused, for this question alone
     400, 404, 3xx, other    ConfigError: asking again would change nothing
 
 The key is read from the environment and appears in no message, file or name. Only the standard library is used: the
@@ -116,8 +116,9 @@ LONGEST_PAUSE_S = 60.0
 MOST_RETRY_AFTER_S = 600.0
 AGAIN = (408, 409, 425, 429)  # and the server's own failures: 5xx, but for 501, which is for good
 OF_THE_QUESTION = (413, 422)
-# in a 400 for the length: the code of OpenAI, the words of vLLM and OpenAI, the type of llama.cpp's server
-TOO_LONG = ("context_length_exceeded", "maximum context length", "exceed_context_size_error")
+# in a 400 for the length: the code of OpenAI, words of OpenAI, vLLM and SGLang, the type of llama.cpp's server
+TOO_LONG = ("context_length_exceeded", "context length", "maximum model length", "exceed_context_size_error")
+CONTENT = "content_filter"  # code of Azure's in a 400
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -255,7 +256,7 @@ class EndpointClient:
             body = ""
         problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(body.split())[:300]}")
         is_too_long = error.code == 413 or (error.code in (400, 422) and any(words in body for words in TOO_LONG))
-        if error.code in OF_THE_QUESTION or is_too_long:
+        if error.code in OF_THE_QUESTION or is_too_long or (error.code == 400 and CONTENT in body):
             return QuestionRefused(problem, is_too_long)
         if error.code in AGAIN or (error.code >= 500 and error.code != 501):
             is_busy = error.code in (429, 503, 529)

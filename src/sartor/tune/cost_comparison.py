@@ -206,7 +206,7 @@ class ComparedCost:
             "trainable": self.trainable,
             "memory_bytes": self.memory_bytes.as_json(),
             "time_s": self.time_s and self.time_s.as_json(1),
-            "cost": self.cost and self.cost.as_json(4),
+            "cost": self.cost and self.cost.as_json(8),
         }
 
     def cells(self) -> dict[str, str]:

@@ -53,6 +53,7 @@ OWN_BASE = "base"
 # Tokens that a local teacher computes at once
 _TEACHER_TOKENS = 512
 _OPTION = "objective.teacher"
+FEW_TOKENS = 5
 # Log-probabilities up to this are taken for 0: servers round
 _ROUNDING = 1e-3
 # Probabilities of the likeliest tokens may sum to so much more than 1
@@ -253,19 +254,17 @@ class RemoteTeacher:
         try:
             scores = self.client.ask(json.dumps(body).encode(), len(teacher_row.ids), read, seed=seed)
         except ConfigError as error:
-            if "logprobs" not in error.problem:
-                raise
-            # OpenAI's /completions gives 5, vLLM 20 unless it is started with more
-            remedy = (
-                f"--objective.top_k 5, or as many as it gives; or start it for more: vLLM --max-logprobs {self.top_k}"
-            )
-            raise about_option(ConfigError(error.problem, remedy), _OPTION) from None
+            if remedy := self._fewer_tokens(error.problem):
+                raise about_option(ConfigError(error.problem, remedy), _OPTION) from None
+            raise
         if isinstance(scores, QuestionRefused):
             long_row = f"the row {row.example_id} of {len(teacher_row.ids):,} of its tokens"
             problem = f"{self.name} refuses {long_row}: {scores.problem}"
-            remedy = f"{_OPTION}: a server whose /completions takes token ids, echo and logprobs; or leave the row out"
             if scores.is_too_long:  # the option counts the student's tokens
                 remedy = f"--data.max_length_tokens {len(row.ids) - 1}, or a longer context there"
+            else:
+                server = f"{_OPTION}: a server whose /completions takes token ids, echo and logprobs"
+                remedy = self._fewer_tokens(scores.problem) or f"{server}; or leave the row out"
             raise about_option(ModelError(problem, remedy), _OPTION)
         places = [place for place in range(1, len(teacher_row.ids)) if teacher_row.learnt[place]]
         targets = torch.tensor([scores.targets[place] for place in places])
@@ -281,6 +280,16 @@ class RemoteTeacher:
             ids[index, : len(tokens)] = torch.tensor(list(tokens))
             values[index, : len(tokens)] = torch.tensor(list(tokens.values()))
         return TeacherScore.of_tokens(ids, values, targets)
+
+    def _fewer_tokens(self, words: str) -> str:
+        """Return the remedy if an endpoint's words refuse so many likeliest tokens; empty for another refusal.
+
+        OpenAI's /completions gives FEW_TOKENS, vLLM 20 unless it is started with more.
+        """
+        if "logprobs" not in words or "echo" in words or self.top_k <= FEW_TOKENS:
+            return ""
+        more = f"or start it for more: vLLM --max-logprobs {self.top_k}"
+        return f"--objective.top_k {FEW_TOKENS}, or as many as it gives; {more}"
 
     def _bins(self, top: dict[str, float], target: int, value: float) -> dict[int, float]:
         """Return the likeliest tokens that a text names, with the row's own token: id -> log-probability."""

@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import random
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -70,7 +69,6 @@ _LABELS = {
     "agreement": "agreement with held-out preferences",
     "reward": "reward of held-out rows",
 }
-_OUTER_COMMA = re.compile(r",(?![^\[{]*[\]}])")
 _LEDGER = LineLedger("journal of a sweep", 1, lambda line: "question" in line or "trial" in line, "rm {file}")
 
 
@@ -247,14 +245,36 @@ def parse_grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
                 f"--sweep names {option} twice",
                 f"--sweep {option}={','.join(grid[option])},{values.strip()}",
             )
-        # a comma within brackets belongs to a value: method.targets.modules=[q_proj],[q_proj,v_proj]
-        grid[option] = [value.strip() for value in _OUTER_COMMA.split(values) if value.strip()]
+        grid[option] = [value.strip() for value in _split_values(values) if value.strip()]
         if not option or len(set(grid[option])) < 2:
             raise ConfigError(
                 f"--sweep {text} does not name an option and at least two values of it",
                 "--sweep optimizer.learning_rate=1e-4,5e-4",
             )
     return grid
+
+
+def _split_values(text: str) -> list[str]:
+    """Return the parts of a text between commas; one within brackets, or in a value that begins with a quote, is none.
+
+    >>> _split_values("[a,[b,c]],'d,e',f")
+    ['[a,[b,c]]', "'d,e'", 'f']
+    """
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not values[-1].strip():
+            quote = letter
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth -= 1
+        if letter == "," and not depth and not quote:
+            values.append("")
+        else:
+            values[-1] += letter
+    return values
 
 
 class _Race:
@@ -385,7 +405,9 @@ def _trials_of(recipe: Recipe, grid: Mapping[str, Sequence[str]], trials: int | 
     for index, dump in enumerate(dumps):
         if (first := dumps.index(dump)) < index:
             first_text, text = (", ".join(combined[place].values()) for place in (first, index))
-            raise ConfigError(f"--sweep names one trial twice: {first_text} and {text} are the same", "give it once")
+            raise ConfigError(
+                f"--sweep names one trial twice: {first_text} and {text} are the same", f"leave out {text}"
+            )
     return combined
 
 

@@ -153,7 +153,14 @@ def _fork(work: Callable[[Callable[[Mapping[str, Any]], None]], None], scratch: 
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         limit_data(MOST_WORKER_BYTES)
         confine_writes(scratch)
-        work(lambda fields: _write(writing, fields))
+        worker_pid = os.getpid()
+
+        def report(fields: Mapping[str, Any]) -> None:
+            if os.getpid() != worker_pid:  # a process that the code forked, and that came to an end of its own
+                os._exit(1)
+            _write(writing, fields)
+
+        work(report)
     except BaseException:  # of a reply's code, SystemExit among them
         os._exit(1)
     os._exit(0)

@@ -22,6 +22,7 @@ LEAST_REPLIES = 40
 # What the lower end of the interval of the AUC must exceed
 LEAST_AUC = 0.6
 _NAMED = 5
+_OPTION = "objective.verifier"
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,20 @@ def check_verifier(verifier: Verifier, rows: Sequence[Submission], seed: int) ->
         problem = f"{check}: the lower end must be above {LEAST_AUC:g}"
     if problem:
         missed = max(range(len(right)), key=lambda index: wrong_rewards[index] - right_rewards[index])
-        failed = sum(reward < 1 for reward in right_rewards)
-        if not failed:
-            remedy = (
-                f"objective.verifier: a stricter one, or another kind. It does not tell the right reply to row "
-                f"{right[missed].row} from {wrong[missed].reply[:60]!r}"
-            )
-        else:
-            problem += f"; {failed} of {len(right)} right replies have less than 1"
-            reason = verifier.failure(right[missed]) if isinstance(verifier, UnitTestsVerifier) else ""
-            problem += f", as that to row {right[missed].row}" + (f": {reason}" if reason else "")
-            remedy = "mend or leave out rows whose own reply fails; or objective.verifier: one that passes it"
-        raise about_option(ConfigError(problem, remedy), "objective.verifier")
+        remedy = (
+            f"objective.verifier: a stricter one, or another kind. It does not tell the right reply to row "
+            f"{right[missed].row} from {wrong[missed].reply[:60]!r}"
+        )
+        if failed := sum(reward < 1 for reward in right_rewards):
+            worst = right[min(range(len(right)), key=right_rewards.__getitem__)]
+            reason = more_time = ""
+            if isinstance(verifier, UnitTestsVerifier):
+                reason = f": {verifier.failure(worst)}"
+                more_time = f", --{_OPTION}.time_s {2 * verifier.time_s:g} if they are slow,"
+            problem += f"; {failed} of {len(right)} right replies have less than 1, as that to row {worst.row}{reason}"
+            if 2 * failed >= len(right):
+                remedy = f"mend or leave out rows whose own reply fails{more_time} or {_OPTION}: one that passes it"
+        raise about_option(ConfigError(problem, remedy), _OPTION)
     return check
 
 
