@@ -156,7 +156,7 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     flags: `--method.rank 8` or `--method.rank=8`.
     Raises ConfigError naming the option and the closest valid one.
     """
-    given = []
+    flag_names = []
     if flags:
         # flags may supply required options, so the file alone may be incomplete; its shorthands are expanded first
         expanded = _expanded(cls, data)
@@ -168,13 +168,13 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
                 problem = f"--{key} is {text!r}, which is not YAML"
                 raise ConfigError(problem, f"quote it: --{key} \"'...'\"") from None
             _set(expanded, key.split("."), value, key)
-            given.append(key)
+            flag_names.append(key)
             expanded = _expanded(cls, expanded)  # `--objective dpo --objective.beta 0.2`
         data = expanded
     try:
         return _build(cls, data, "")
     except ConfigError as error:
-        if any(f"{error.option}.".startswith(f"{key}.") for key in given):
+        if any(f"{error.option}.".startswith(f"{key}.") for key in flag_names):
             raise about_option(ConfigError(error.problem, _flag_remedy(error)), error.option) from None
         raise
 

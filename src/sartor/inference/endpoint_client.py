@@ -188,7 +188,7 @@ class EndpointClient:
         _check(access, option)
         self.access, self.pace, self.patience, self._notice = access, pace, patience, notice
         self._route, self._option, self._keeps_answers = route, option, keeps_answers
-        self._has_told_refusal = False
+        self._has_noted_refusal = False
         self.name = f"{access.model}@{urlsplit(access.url).netloc.rpartition('@')[2]}"
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
         if urlsplit(access.url).hostname in LOOPBACK:
@@ -210,9 +210,9 @@ class EndpointClient:
             self.pace.wait(tokens)
             try:
                 answer = self._request(body, read)
-                if isinstance(answer, QuestionRefused) and not self._has_told_refusal:
-                    self._has_told_refusal = True
-                    self._notice(f"{self.name} refuses a question, and others are not said: {answer.problem}")
+                if isinstance(answer, QuestionRefused) and not self._has_noted_refusal:
+                    self._has_noted_refusal = True
+                    self._notice(f"{self.name} refuses a question (later refusals are not printed): {answer.problem}")
                 return answer
             except _AgainError as failure:
                 self._notice(f"{self.name}: {failure.problem}; try {attempt + 1} of {self.patience.tries}")

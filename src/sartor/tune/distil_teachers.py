@@ -288,8 +288,8 @@ class RemoteTeacher:
         """
         if "logprobs" not in words or "echo" in words or self.top_k <= FEW_TOKENS:
             return ""
-        more = f"or start it for more: vLLM --max-logprobs {self.top_k}"
-        return f"--objective.top_k {FEW_TOKENS}, or as many as it gives; {more}"
+        server = f"or raise the server's limit: vLLM --max-logprobs {self.top_k}"
+        return f"--objective.top_k {FEW_TOKENS}, or as many as it gives; {server}"
 
     def _bins(self, top: dict[str, float], target: int, value: float) -> dict[int, float]:
         """Return the likeliest tokens that a text names, with the row's own token: id -> log-probability."""
