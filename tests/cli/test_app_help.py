@@ -179,10 +179,15 @@ def test_a_wrong_kind_names_the_choices_and_the_closest(
         (["review", "accept"], "sartor review accept --help"),
         (["tune"], "sartor tune --help"),
         (["edge", "snyc"], "sartor edge --help"),
+        (["tune", "--bse", "starter"], "sartor tune --help"),
+        (["tune", "--base=starter", "tune.yaml"], "sartor tune RECIPE --base VALUE; sartor init DATA writes recipes"),
+        (["serve", "--agents.faq.model", "x"], "sartor serve TEAM --agents.faq.model VALUE"),
+        (["validate", "--limits.topic", "0.2"], "sartor validate SYNTHETIC --limits.topic VALUE"),
+        (["release", "--checks", "x"], "sartor release --help"),
         (["nosuch"], "sartor --help"),
     ],
 )
-def test_usage_error_names_the_help_of_the_command(
+def test_usage_error_names_the_help_of_the_command_or_the_order(
     arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert error_of(arguments, capsys)["remedy"] == remedy

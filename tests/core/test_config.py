@@ -134,10 +134,76 @@ def test_flags_complete_a_file_that_is_not_whole() -> None:
 def test_a_remedy_can_be_typed_as_it_stands() -> None:
     with pytest.raises(ConfigError) as refused:
         config.load(Recipe, TUNE, ["--method.rnak", "8"])
+    assert refused.value.remedy == "--method.rank VALUE"
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, TUNE, ["--methd.rank", "8"])
+    assert refused.value.remedy == "--method VALUE"
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, {**TUNE, "method": {"rnak": 8}})
     assert refused.value.remedy == "method.rank: ..."
     with pytest.raises(ConfigError) as refused:
         config.load(Recipe, TUNE, ["--objective.kind", "sft", "--objective.beta", "0.3"])
     assert refused.value.remedy == "leave objective.beta out"
+
+
+def test_a_flag_names_an_item_of_a_list_as_errors_do() -> None:
+    data = {"sources": [{"path": "a.csv"}, {"path": "b.csv"}], "steps": ["length"]}
+    flags = ["--sources[1].path", "c.csv", "--sources.0.licence", "MIT", "--steps[0]", "exact_duplicates"]
+    recipe = config.load(CurateRecipe, data, flags)
+    assert [(source.path, source.licence) for source in recipe.sources] == [("a.csv", "MIT"), ("c.csv", "NOASSERTION")]
+    assert recipe.steps == (ExactDuplicates(),)
+    assert data["sources"] == [{"path": "a.csv"}, {"path": "b.csv"}]  # the caller's own
+
+
+@pytest.mark.parametrize(
+    ("option", "problem", "remedy"),
+    [
+        ("sources[2].path", "sources[2].path is item 2 of 'sources', counted from 0; it has 1", "--sources '[...]'"),
+        ("sources.path", "goes below the list 'sources'", "--sources.0.path '...'"),
+        ("sources[x].path", "goes below the list 'sources'", "--sources.0"),
+        ("steps[0].kind", "is an item of 'steps', which is not given", "--steps '[...]'"),
+        ("sources[0].licence.name", "goes below 'sources[0].licence', which is 'MIT'", "--sources[0].licence '{...}'"),
+        ("sources.0.licens", "no option 'sources[0].licens'", "--sources[0].licence VALUE"),
+    ],
+)
+def test_a_flag_below_a_list_that_is_wrong_says_how_to_write_it(option: str, problem: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(CurateRecipe, {"sources": [{"path": "a.csv", "licence": "MIT"}]}, [f"--{option}", "x"])
+    assert problem in refused.value.problem and remedy in refused.value.remedy
+
+
+def test_a_file_takes_dotted_keys_as_remedies_write_them() -> None:
+    dotted = {
+        **TUNE,
+        "optimizer.batch_tokens": 256,
+        "budget.epochs": 2,
+        "objective.beta": 0.2,
+        "objective.kind": "dpo",
+    }
+    nested = {**TUNE, "optimizer": {"batch_tokens": 256}, "budget": {"epochs": 2}, "objective": {"dpo": {"beta": 0.2}}}
+    assert config.load(Recipe, dotted) == config.load(Recipe, nested)
+    assert config.load(Recipe, dotted, ["--budget.epochs", "3"]).budget.epochs == 3
+    sources = config.load(CurateRecipe, {"sources": [{"path": "a"}], "sources[0].licence": "MIT"}).sources
+    assert sources[0].licence == "MIT"
+    with pytest.raises(ConfigError, match="'method.rank' stands twice, also under 'method'"):
+        config.load(Recipe, {**TUNE, "method": {"rank": 4}, "method.rank": 8})
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, {**TUNE, "method.rank.size": 8})
+    assert refused.value.problem == "method.rank is {'size': 8}; it must be a whole number"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("learning_rate", "optimizer.learning_rate"), ("epochs", "budget.epochs"), ("rank", "method.rank")],
+)
+def test_an_option_at_the_wrong_level_is_found(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, {**TUNE, name: 1})
+    assert refused.value.problem == f"there is no option {name!r}; {meant!r} was probably meant"
+    assert refused.value.remedy == f"{meant}: ..."
+    with pytest.raises(ConfigError) as refused:
+        config.load(Recipe, TUNE, [f"--{name}", "1"])
+    assert refused.value.remedy == f"--{meant} VALUE"
 
 
 def test_a_flag_comes_before_those_below_it_wherever_it_stands() -> None:

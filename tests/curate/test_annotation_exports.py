@@ -189,3 +189,16 @@ def test_reasoning_and_tool_calls_are_kept(tmp_path: Path, name: str) -> None:
         and row.messages[1].reasoning_content == "I must look it up."
     )
     assert row.messages[3].reasoning_content == "The tool says rain." and row.messages[2].tool_call_id == "c1"
+
+
+def test_two_reasonings_of_a_turn_must_agree(tmp_path: Path) -> None:
+    def turns(**reasoning: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", **reasoning}]}
+
+    rows = [turns(reasoning="add", reasoning_content="add"), turns(reasoning="add", reasoning_content="guess")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    kept, refused = read(file)
+    assert isinstance(kept, Example) and kept.messages[1].reasoning_content == "add"
+    assert isinstance(refused, Drop) and refused.reason == "bad_field"
+    assert refused.detail == "`reasoning_content` and `reasoning` of turn 2 differ; one has to go"

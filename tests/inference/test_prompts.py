@@ -94,6 +94,16 @@ def test_template_without_system_turn_gets_it_in_the_user_turn() -> None:
     assert text.startswith("<|im_start|>user\nYou may call") and text.index("<tools>") < text.index("what colour")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_of_earlier_replies_reaches_the_template(name: str) -> None:
+    """Under the name of DeepSeek and older vLLM, and that of newer vLLM and OpenRouter."""
+    template = tiny.CHATML.replace(
+        "message['content']", "(message.reasoning_content or '') + '|' + message['content']"
+    )
+    said = {"role": "assistant", "content": "blue", name: "it is day"}
+    assert "it is day|blue" in rendered(template, ASKED, said, ASKED)
+
+
 def test_earlier_calls_are_told_without_tools_too() -> None:
     text = rendered(tiny.CHATML, ASKED, CALLED, RETURNED)
     assert "<tool_call>" in text and "<tools>" not in text

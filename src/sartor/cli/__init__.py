@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from cyclopts import CycloptsError, Group
+from cyclopts import CycloptsError, Group, UnknownOptionError
 
 import sartor
 from sartor.cli import correcting, data, edge, federate, personal, review, serving, studio, tracing, tuning
@@ -226,6 +226,12 @@ def _usage_error(error: CycloptsError, arguments: list[str]) -> ConfigError:
 
     Cyclopts names a positional argument by a flag that users do not type; here it has its own name.
     """
+    words, command = ["sartor"], app
+    for argument in arguments:
+        if argument.startswith("-") or argument not in command:
+            break
+        words.append(argument)
+        command = command[argument]
     text = str(error).strip() or "the command line is wrong"
     missing = _MISSING.fullmatch(text)
     if missing and f"--{missing['parameter']}" not in arguments:
@@ -234,13 +240,28 @@ def _usage_error(error: CycloptsError, arguments: list[str]) -> ConfigError:
         problem = f"`sartor {missing['command']}` needs {flag}{missing['parameter'].upper()}"
     else:
         problem = text.partition(" Available commands:")[0]  # Cyclopts lists only the first eight commands
-    words, command = ["sartor"], app
-    for argument in arguments:
-        if argument.startswith("-") or argument not in command:
-            break
-        words.append(argument)
-        command = command[argument]
+    if isinstance(error, UnknownOptionError) and _is_of_recipe(error, " ".join(words[1:])):
+        flag = _flag_of(error)
+        file = next(argument.name for argument in error.argument_collection if not argument.field_info.is_keyword_only)
+        file = file.lstrip("-").upper()
+        remedy = f"{' '.join(words)} {file} {flag} VALUE"
+        if file == "RECIPE":
+            remedy += "; sartor init DATA writes recipes"
+        return ConfigError(f"{flag} stands before {file}; flags of options stand behind it", remedy)
     return ConfigError(problem, f"{' '.join(words)} --help")
+
+
+def _is_of_recipe(error: UnknownOptionError, command: str) -> bool:
+    """Return whether a flag that stands before the recipe, or without one, is an option of it."""
+    if command not in RECIPES or command == "release":  # which takes no such flags
+        return False
+    option = re.split(r"[.\[]", _flag_of(error).removeprefix("--"))[0].replace("-", "_")
+    options = sartor.options(getattr(sartor, RECIPES[command][0]))
+    return option in {re.split(r"[.\[ ]", name)[0] for name, _, _ in options}
+
+
+def _flag_of(error: UnknownOptionError) -> str:
+    return (error.token.keyword or error.token.value).partition("=")[0]
 
 
 _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -153,40 +154,69 @@ def _written_out(value: Any, sizes: dict[int, int]) -> int:
 def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     """Build an instance of `cls` from a mapping, then apply flags.
 
+    data: a key may be dotted (`method.rank: 8`), as the remedies of errors have it.
     flags: `--method.rank 8` or `--method.rank=8`.
     Raises ConfigError naming the option and the closest valid one.
     """
     flag_names = []
-    if flags:
+    dotted = _dotted_keys(cls, data)
+    if flags or dotted:
         # flags may supply required options, so the file alone may be incomplete; its shorthands are expanded first
-        expanded = _expanded(cls, data)
+        expanded = _expanded(cls, {key: value for key, value in data.items() if key not in dotted})
+        for key in sorted(dotted, key=_depth):
+            if _is_set(expanded, key):
+                raise ConfigError(f"{key!r} stands twice, also under {key.split('.')[0]!r}", "remove one of the two")
+            _set(expanded, key, data[key], is_flag=False)
+            expanded = _expanded(cls, expanded)
         # wherever they stand on the command line, a flag comes before those below it, and a kind before its options
-        for key, text in sorted(_flag_pairs(flags), key=_flag_order):
+        for key, text in sorted(_flag_pairs(flags), key=lambda pair: _depth(pair[0])):
             try:
                 value = yaml.load(text, _UniqueKeys) if text else text
             except yaml.YAMLError:
                 problem = f"--{key} is {text!r}, which is not YAML"
                 raise ConfigError(problem, f"quote it: --{key} \"'...'\"") from None
-            _set(expanded, key.split("."), value, key)
-            flag_names.append(key)
+            _set(expanded, key, value, is_flag=True)
+            flag_names.append(_DOTTED_INDEX.sub(r"[\1]", key))  # as errors name it
             expanded = _expanded(cls, expanded)  # `--objective dpo --objective.beta 0.2`
         data = expanded
     try:
         return _build(cls, data, "")
     except ConfigError as error:
-        if any(f"{error.option}.".startswith(f"{key}.") for key in flag_names):
+        option = f"{error.option}."
+        if any(option.startswith(f"{key}.") or f"{key}.".startswith(option) for key in flag_names):
             raise about_option(ConfigError(error.problem, _flag_remedy(error)), error.option) from None
         raise
 
 
-def _flag_order(pair: tuple[str, str]) -> tuple[int, bool]:
-    """Return the sort key of a (flag, text) pair: by depth, and the kind before its options."""
-    key, _ = pair
+def _dotted_keys(cls: Any, data: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a mapping that name an option below one of `cls`."""
+    names = {option_key(field.name) for field in dataclasses.fields(cls)}
+    dotted = [key for key in data if isinstance(key, str) and _DOTTED.fullmatch(key)]
+    return [key for key in dotted if re.split(r"[.\[]", key)[0] in names]
+
+
+_DOTTED = re.compile(r"\w+(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)+")
+
+
+def _is_set(options: Any, key: str) -> bool:
+    """Return whether a mapping has a value for a dotted key."""
+    for part in key.split("."):
+        options = options.get(part) if isinstance(options, Mapping) else None
+    return options is not None
+
+
+def _depth(key: str) -> tuple[int, bool]:
+    """Return the sort key of a dotted option: by depth, and the kind before its options."""
     return key.count("."), not key.endswith(".kind")
+
+
+_DOTTED_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def _flag_remedy(error: ConfigError) -> str:
     """Return the remedy of an error of an option that a flag set: `rank: 16` as `--method.rank 16`."""
+    if meant := re.fullmatch(r"([\w.\[\]]+): \.\.\.", error.remedy):
+        return f"--{meant[1]} VALUE"
     name = error.option.rpartition(".")[2]
     # one word or a placeholder, as a shell takes it
     line = re.fullmatch(rf"(?:{re.escape(error.option)}|{re.escape(name)}): ([\w.+-]+|<[\w ]+>)", error.remedy)
@@ -307,17 +337,46 @@ def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key.replace("-", "_"), text
 
 
-def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
-    for depth, key in enumerate(path[:-1], start=1):
-        if data.get(key) in (None, "auto"):
-            data[key] = {}
-        data = data[key]
-        if not isinstance(data, dict):
-            whole = ".".join(path[:depth])
-            raise ConfigError(f"--{flag} goes below {key!r}, which is {data!r}", f"--{whole} '{{...}}' sets it whole")
-    if path[-1] == "kind" and data.get("kind", value) != value:
-        data.clear()  # options of another kind do not apply
-    data[path[-1]] = value
+def _set(data: dict[str, Any], option: str, value: Any, *, is_flag: bool) -> None:
+    """Set an option by its dotted name: `method.rank`; of a list `sources[0].path`, as errors do, or `sources.0.path`.
+
+    is_flag: how errors write it.
+    Raises ConfigError where it is below a value without options, or of an item that a list does not have.
+    """
+    path = option.replace("[", ".[").split(".")
+    written = f"--{option}" if is_flag else option
+    form = "--{} '{}'" if is_flag else "{}: {}"
+    options: Any = data
+    for depth, part in enumerate(path, start=1):
+        name, above = ".".join(path[:depth]).replace(".[", "["), ".".join(path[: depth - 1]).replace(".[", "[")
+        key: Any = part
+        if isinstance(options, list):
+            key = int(part.strip("[]"))
+            if key >= len(options):
+                problem = f"{written} is item {key} of {above!r}, counted from 0; it has {len(options)}"
+                raise ConfigError(problem, form.format(above, "[...]"))
+        if depth == len(path):
+            if part == "kind" and options.get("kind", value) != value:
+                options.clear()  # options of another kind do not apply
+            options[key] = value
+            return
+        inner = options[key] if isinstance(options, list) else options.get(key)
+        below = path[depth]
+        if inner in (None, "auto"):
+            if below.startswith("["):
+                raise ConfigError(f"{written} is an item of {name!r}, which is not given", form.format(name, "[...]"))
+            inner = {}
+        if isinstance(inner, (list, tuple)):
+            if not re.fullmatch(r"\[\d+\]|\d+", below):
+                remedy = form.format(f"{name}.0.{below}".replace(".[", "["), "...")
+                raise ConfigError(f"{written} goes below the list {name!r}; an item is named by its number", remedy)
+            inner = list(inner)
+        elif isinstance(inner, dict):
+            inner = dict(inner)
+        else:
+            raise ConfigError(f"{written} goes below {name!r}, which is {inner!r}", form.format(name, "{...}"))
+        options[key] = inner  # a copy, since the mapping may be the caller's
+        options = inner
 
 
 def _expanded(cls: Any, data: Any) -> Any:
@@ -454,7 +513,7 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
     fields = {option_key(field.name): field for field in dataclasses.fields(cls)}
     for key in value:
         if key not in fields:
-            path, suggestion = f"{where}.{key}".lstrip("."), _closest_name(key, list(fields))
+            path, suggestion = f"{where}.{key}".lstrip("."), _name_below(cls, key) or _closest_name(key, list(fields))
             names = ", ".join(name for name in fields if name != "kind")
             problem, remedy = f"there is no option {path!r}", f"leave {path} out"
             if suggestion:
@@ -482,6 +541,18 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
         name = next((word for words in first_words for word in words if word in fields), "")
         path = ".".join(part for part in (where, name) if part)
         raise about_option(ConfigError(f"{prefix}{error.problem}", error.remedy), path) from None
+
+
+def _name_below(cls: Any, name: Any) -> str:
+    """Return the dotted name of the option below `cls` that ends with `name`, the shortest; empty where none does."""
+    options = [option for option in _option_names(cls) if option.endswith(f".{name}")]
+    return min(options, key=lambda option: option.count("."), default="")
+
+
+@functools.cache
+def _option_names(cls: Any) -> tuple[str, ...]:
+    """Return the dotted names of the options below a class, without those of the items of lists."""
+    return tuple(option for option, _, _ in describe(cls) if "[]" not in option)
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def read_message(fields: Any, index: int) -> Message:
     name, tool_call_id = fields.get("name") or "", fields.get("tool_call_id") or ""
     if not isinstance(name, str) or not isinstance(tool_call_id, str):
         raise RequestError(f"messages[{index}] has a name or tool_call_id that is no text", _REMEDY)
-    calls, reasoning = _calls(fields.get("tool_calls"), index), fields.get("reasoning_content")
+    calls = _calls(fields.get("tool_calls"), index)
+    reasoning = fields.get("reasoning_content") or fields.get("reasoning")  # the name of newer vLLM and OpenRouter
     content = _content(fields.get("content"), index, bool(calls))
     return Message(
         role,

@@ -710,7 +710,10 @@ def _turn(turn: Any, index: int, media: Media) -> Message:
         raise MalformedRow("missing_content", f"turn {index} ({role}) has no content")
     fields = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
     # the name of newer vLLM and OpenRouter
-    fields["reasoning_content"] = fields["reasoning_content"] or turn.get("reasoning") or ""
+    reasoning = turn.get("reasoning") or fields["reasoning_content"]
+    if fields["reasoning_content"] not in ("", reasoning):
+        raise MalformedRow("bad_field", f"`reasoning_content` and `reasoning` of turn {index} differ; one has to go")
+    fields["reasoning_content"] = reasoning
     if not all(isinstance(value, str) for value in fields.values()):
         raise MalformedRow(
             "bad_field", f"`name`, `tool_call_id`, `reasoning_content` or `reasoning` of turn {index} is not text"
