@@ -1,6 +1,6 @@
 """All 77 intents of banking77: a specialist by the default recipe beside classifiers on sentence vectors.
 
-    python benchmarks/intents.py --json [--data ../shared/data] [--work intents-work] [--minutes 60] [--peers logistic]
+    python benchmarks/intents.py --json [--data ../shared/data] [--work DIR] [--minutes 60] [--sides setfit_16]
     python benchmarks/intents.py --small --json    # made-up rows, a tiny base: shows that everything runs
 
 The specialist is tuned on all training rows with a recipe that names base and data alone, and answers all test rows
@@ -9,7 +9,8 @@ greedily; a reply is right if it is the intent, letter by letter. Beside it stan
 rows of each intent (peers/setfit/run.py), which are drawn once.
 
 sides {sartor, logistic, setfit_8, setfit_16: {exact_match, low, high, train_s}}    interval over the test rows
-over {logistic, setfit_8, setfit_16: {estimate, low, high}}    exact match of the specialist over theirs, by row
+over {logistic, setfit_8, setfit_16: {estimate, low, high}}    exact match of the specialist over theirs, by row; of
+                                                               sides that are measured by the same call
 sides.sartor.settings    what `auto` came to, with reasons
 rows {train, test, intents}
 """
@@ -43,7 +44,7 @@ from sartor.models.base import machine_facts
 ROOT = Path(__file__).resolve().parent.parent
 SETFIT, SETFIT_S = Path(__file__).resolve().parent / "peers" / "setfit" / "run.py", 3600
 SHOTS = {"setfit_8": 8, "setfit_16": 16}
-PEERS = ("logistic", *SHOTS)
+SIDES = ("sartor", "logistic", *SHOTS)
 STRENGTHS = (1.0, 10.0, 100.0)
 Row = dict[str, Any]
 
@@ -119,12 +120,12 @@ def scores_of(predicted: Sequence[str], test: Sequence[Row]) -> list[float]:
 def measure(
     train: Sequence[Row], test: Sequence[Row], folder: Path, *, asked: Sequence[str], is_small: bool
 ) -> dict[str, Any]:
-    """The whole result but the machine. asked: peers that are measured; at the smallest size none of SetFit."""
+    """The whole result but the machine. asked: sides that are measured; at the smallest size none of SetFit."""
     recipe: dict[str, Any] = {"budget": {"updates": 1}} if is_small else {}
-    sides: dict[str, dict[str, Any]] = {
-        "sartor": parts.run("specialist", lambda: specialist(train, test, folder, recipe)),
-    }
-    absent = {name: f"not asked for: --peers {name}" for name in PEERS if name not in asked}
+    sides: dict[str, dict[str, Any]] = {}
+    absent = {f"sides.{name}": f"not asked for: --sides {name}" for name in SIDES if name not in asked}
+    if "sartor" in asked:
+        sides["sartor"] = parts.run("specialist", lambda: specialist(train, test, folder, recipe))
     if "logistic" in asked:
         sides["logistic"] = parts.run("logistic regression", lambda: logistic(train, test))
     for name, shots in SHOTS.items():
@@ -138,15 +139,20 @@ def measure(
         else:
             sides[name] = peer
     groups = [text_of(row) for row in test]
-    ours = sides["sartor"].pop("scores")
-    scores = {"sartor": ours} | {name: side.pop("scores") for name, side in sides.items() if name != "sartor"}
+    scores = {name: side.pop("scores") for name, side in sides.items()}
     nothing = [0.0] * len(test)
     for name, side in sides.items():
         interval = bootstrap.paired_bootstrap(nothing, scores[name], groups)
         side |= {"exact_match": fmean(scores[name]), "low": interval.low, "high": interval.high}
+    over = {}
+    for name in SIDES[1:]:
+        if "sartor" in scores and name in scores:
+            over[name] = distil.compared(scores[name], scores["sartor"], groups)
+        elif name not in absent:
+            absent[f"over.{name}"] = f"not asked for: --sides sartor {name}"
     return {
         "sides": sides,
-        "over": {name: distil.compared(theirs, ours, groups) for name, theirs in scores.items() if name != "sartor"},
+        "over": over,
         "rows": {"train": len(train), "test": len(test), "intents": len({distil.reply_of(row) for row in train})},
         "absent": absent,
     }
@@ -156,8 +162,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the public sets")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
-    smallest.add_argument(parser, selections=("peers",))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    smallest.add_argument(parser, selections=("sides",))
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, smallest.home(options.small, "chitchat", "minilm"):
@@ -167,7 +173,7 @@ def main() -> None:
             size = defaults.Options(data, Path(), rows=40, held_out=8)
         train, test = defaults.banking77(size)
         folder = parts.work_folder(Path(temporary))
-        found = measure(train, test, folder, asked=options.peers, is_small=options.small)
+        found = measure(train, test, folder, asked=options.sides, is_small=options.small)
     print_result({**found, "machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)})
 
 

@@ -39,7 +39,7 @@ NARROWER = {
     "--updates",
 }
 # options that select sections: where a result names the others under `absent`, only those are not of its figures
-SELECTIONS = {"--sets", "--only"}
+SELECTIONS = {"--sets", "--sides", "--only"}
 COLUMNS = ("item", "target", "limit", "measured", "state", "from, or why not")
 TAKES = {"min": min, "max": max, "sum": sum, "mean": lambda values: sum(values) / len(values)}
 HEAD = """\

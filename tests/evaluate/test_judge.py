@@ -236,7 +236,7 @@ def test_question_beyond_the_context_is_counted_apart(tiny_base: Path) -> None:
     with judging(likes_the_reference, status=413) as server:
         facts = plan_for(server.url).run(judged_rows(), lambda line: None).facts
     assert facts["planted"]["position"]["too_long"] == 60 and facts["planted"]["position"]["unreadable"] == 0
-    assert "60 questions too long for its context: a smaller max_characters" in sentence(facts)
+    assert "60 questions too long for its context (try max_characters: 2000)" in sentence(facts)
 
 
 @pytest.mark.parametrize(

@@ -322,14 +322,15 @@ def sentence(facts: dict[str, Any]) -> str:
     if facts["outcome"] == Outcome.REFUSED:
         return (
             f"The judge {facts['judge']} was refused: {tested}, and the lower end has to lie above {trial['least']}. "
-            f"It named the first reply in {_rate(trial['position'])}."
+            f"It named the first reply in {_rate(trial['position'], facts['max_characters'])}."
         )
     win_rate = facts["win_rate"]
     won = "no reply won" if win_rate["estimate"] is None else f"win rate {win_rate['estimate']:.2f}"
     parts = [
         f"The judge {facts['judge']} ({tested}) prefers tuned in {facts['wins']} rows and base in {facts['losses']}, "
         f"with {facts['ties']} ties ({facts['same']} of equal replies): {won} in [{win_rate['low']:.2f}, "
-        f"{win_rate['high']:.2f}] of the rows with a winner. It named the first reply in {_rate(facts['position'])}."
+        f"{win_rate['high']:.2f}] of the rows with a winner. It named the first reply in "
+        f"{_rate(facts['position'], facts['max_characters'])}."
     ]
     if facts["agreement"] and facts["agreement"]["kappa"]:
         kappa = facts["agreement"]["kappa"]
@@ -340,18 +341,18 @@ def sentence(facts: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _rate(position: dict[str, Any]) -> str:
+def _rate(position: dict[str, Any], max_characters: int) -> str:
     if position["rate"] is None:
-        return f"none of its answers ({_lost(position)})"
+        return f"none of its answers ({_lost(position, max_characters)})"
     return (
         f"{position['rate']:.2f} of the answers that name one, in [{position['low']:.2f}, {position['high']:.2f}]; "
-        f"{position['flipped']} pairs flipped with the order, {_lost(position)}"
+        f"{position['flipped']} pairs flipped with the order, {_lost(position, max_characters)}"
     )
 
 
-def _lost(position: dict[str, Any]) -> str:
+def _lost(position: dict[str, Any], max_characters: int) -> str:
     """Return how many questions have no verdict, and why. Older Reports do not count those that were too long."""
     lost = f"{position['unreadable']} answers unreadable"
     if too_long := position.get("too_long", 0):
-        lost += f", {too_long} questions too long for its context: a smaller max_characters"
+        lost += f", {too_long} questions too long for its context (try max_characters: {max(1, max_characters // 2)})"
     return lost
