@@ -99,8 +99,9 @@ def script_flags() -> set[str]:
 
 
 def is_flag(flag: str, known: set[str]) -> bool:
-    """A recipe's option may be typed with - for _."""
-    return flag in known or "--" + flag[2:].replace("-", "_") in known
+    """A recipe's option may be typed with - for _, and an item of a list by its number."""
+    declared = re.sub(r"\.\d+(?=\.|$)", "[]", flag)
+    return flag in known or "--" + declared[2:].replace("-", "_") in known
 
 
 def wrong_commands(text: str) -> list[str]:
