@@ -224,3 +224,31 @@ def test_long_replies_get_fewer_updates(tmp_path: Path, tune_recipe: dict[str, A
     recipe = auto_recipe(tune_recipe, data={"path": str(tmp_path / "rows")}, budget="auto")
     settings = sartor.plan(recipe).as_json()["settings"]
     assert f"; {wanted} are wanted" in settings["budget"]["reason"]
+
+
+def test_of_documents_the_weights_of_least_loss_are_kept(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    """Texts that a tuning at a high rate learns by heart, and held-out ones of other words."""
+    sources = []
+    for split, text in (("train", "the sky is blue " * 8), ("eval", '{"area": "kitchen", "place": %d} ' * 4)):
+        rows = [{"text": text.replace("%d", str(number)), "group": f"{split}-{number}"} for number in range(12)]
+        file = write_jsonl(tmp_path / f"{split}.jsonl", rows)
+        sources.append({"path": str(file), "licence": "MIT", "split": split})
+    sartor.curate({"sources": sources, "steps": []}, tmp_path / "pages")
+    recipe = {
+        "base": tune_recipe["base"],
+        "data": {"path": str(tmp_path / "pages"), "rehearsal": "none"},
+        "optimizer": {"learning_rate": 0.05},
+        "budget": {"updates": 12},
+    }
+    manifest = tune(recipe, tmp_path / "a").adapter.manifest
+    assert manifest["settings"]["weights"] == {
+        "value": "best",
+        "reason": "an earlier evaluation's if better beyond chance, by the loss of 12 held-out documents",
+    }
+    selection, losses = (
+        manifest["run"]["selection"],
+        [item["loss"] for item in manifest["run"]["selection"]["evaluations"]],
+    )
+    assert selection["metric"] == "loss" and len(losses) == 4
+    assert manifest["run"]["loss"]["eval"] == min(losses) < losses[-1]
+    assert selection["reason"].startswith("better beyond chance")

@@ -20,7 +20,7 @@ from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.models.base import Base
 from sartor.models.composed_model import ComposedMedia
-from sartor.tune.checkpoint_selection import natural_metric
+from sartor.tune.checkpoint_selection import last_reply, natural_metric
 from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, Sft, StopCriteria
 from sartor.tune.sampler import updates_per_epoch
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -198,11 +198,16 @@ def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
         return Setting("last", "no row is held out")
     if recipe.evaluations != "auto" and recipe.evaluations < 2:
         return Setting("last", f"{recipe.evaluations} evaluations leave no choice")
-    if natural_metric(data.held_out) == "loss":
-        return Setting("last", "the replies are too long to generate some at each evaluation")
-    return Setting(
-        "best", f"an earlier evaluation's if better beyond chance, by replies to {len(data.held_out)} held-out rows"
-    )
+    earlier = "an earlier evaluation's if better beyond chance"
+    if natural_metric(data.held_out) == "exact_match":
+        return Setting("best", f"{earlier}, by replies to {len(data.held_out)} held-out rows")
+    documents = sum(not last_reply(row)[0] for row in data.held_out)
+    if documents == len(data.held_out):
+        # of a text without a question the loss is all that is learnt; that of replies may rise while they get better
+        return Setting("best", f"{earlier}, by the loss of {len(data.held_out)} held-out documents")
+    if documents:
+        return Setting("last", f"{documents} of {len(data.held_out)} held-out rows are documents, the others replies")
+    return Setting("last", "the replies are too long to generate some at each evaluation")
 
 
 def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting:
