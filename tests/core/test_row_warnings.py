@@ -9,7 +9,7 @@ import pytest
 
 import sartor
 from sample_data import write_jsonl
-from sartor.core.row_warnings import DataWarning, evaluation_warnings, reply_warnings
+from sartor.core.row_warnings import DataWarning, evaluation_warnings, reply_warnings, swap_warnings
 from sartor.curate.pipeline import Curated
 
 LABELS = ["refund", "delivery", "complaint"]
@@ -196,3 +196,35 @@ def test_spellings_that_look_alike_are_one_label(first: str, second: str) -> Non
     (warning,) = reply_warnings([*replies, "one reply is a long text among labels, " * 4])
     assert warning.reason == "spellings", "a long reply among labels hides none"
     assert not reply_warnings([first] * 20 + ["other"] * 20)
+
+
+def test_prompt_and_reply_that_changed_places_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": LABELS[number % 3], "completion": f"what became of my order {number}, please?"}
+        for number in range(60)
+    ]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC0-1.0"}
+    reasons = {
+        warning.reason: warning for warning in sartor.curate({"sources": [source]}, tmp_path / "dataset").warnings
+    }
+    warning = reasons["swapped"]
+    assert "60 rows have 3 prompts, such as 'refund' (20), and 60 replies" in warning.problem
+    source["fields"] = {"prompt": "completion", "completion": "prompt"}
+    turned = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}}, tmp_path / "turned")
+    assert turned.warnings == []
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("tell a joke", f"a joke about machine {number}") for number in range(60)],
+        [(f"question {number // 2}", f"one of two answers, {number}") for number in range(60)],
+        [(LABELS[number % 3], LABELS[(number + 1) % 3]) for number in range(60)],
+        [
+            (f"describe in a few words the goods of group {number % 3}, as a shop would", f"{number}")
+            for number in range(60)
+        ],
+    ],
+)
+def test_rows_that_did_not_change_places_are_not_named(pairs: list[tuple[str, str]]) -> None:
+    assert swap_warnings(pairs) == []

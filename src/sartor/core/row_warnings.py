@@ -32,6 +32,9 @@ MOST_LONG_FRACTION = 0.1
 # only the first replies of a larger set are checked: a label with two spellings recurs
 MAX_ROWS = 20_000
 _LISTED = 3
+# Prompts look like labels where so many rows have the same one, and so large a fraction of the replies differ
+_ROWS_OF_A_LABEL = 5
+_DIFFERENT_REPLIES = 0.9
 # most groups that a remedy asks for: half of 4 * LEAST_GROUPS groups of equal size fill both splits
 MAX_ADDED_GROUPS = 4 * LEAST_GROUPS
 _SPLIT_PHRASES = {"eval": "held out", TEST: "in the test split"}
@@ -62,12 +65,16 @@ def dataset_warnings(
     counts: number of rows of each (group, split), of the whole Dataset.
     recipe: curation recipe of the manifest.
     """
-    replies = []
+    replies, pairs = [], []
     for row in itertools.islice(examples, MAX_ROWS):
         if not row.is_document:
             last = row.messages[-1]
             replies.append(f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text)
-    return group_warnings(counts, recipe) + reply_warnings(replies)
+            turns = [message for message in row.messages if message.role != "system"]
+            if len(turns) == 2 and all(part.kind == "text" for turn in turns for part in turn.content):
+                pairs.append((turns[0].text, last.text))
+    warnings = group_warnings(counts, recipe) + reply_warnings(replies)
+    return warnings + (swap_warnings(pairs) if len(pairs) == len(replies) else [])
 
 
 def group_warnings(counts: Mapping[tuple[str, str], int], recipe: Mapping[str, Any]) -> list[DataWarning]:
@@ -201,6 +208,32 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     problem = f"{subject} in more than one spelling: {'; '.join(examples)}"
     # the commonest one; not its blanks at the ends, which nobody sees
     return [DataWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0].strip())}")]
+
+
+def swap_warnings(pairs: Sequence[tuple[str, str]]) -> list[DataWarning]:
+    """Return the warning that prompts and replies may have changed places.
+
+    Prompts then are what replies of a classifier are: short, few, and each with many texts.
+
+    pairs: prompt and reply of rows of one question, of text alone.
+    """
+    prompts = Counter(prompt for prompt, _ in pairs)
+    replies = {reply for _, reply in pairs}
+    is_swapped = (
+        1 < len(prompts) <= len(pairs) / _ROWS_OF_A_LABEL
+        and len(replies) >= _DIFFERENT_REPLIES * len(pairs)
+        and max(map(len, prompts)) <= MAX_LABEL_CHARS
+        and sum(len(prompt) < len(reply) for prompt, reply in pairs) > len(pairs) / 2
+    )
+    if not is_swapped:
+        return []
+    prompt, count = prompts.most_common(1)[0]
+    problem = (
+        f"{len(pairs):,} rows have {len(prompts):,} prompts, such as {_quoted(prompt)} ({count}), and "
+        f"{len(replies):,} replies: the prompts look like labels of the replies"
+    )
+    remedy = "if they have changed places, fields: {prompt: COLUMN_OF_REPLIES, completion: COLUMN_OF_PROMPTS}"
+    return [DataWarning("swapped", problem, remedy)]
 
 
 def _label_key(reply: str) -> str:
