@@ -493,6 +493,7 @@ TUNE_PROBES = (
             "teacher": ("ADAPTER", "OTHER BASE"),
             "on_policy": (0.0, 1.0),
             "divergence": ("auto", "reverse"),
+            "loss_temperature": (1.0, 4.0),
             "top_k": (16, 1),
             "stop_at_forgetting": (None, 100.0),
         },

@@ -40,6 +40,7 @@ CHECKED: dict[str, Callable[..., torch.Tensor]] = {
     "distil, reverse": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d)),
     "distil, forward": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), divergence="forward"),
     "distil, jensen": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), divergence="jensen", mixture=0.3),
+    "distil, with a temperature": lambda a, b, c, d: objectives.distil(bins(a, b), bins(c, d), temperature=2.5),
     "grpo": lambda a, b, c, d: objectives.grpo(a, b, c, d, beta=0.3),
     "grpo, without a reference": lambda a, b, c, d: objectives.grpo(a, b, None, d, beta=0.0),
     "group advantages": lambda a, b, c, d: objectives.group_advantages(torch.stack([a, b])),
@@ -187,6 +188,20 @@ def test_distil_is_the_papers_formula(divergence: Any) -> None:
         q, p = ([float(value) for value in side[place].exp()] for side in (student, teacher))
         q, p = [*q, 1 - sum(q)], [*p, 1 - sum(p)]
         assert float(found[place]) == pytest.approx(DIVERGENCES[divergence](q, p), rel=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_temperature_flattens_both_sides(divergence: Any, temperature: float) -> None:
+    """arXiv:1503.02531, section 2: probabilities to the power 1 / T, scaled to 1, and T^2 times their divergence."""
+    student, teacher = (bins(doubles(N, seed=seed), doubles(N, seed=seed + 1)).detach() for seed in (0, 2))
+    found = objectives.distil(student, teacher, divergence=divergence, mixture=0.3, temperature=temperature)
+    for place in range(N):
+        q, p = ([float(value) for value in side[place].exp()] for side in (student, teacher))
+        q, p = ([value ** (1 / temperature) for value in (*side, 1 - sum(side))] for side in (q, p))
+        q, p = ([value / sum(side) for value in side] for side in (q, p))
+        expected = temperature**2 * DIVERGENCES[divergence](q, p)
+        assert float(found[place]) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -189,7 +189,13 @@ class DistilRun(TrainingRun):
         """Return the divergences and weights of the units of rows, (U,) each."""
         batch = ScoreBatch.of([scores[id(row)] for row in rows], self.base.device)
         student = batch.student_bins(token_log_probabilities(self.path, rows, batch.ids))
-        values = objectives.distil(student, batch.teacher, divergence=divergence, mixture=self._objective.mixture)
+        values = objectives.distil(
+            student,
+            batch.teacher,
+            divergence=divergence,
+            mixture=self._objective.mixture,
+            temperature=self._objective.loss_temperature,
+        )
         weights = torch.tensor([row.weight for row in rows], device=self.base.device)
         return values, weights[batch.row]
 

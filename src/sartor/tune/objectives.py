@@ -138,6 +138,7 @@ def distil(
     *,
     divergence: Divergence = "reverse",
     mixture: float = 0.5,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Return (N,) divergences of a student from its teacher, over K bins and the tail of each of N tokens.
 
@@ -151,22 +152,30 @@ def distil(
     and equation 1; the reverse one is the objective of MiniLLM, Gu et al. 2023, arXiv:2306.08543, equation 1, whose
     gradient through the sampling is left out, as equation 3 of the former does.
 
+    With a temperature T, q and p are softmax(log q / T) and softmax(log p / T) over the bins, and the divergence is
+    multiplied by T^2, so that its gradients keep their size: Hinton et al. 2015, arXiv:1503.02531, section 2. Above 1,
+    what a sure teacher says of the words that it does not choose counts more.
+
     For texts that two tokenizers cut differently N counts chunks, and K is 1: the sum of the log-probabilities of the
     tokens of a chunk. This is approximate likelihood matching with its binarised divergence: Minixhofer et al. 2025,
     arXiv:2503.20083.
 
     student, teacher: (N, K) log-probabilities; NO_BIN of the teacher where a token has fewer bins.
     mixture: beta of jensen, above 0 and below 1.
+    temperature: T, above 0.
     """
     has_bin = teacher > NO_BIN / 2
     q, p = (with_tail(bins.masked_fill(~has_bin, NO_BIN)) for bins in (student, teacher))
+    if temperature != 1:
+        q, p = ((side / temperature).log_softmax(-1) for side in (q, p))
+    scale = temperature**2
     if divergence == "reverse":
-        return kl_divergence(q, p)
+        return scale * kl_divergence(q, p)
     if divergence == "forward":
-        return kl_divergence(p, q)
+        return scale * kl_divergence(p, q)
     # log m_b = log(beta p_b + (1 - beta) q_b)
     mixed = torch.logaddexp(p + math.log(mixture), q + math.log1p(-mixture))
-    return mixture * kl_divergence(p, mixed) + (1 - mixture) * kl_divergence(q, mixed)
+    return scale * (mixture * kl_divergence(p, mixed) + (1 - mixture) * kl_divergence(q, mixed))
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:

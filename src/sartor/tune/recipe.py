@@ -267,6 +267,11 @@ class Distil:
         "sampled replies, forward of the rows' own",
     )
     mixture: float = option(0.5, "beta of jensen: weight of the teacher in the mixture, above 0 and below 1")
+    loss_temperature: float = option(
+        1.0,
+        "divides the log-probabilities of both before they are compared, above 0; above 1: the words that the teacher "
+        "does not choose count more",
+    )
     top_k: int = option(16, "tokens of the teacher that are compared one by one; the rest is one bin")
     max_reply_tokens: int = option(128, "longest sampled reply")
     temperature: float = option(1.0, "of sampled replies; 0 takes the likeliest tokens")
@@ -292,6 +297,9 @@ class Distil:
             raise ConfigError(f"on_policy is {self.on_policy}; it must be in 0..1", "on_policy: 1.0")
         if not 0 < self.mixture < 1:
             raise ConfigError(f"mixture is {self.mixture}; it must be above 0 and below 1", "mixture: 0.5")
+        if not 0 < self.loss_temperature < math.inf:
+            problem = f"loss_temperature is {self.loss_temperature}; it must be above 0"
+            raise ConfigError(problem, "loss_temperature: 2.0")
 
 
 @dataclass(frozen=True)

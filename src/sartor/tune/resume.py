@@ -167,6 +167,7 @@ _OF_OLDER_RUNS: Mapping[str, Any] = {
     "trace.features": False,
     "optimizer.epsilon": 1e-8,
     "optimizer.b_rate_ratio": 1.0,
+    "objective.loss_temperature": 1.0,
 }
 
 
