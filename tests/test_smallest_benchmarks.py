@@ -36,7 +36,7 @@ KEYS = {
     "defaults": "sets.banking77.default sets.banking77.best sets.textile.fraction sets.documents.seeds machine",
     "dedup": "chosen chosen_on sets.edit_1.precision sets.edit_1.recall sets.edit_1.b_cubed sets.febrl1.rows_per_s peers.datasketch peers.rensa "
     "peers.semhash throughput.rows_per_s memory.bytes_per_row boilerplate",
-    "distil": "sets.banking77.teacher sets.banking77.fraction.distil sets.snips.over_sft.distil.low sets.snips.over_sft.on_policy.low "
+    "distil": "sets.banking77.teacher sets.banking77.fraction.distil sets.snips.over_sft.distil.low sets.snips.over_sft.on_policy.low sets.snips.fraction.softened "
     "mending.before.forgetting mending.mended.high mending.rehearsal.exact_match mending.kept.beside_rows "
     "mending.beside_rows.updates machine.processor",
     "edge": "cap_bytes peak_bytes predicted_error update_points update_points_survived attacks attacks_refused delta_fraction "
