@@ -136,6 +136,18 @@ def test_late_silence_does_not_widen_a_bad_version() -> None:
     assert wrong / runs <= LEVEL
 
 
+def test_trials_that_a_newer_version_ends_do_not_halt_a_good_version() -> None:
+    """Failures came at once; the others' trials ended with no outcome. Without them every one of these would be halted."""
+    devices: list[Device] = [(0.0, "fail" if number < 5 else "deferred", 0.5) for number in range(495)]
+    found = tally_at(devices, 1)
+    assert (found.action, found.failed, found.votes.pending) == ("wait", 5, 490)
+
+
+def test_devices_that_could_not_check_do_not_widen_a_version() -> None:
+    devices: list[Device] = [(0.0, "pass" if number < 20 else "deferred", 0.5) for number in range(80)]
+    assert tally_at(devices, 1).action == "wait"
+
+
 def test_silent_devices_halt_a_version_after_the_deadline() -> None:
     """Half of the devices are never heard of again: nothing else would tell."""
     devices = [(0.0, "pass", NEVER if number % 2 else 0.5) for number in range(30)]

@@ -66,6 +66,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def rounded(reply, reference, prompt):
         return {"a": 1.0000000000000002, "b": -2.2e-16, "c": 0.5}[reply]
 
+    def says(reply, reference, prompt):
+        print("x" * 100_000)
+        return 1
+
     def leaves(reply, reference, prompt):
         os._exit(0)
 
@@ -102,6 +106,35 @@ def test_unit_tests_reward_right_code_and_survive_hostile_code() -> None:
     found = UnitTestsVerifier(time_s=1.0).rewards(items)
     assert dict(zip(REPLIES, found, strict=True)) == REPLIES
     assert UnitTestsVerifier().right_reply(items[0]) == "def double(x):\n    return 2 * x"
+
+
+CLASS = "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        CLASS,
+        f"from __future__ import annotations\n{CLASS}",
+        f"```Python\r\n{CLASS}```",
+        f"```python3\n{CLASS}```\nIt prints\n```text\nPoint(x=1)\n```\nand no more.",
+        f"First:\n```bash\npip install nothing\n```\n```py\n{CLASS}```",
+    ],
+)
+def test_right_code_in_any_dress_has_the_full_reward(reply: str) -> None:
+    reference = f"{CLASS}assert Point(1).x == 1\nassert Point.__name__ == 'Point'"
+    assert UnitTestsVerifier(time_s=5.0).rewards([Submission("r", reply, reference)]) == [1.0]
+
+
+def test_annotations_are_those_that_the_reply_wrote() -> None:
+    reply = "def f(a: int) -> int:\n    return a\n"
+    rows = [Submission("r", reply, f"{reply}assert f.__annotations__ == {{'a': int, 'return': int}}")]
+    assert UnitTestsVerifier(time_s=5.0).rewards(rows) == [1.0]
+
+
+def test_the_limit_of_output_is_that_of_one_reply(module: Path) -> None:
+    """40 replies for each of which 100 KB are printed: 4 MB in all."""
+    assert rewards("says", *["a"] * 40) == [1.0] * 40
 
 
 def test_function_is_called_with_reply_reference_and_prompt(module: Path) -> None:

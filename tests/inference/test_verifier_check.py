@@ -194,6 +194,14 @@ def test_edits_of_json_are_of_several_kinds() -> None:
     assert set(whole) & set(JSON_REPLIES)  # replies of other rows
 
 
+@pytest.mark.parametrize("reply", ['{"time":"00:00"}', '{"a":"11","b":"22"}', '{"n":1e300}'])
+def test_edited_json_has_another_value(reply: str) -> None:
+    """Not the same one in other spaces, which is as right as the reply."""
+    edited = [str(wrong_reply(reply, ["x"], f"0:{seed}")) for seed in range(60)]
+    values = [json.loads(text) for text in edited if text.startswith("{") and text.endswith("}")]
+    assert values and json.loads(reply) not in values
+
+
 def test_code_stays_code_unless_it_is_cut() -> None:
     replies = [f"def f(x):\n    y = x + {n}\n    return y * 2" for n in range(20)]
     edited = [str(wrong_reply(reply, replies, f"0:{index}")) for index, reply in enumerate(replies)]

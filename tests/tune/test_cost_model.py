@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from dataclasses import replace
@@ -94,6 +95,20 @@ def test_a_plan_counts_what_the_run_then_reads(
     planned, run = sartor.plan(recipe).as_json(), sartor.tune(recipe, tmp_path / "a", show=False).as_json()
     for name in ("updates", "tokens", "supervised_tokens", "trainable", "micro_batch_tokens", "path"):
         assert planned[name] == run[name], name
+
+
+@pytest.mark.parametrize("limit", [math.inf, math.nan, 0])
+def test_a_budget_is_a_number_above_0(limit: float, tune_recipe: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="epochs is .*; it must be a number above 0"):
+        sartor.plan({**tune_recipe, "budget": {"epochs": limit, "minutes": 5}})
+
+
+def test_updates_that_minutes_come_before_are_not_counted(
+    tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_model, "MOST_COUNTED_UPDATES", 50)
+    said = sartor.plan({**tune_recipe, "budget": {"minutes": 0.5, "updates": 10**9}}).as_json()
+    assert said["time_s"]["estimate"] == 30
 
 
 def test_a_budget_of_minutes_alone_is_its_own_forecast_of_time(tune_recipe: dict[str, Any]) -> None:

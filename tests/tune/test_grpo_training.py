@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import BudgetError, ConfigError, ModelError, SartorError, SourceError
 from sartor.core.filesystem import file_digest
+from sartor.core.records import Message
+from sartor.inference.generate import Generation, generate
 from sartor.inference.verifiers.regular_expression import RegexVerifier
 from sartor.inference.verifiers.submission import Submission
 from sartor.models.base import open_base
+from sartor.tune import grpo_training, reply_sampling
 from sartor.tune.checkpoint import folder_of
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.grpo_training import SILENT_UPDATES, open_grpo
+from sartor.tune.grpo_training import SILENT_UPDATES, GrpoRun, open_grpo
 from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.resume import differences
+from sartor.tune.tokenized_dataset import DistilExample
 from sartor.tune.training_loop import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -286,6 +291,66 @@ def test_longer_time_resumes_a_run_that_a_timeout_ended(
     assert tune(longer, tmp_path / "a", resume=True)["updates"] == 1
     old, new = ({"recipe": {"objective": {"verifier": {"kind": "unit_tests", "time_s": s}}}} for s in (1, 2))
     assert differences(old, new) == ["recipe objective.verifier.time_s: 1 -> 2"]
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_an_evaluation_that_fails_loses_no_update(
+    updates: int, tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last update or before it: the state is saved, and a resumed run evaluates first and has the same bits."""
+    asked = changed(recipe, {}, budget={"updates": 3}, evaluations=3 // updates)
+    tune(asked, tmp_path / "a")
+    greedy = GrpoRun._loss_of
+
+    def fails(run: GrpoRun, rows: Any) -> Any:
+        if run.counters.updates == updates:
+            raise BudgetError("the verifier hangs", "a longer time")
+        return greedy(run, rows)
+
+    monkeypatch.setattr(GrpoRun, "_loss_of", fails)
+    with pytest.raises(BudgetError, match="the verifier hangs"):
+        tune(asked, tmp_path / "b")
+    assert list(folder_of(tmp_path / "b").glob(f"update-*{updates}"))
+    monkeypatch.setattr(GrpoRun, "_loss_of", greedy)
+    assert tune(asked, tmp_path / "b", resume=True)["updates"] == 3
+    assert file_digest(tmp_path / "a" / WEIGHTS) == file_digest(tmp_path / "b" / WEIGHTS)
+    evaluated = [[line["update"] for line in lines_of(tmp_path / out) if "eval_reward" in line] for out in "ab"]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_a_long_prompt_shortens_its_own_replies_alone(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of its reply is what its context leaves; the other prompts are asked as if it were not there."""
+    asked: list[tuple[int, int]] = []
+
+    def noted(model: Any, prompts: Sequence[list[int]], **options: Any) -> list[Generation]:
+        asked.extend((len(prompt), options["sampling"].max_tokens) for prompt in prompts)
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(reply_sampling, "generate", noted)
+    monkeypatch.setattr(reply_sampling, "context_tokens", lambda model: 50)
+    tune(changed(recipe, {"max_reply_tokens": 30}, budget={"updates": 1}), tmp_path / "a")
+    assert len({limit for _, limit in asked}) > 1
+    assert all(limit == min(30, 50 - length) for length, limit in asked)
+
+
+def test_a_verifier_sees_no_reasoning(tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RegexVerifier, "rewards", exact)
+
+    def reasoned(model: Any, chat: Any, rows: Sequence[DistilExample], sampling: Any) -> list[DistilExample]:
+        """Each row's own reply, after some reasoning."""
+        replies = []
+        for row in rows:
+            assert row.example is not None
+            reply = Message.of("assistant", f"<think>\nIt is so.\n</think>\n\n{row.example.reply}")
+            replies.append(replace(row, example=replace(row.example, messages=(*row.example.prompt, reply))))
+        return replies
+
+    monkeypatch.setattr(grpo_training, "sample_replies", reasoned)
+    tune(changed(recipe, {}, budget={"updates": 1}), tmp_path / "a")
+    rewards = open_artifact(tmp_path / "a").manifest["run"]["verifier"]["reward"]
+    assert rewards == {"first": 1.0, "last": 1.0, "held_out": 1.0}
 
 
 def test_plan_counts_replies_and_passes(recipe: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core import model_refs
+from sartor.core import model_refs, reply_markup
 from sartor.core.errors import MediaError, ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.content_shielding import (
@@ -76,6 +76,10 @@ class Span:
 
     start: int
     end: int
+
+
+# Last tokens of a prompt, in which a template may open the reasoning
+_OPENING_TOKENS = 8
 
 
 class ChatTokenizer:
@@ -238,6 +242,11 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a reply."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def opens_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Return whether the chat template has opened the reply's reasoning at a prompt's end."""
+        # ids of media are below 0
+        return reply_markup.opens_reasoning(self.decode([token for token in prompt[-_OPENING_TOKENS:] if token >= 0]))
 
     def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
         """Return token ids and loss mask of one Example. folder: root of its media paths.

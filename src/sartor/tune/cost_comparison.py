@@ -137,6 +137,9 @@ SMALL_UTILISATION = Interval(0.15, 0.05, 0.35)
 SMALL_PARAMETERS = 1_000_000_000
 # Time of a product with a 4-bit weight over that with a 16-bit one, which includes its dequantisation
 QUANTISED_TIME = Interval(1.4, 1.1, 1.8)
+# Time in fp32 over that in bf16 on a processor that computes bf16. Not measured: the ends are of no gain, and of twice
+# the gain of half the bytes, since `full` has no fast path
+FP32_TIME = Interval(2.0, 1.0, 4.0)
 # Bits of a 4-bit weight with its scales: blocks of 64 with an fp32 scale (QLoRA, arXiv:2305.14314, section 3)
 QUANTISED_BITS = 4.5
 # Relative half-width of a time that is carried from the measured base to one of another size, per factor of ten
@@ -187,7 +190,7 @@ class ComparedCost:
         """
         more = QUANTISED_TIME
         if self.method is Method.QLORA and not was_quantised:
-            time_s = Interval(time_s.estimate * more.estimate, time_s.low * more.low, time_s.high * more.high)
+            time_s = time_s.times(more)
         elif self.method is not Method.QLORA and was_quantised:
             time_s = Interval(time_s.estimate / more.estimate, time_s.low / more.high, time_s.high / more.low)
         cost = time_s * (self.devices * price_h / 3600) if price_h is not None else None
@@ -355,15 +358,17 @@ class _Comparison:
     def here(self, name: str, base: BaseShape, method: Method, price_h: float | None) -> ComparedCost:
         """Return the cost on this machine: the measured time and memory, carried to another shape."""
         measured, own = self.measured, self.measured.memory.shape
-        linear_bytes = base.linear * (QUANTISED_BITS / 8 if method is Method.QLORA else own.element_bytes)
+        # `full` runs in fp32, whatever the recipe's base has
+        element_bytes = 4 if method is Method.FULL else own.element_bytes
+        linear_bytes = base.linear * (QUANTISED_BITS / 8 if method is Method.QLORA else element_bytes)
         trainable = self.trainable(base, method)
         shape = replace(
-            base.model_shape(own.element_bytes, recompute=own.recompute),
+            base.model_shape(element_bytes, recompute=own.recompute),
             linear_bytes=round(linear_bytes),
             trainable=trainable,
         )
         # the measured process holds one matrix of the vocabulary's size, which is embedding and head in small bases
-        embedding_bytes = (base.embeddings - own.vocabulary * own.width) * own.element_bytes
+        embedding_bytes = base.embeddings * element_bytes - own.vocabulary * own.width * own.element_bytes
         needs = measured.memory.needs(measured.load, shape) + embedding_bytes
         memory = Interval(needs.estimate, needs.low * (1 - MEMORY_HALF_WIDTH), needs.high * (1 + MEMORY_HALF_WIDTH))
         cost = ComparedCost(name, base.parameters, method, HERE, 0, trainable, memory)
@@ -380,6 +385,8 @@ class _Comparison:
         half_width = min(measured.half_width + CARRIED_HALF_WIDTH * abs(math.log10(factor)), MOST_HALF_WIDTH)
         seconds = measured.seconds * factor
         time_s = Interval(seconds, seconds * (1 - half_width), seconds / (1 - half_width))
+        if element_bytes > own.element_bytes:
+            time_s = time_s.times(FP32_TIME)
         return replace(cost, devices=1).priced(time_s, price_h, was_quantised=self.own_method is Method.QLORA)
 
     def on_gpus(
@@ -423,6 +430,14 @@ class _Comparison:
             f"{MEMORY_HALF_WIDTH:.0%} to each side",
             f"QLoRA: {QUANTISED_BITS} bits a linear weight, and {QUANTISED_TIME.estimate} times LoRA's time "
             f"({QUANTISED_TIME.low} to {QUANTISED_TIME.high})",
+            *(
+                [
+                    f"{HERE}: full runs in fp32, at {FP32_TIME.estimate:g} times the time of the recipe's 16 bits "
+                    f"({FP32_TIME.low:g} to {FP32_TIME.high:g}), not measured"
+                ]
+                if self.measured.memory.shape.element_bytes < 4
+                else []
+            ),
             "the tokens are those of the recipe's tokenizer and budget; loading, downloads, evaluations and trials "
             "are not included",
         ]

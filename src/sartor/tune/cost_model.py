@@ -238,6 +238,8 @@ class TimingProbe:
                     parameter.grad = None
 
 
+# Updates of a budget with minutes that are counted one by one; a limit beyond is one that minutes come before
+MOST_COUNTED_UPDATES = 100_000
 # Micro-batch sizes, in tokens, that `auto` chooses from
 LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
@@ -282,6 +284,10 @@ class Interval:
 
     def __mul__(self, factor: float) -> Interval:
         return Interval(self.estimate * factor, self.low * factor, self.high * factor)
+
+    def times(self, other: Interval) -> Interval:
+        """Return the product end by end, of two intervals above 0."""
+        return Interval(self.estimate * other.estimate, self.low * other.low, self.high * other.high)
 
     def __add__(self, other: float | Interval) -> Interval:
         if isinstance(other, Interval):
@@ -540,19 +546,23 @@ def simulate_updates(
     """Return the rows' loads of each update that the run will make; `counters` is moved to their end.
 
     rehearsal: loads of the rehearsal rows.
-    None if only minutes limit the run: then the time is known, but not the updates.
+    None if only minutes limit the run, or are sure to end it before the other limits: then the time is known, but not
+    the updates.
     """
     budget = recipe.budget
     if budget.epochs is None and budget.updates is None and budget.tokens is None:
         return None
     lengths = [load.tokens for load in loads]
-    epoch_tokens, result = sum(lengths), []
+    epoch_tokens = sum(lengths)
+    result: list[list[BatchLoad]] = []
     rehearsal_position, rehearsal_lengths = sampler.RehearsalPosition(), [load.tokens for load in rehearsal]
     for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         update_tokens = sum(lengths[index] for index in indices)
         rehearsal_indices, rehearsal_position = rehearsal_position.after(
             rehearsal_lengths, update_tokens, recipe.data.rehearsal.fraction, recipe.seed
         )
+        if budget.minutes is not None and len(result) == MOST_COUNTED_UPDATES:
+            return None
         update = [*(loads[index] for index in indices), *(rehearsal[index] for index in rehearsal_indices)]
         result.append(update)
         load = total(update)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as Folder
 from typing import Any
 
 import torch
 
 from sartor.core.errors import ConfigError, ModelError, SourceError
+from sartor.core.reply_markup import without_reasoning
 from sartor.core.row_warnings import DataWarning
 from sartor.inference.engine import Sampling
 from sartor.inference.verifiers.submission import Submission, Verifier
@@ -114,14 +115,10 @@ def open_grpo(recipe: ResolvedRecipe, base: Base, data: TokenizedDataset, notice
     return GrpoSetup(verifier, check, reference, notice)
 
 
-def _submission(row: DistilExample, reply: DistilExample | None = None) -> Submission:
-    """Return a row's own reply, or another reply to its prompt, for a verifier."""
+def _submission(row: DistilExample) -> Submission:
+    """Return a row's own reply for a verifier."""
     assert row.example is not None
-    own = Submission.of_example(row.example)
-    if reply is None:
-        return own
-    assert reply.example is not None
-    return Submission(own.row, reply.example.reply, own.reference, own.prompt, own.tools)
+    return Submission.of_example(row.example)
 
 
 @dataclass(frozen=True)
@@ -267,9 +264,16 @@ class GrpoRun(TrainingRun):
             seed=update_seed(self.recipe.seed, self.counters.updates),
         )
         replies = sample_replies(self.model, self._chat, repeated, sampling)
-        submissions = [_submission(row, reply) for row, reply in zip(repeated, replies, strict=True)]
+        submissions = [self._sampled(row, reply) for row, reply in zip(repeated, replies, strict=True)]
         rewards = torch.tensor(self.setup.verifier.rewards(submissions), dtype=torch.float64)
         return replies, rewards.view(len(rows), objective.group_size)
+
+    def _sampled(self, row: DistilExample, reply: DistilExample) -> Submission:
+        """Return a sampled reply to a row's prompt for a verifier, without its reasoning: references have none."""
+        assert reply.example is not None
+        is_opened = self._chat.opens_reasoning(last_reply(row)[0])
+        answer = without_reasoning(reply.example.reply, is_opened=is_opened)
+        return replace(_submission(row), reply=answer)
 
     def _counted(self, rows: Sequence[DistilExample], rewards: torch.Tensor, is_equal: torch.Tensor) -> GroupCounts:
         """Return the counts after this update. Raises ModelError once SILENT_UPDATES in a row taught nothing."""
@@ -312,7 +316,7 @@ class GrpoRun(TrainingRun):
             self.reference_loss_at_start = -float(torch.cat(at_start).mean())
         sampling = Sampling(self._objective.max_reply_tokens, temperature=0.0)
         replies = sample_replies(self.model, self._chat, own, sampling)
-        submissions = [_submission(row, reply) for row, reply in zip(own, replies, strict=True)]
+        submissions = [self._sampled(row, reply) for row, reply in zip(own, replies, strict=True)]
         self.held_out_reward = round(statistics.fmean(self.setup.verifier.rewards(submissions)), 6)
         if (start := self.reference_loss_at_start) is not None and self.reference_loss > start + DOUBTFUL_RISE:
             self.setup.notice(

@@ -357,8 +357,8 @@ class StopCriteria:
         if all(limit is None for limit in limits.values()):
             raise ConfigError("the budget sets no limit", "budget: {epochs: 1}")
         for name, limit in limits.items():
-            if limit is not None and limit <= 0:
-                raise ConfigError(f"{name} is {limit}; it must be above 0", f"{name}: 1")
+            if limit is not None and not 0 < limit < math.inf:
+                raise ConfigError(f"{name} is {limit}; it must be a number above 0", f"{name}: 1")
 
 
 @dataclass(frozen=True)

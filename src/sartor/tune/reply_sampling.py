@@ -6,13 +6,14 @@ They depend on the weights, the seed and the number of the update alone, so a re
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import context_tokens, generate
+from sartor.inference.generate import Generation, context_tokens, generate
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.transformers_backend import unpacked
 from sartor.tune.checkpoint_selection import last_reply
@@ -34,18 +35,26 @@ def sample_replies(
 
     A reply that ends by itself has its end token; one that reaches the limit of `sampling` or of the context has none.
     The same row given several times gets several replies.
-    Each prompt leaves room in the context (`preflight.of_room`).
+    Each prompt leaves room in the context (`preflight.of_room`); a long one shortens no reply but its own.
     """
     prompts = [last_reply(row)[0] for row in rows]
     context = context_tokens(model) or math.inf
-    room = int(min(sampling.max_tokens, context - max(map(len, prompts))))
+    by_room = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_room[int(min(sampling.max_tokens, context - len(prompt)))].append(index)
+    replies: dict[int, Generation] = {}
     is_training = model.training
     model.eval()
     with unpacked(model):
-        replies = generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=replace(sampling, max_tokens=room))
+        for room, indices in by_room.items():
+            limited = replace(sampling, max_tokens=room)
+            batch = [prompts[index] for index in indices]
+            generations = generate(model, batch, stop=chat.stops, pad=chat.pad, sampling=limited)
+            replies |= zip(indices, generations, strict=True)
     model.train(is_training)
     result = []
-    for row, prompt, reply in zip(rows, prompts, replies, strict=True):
+    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        reply = replies[index]
         # the row's own reply ends with the token that ends one
         end = [row.ids[row.last_reply[1] - 1]] if reply.finish == "stop" else []
         ids, example = [*reply.ids, *end], row.example

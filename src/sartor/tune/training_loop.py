@@ -209,6 +209,10 @@ class TrainingRun:
 
     def _train(self, signals: DeferredSignals) -> None:
         self.model.train()
+        # an evaluation that failed after the last update of the run before
+        if self._evaluate_if_due(self._fraction()) and (self.is_done or not self.evaluation_points):
+            self.model.eval()
+            return
         lengths = [row.tokens for row in self.data.train]
         rehearsal_lengths = [row.tokens for row in self.data.rehearsal]
         rehearsal_fraction = self.recipe.data.rehearsal.fraction
@@ -224,9 +228,7 @@ class TrainingRun:
             self.counters.rehearsal_tokens += sum(row.tokens for row in rehearsal_rows)
             self.position = self.position.after(len(indices), len(lengths))
             fraction = self._fraction()
-            if self.evaluation_points and fraction >= self.evaluation_points[0]:
-                self.evaluation_points = [point for point in self.evaluation_points if point > fraction]
-                self._evaluate()
+            self._evaluate_if_due(fraction)
             if fraction >= 1 or self.is_done:
                 break
             if signals.received or self.saver.is_due:
@@ -362,6 +364,23 @@ class TrainingRun:
             random_state.put_back(self.base.device)
             self.save()
             raise
+
+    def _evaluate_if_due(self, fraction: float) -> bool:
+        """Evaluate if a point of evaluation is reached, and return whether it is.
+
+        If the evaluation fails, save the state before it.
+        """
+        if not self.evaluation_points or fraction < self.evaluation_points[0]:
+            return False
+        due = self.evaluation_points
+        self.evaluation_points = [point for point in due if point > fraction]
+        try:
+            self._evaluate()
+        except SartorError:
+            self.evaluation_points = due
+            self.save()
+            raise
+        return True
 
     def _update(self, rows: Sequence[packing.TokenizedExample]) -> None:
         """Make one optimiser update over whole rows, computed in micro-batches."""

@@ -9,10 +9,11 @@ The fraction of failures has a confidence sequence (`core/confidence_sequences.p
 often as one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end. It
 is widened if it fails in fewer than `widen_below` of its newest ring even at the upper end.
 
-A failure is often reported sooner than a pass, and silence later than both. To keep this from deciding anything, a
-device whose outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of
-devices both ends grow with the number of failures. So the lower end is at most, and the upper end at least, the one
-that the final outcomes give. With a probability of at most 1 - `confidence` each,
+A failure is often reported sooner than a pass, silence later than both, and a newer version ends the trials of the
+devices that had not yet failed. To keep this from deciding anything, a device whose outcome is pending counts as
+passed at the lower end and as failed at the upper end. For one number of devices both ends grow with the number of
+failures. So the lower end is at most, and the upper end at least, the one that the final outcomes give. With a
+probability of at most 1 - `confidence` each,
 
 - a version is ever halted of which at most `halt_above` of the devices ever count as failed;
 - a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in
@@ -88,7 +89,7 @@ class VoteCounts:
     """Devices by outcome.
 
     failed: includes the devices that fell silent.
-    pending: devices that started the version and may still report on it.
+    pending: devices of which only a start or a `deferred` is known.
     """
 
     passed: int = 0
@@ -339,7 +340,8 @@ def is_silent(vote: Report, policy: FleetPolicy, now: float | None = None) -> bo
 
 def _count(outcomes: Iterable[str]) -> VoteCounts:
     counts = Counter(outcomes)
-    return VoteCounts(counts["pass"], counts["fail"] + counts[SILENT], counts[SILENT], counts["started"])
+    pending = sum(counts[outcome] for outcome in UNDECIDED)
+    return VoteCounts(counts["pass"], counts["fail"] + counts[SILENT], counts[SILENT], pending)
 
 
 def decide_action(offer: Offer, counts: VoteCounts, ring: VoteCounts, policy: FleetPolicy) -> tuple[Action, int]:

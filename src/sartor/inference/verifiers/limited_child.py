@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -166,6 +167,15 @@ def _fork(work: Callable[[Callable[[Mapping[str, Any]], None]], None], scratch: 
     os._exit(0)
 
 
+def _empty_output() -> None:
+    """Drop what a function has printed so far: the limit of output is that of one reply."""
+    with contextlib.suppress(Exception):  # of a stream that the function has replaced or closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.lseek(1, 0, os.SEEK_SET)
+        os.ftruncate(1, 0)
+
+
 def _write(pipe: int, fields: Mapping[str, Any]) -> None:
     rest = json.dumps(fields).encode() + b"\n"
     while rest:
@@ -193,6 +203,7 @@ def run_function(job: Mapping[str, Any], scratch: Path) -> ChildResult:
             if not isinstance(value, numbers.Real) or not -_ROUNDING <= float(value) <= 1 + _ROUNDING:
                 report({"fault": Fault.NO_REWARD, "detail": f"{value!r:.80}"})
                 return
+            _empty_output()
             report({"reward": min(max(float(value), 0.0), 1.0)})
 
     worker = _fork(work, scratch / "function", IMPORT_S + job["time_s"] * len(items))
@@ -215,16 +226,18 @@ def run_unit_tests(job: Mapping[str, Any], scratch: Path) -> ChildResult:
     for number, item in enumerate(job["items"]):
 
         def work(report: Callable[[Mapping[str, Any]], None], item: Mapping[str, Any] = item) -> None:
-            namespace: dict[str, Any] = {"__name__": "reply"}
+            module = types.ModuleType("reply")  # dataclasses look it up by name
+            sys.modules["reply"] = module
             try:
-                exec(compile(item["code"], "<reply>", "exec"), namespace)
+                # without this file's own `annotations` of __future__, as the code would run elsewhere
+                exec(compile(item["code"], "<reply>", "exec", dont_inherit=True), vars(module))
             except BaseException as error:
                 report({"reward": 0.0, "detail": f"its code raised {_text(error)}"})
                 return
             passed, failed = 0, ""
             for test in item["tests"]:
                 try:
-                    exec(compile(test, "<test>", "exec"), namespace)
+                    exec(compile(test, "<test>", "exec", dont_inherit=True), vars(module))
                     passed += 1
                 except Exception as error:
                     end = "does not hold" if isinstance(error, AssertionError) else f"raised {_text(error)}"

@@ -89,7 +89,10 @@ def _on_json(change: Callable[[Any, random.Random], None]) -> Edit:
         span = _json_span(reply)
         assert span is not None
         start, end, value = span
+        before = json.dumps(value, sort_keys=True)
         change(value, rng)
+        if json.dumps(value, sort_keys=True) == before:  # written with other spaces it would be as right as before
+            return reply
         return reply[:start] + json.dumps(value, ensure_ascii=False) + reply[end:]
 
     return edit
@@ -113,7 +116,8 @@ def _change_value(value: Any, rng: random.Random) -> None:
     elif isinstance(old, int | float):
         container[key] = old + rng.randint(1, 9)
     elif isinstance(old, str):
-        container[key] = _scramble_word(old, rng) if len(old) > 1 else f"{old}x"
+        scrambled = _scramble_word(old, rng)
+        container[key] = scrambled if scrambled != old else f"{old}x"
     else:
         container[key] = [1]
 

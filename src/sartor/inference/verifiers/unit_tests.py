@@ -13,7 +13,9 @@ from sartor.inference.verifiers.limited_child import ChildResult
 from sartor.inference.verifiers.limited_scoring import Network, check_time, score_in_child
 from sartor.inference.verifiers.submission import Submission
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# a block of any language, with what its opening fence says
+_FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+_PYTHON = ("", "python", "py", "python3", "py3")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class UnitTestsVerifier:
 
 
 def code_of(text: str) -> str:
-    """Return the fenced Python code of a text, joined; the whole text if nothing is fenced."""
-    return "\n".join(_FENCED.findall(text)) or text
+    r"""Return the fenced Python code of a text, joined; the whole text if none is fenced.
+
+    >>> code_of("So:\n```bash\nls\n```\n```Python\nx = 1\n```\nDone.")
+    'x = 1\n'
+    """
+    blocks = _FENCED.findall(text.replace("\r\n", "\n"))
+    return "\n".join(code for tag, code in blocks if tag.strip().lower() in _PYTHON) or text
 
 
 def asserts_of(text: str) -> tuple[str, list[str]]:
