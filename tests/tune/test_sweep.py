@@ -296,6 +296,19 @@ def test_a_swept_option_that_fails_is_out_of_the_race(
     assert [trial.problem for trial in result.trials if trial.problem] == ["too high"]
 
 
+def test_options_that_trials_of_another_kind_lack_are_named(
+    tmp_path: Path, recipe: dict[str, Any], fake: FakeTune
+) -> None:
+    lines: list[str] = []
+    own = {**recipe, "method": {"kind": "lora", "rank": 8}, "optimizer": {"learning_rate": 1e-3}}
+    sweep(own, {"method.kind": ["lora", "dora"]}, tmp_path / "a", notice=lines.append)
+    (warning,) = [line for line in lines if line.startswith("warning: trials of dora")]
+    assert "method.rank. " in warning and "--sweep method.rank=VALUE" in warning
+    lines.clear()
+    sweep(own, {"method.kind": ["lora", "dora"], "method.rank": ["8"]}, tmp_path / "b", notice=lines.append)
+    assert not [line for line in lines if "trials of dora" in line]
+
+
 def test_two_spellings_of_a_value_are_one_trial(tmp_path: Path, recipe: dict[str, Any], fake: FakeTune) -> None:
     with pytest.raises(ConfigError, match="1e-2 and 0.01 are the same"):
         sweep(recipe, {"optimizer.learning_rate": ["1e-2", "1e-3", "0.01"]}, tmp_path / "a")

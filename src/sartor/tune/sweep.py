@@ -27,7 +27,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,8 @@ def sweep(
     notice(
         f"{len(chosen)} trials in {len(sizes)} rungs: {whole:.2g} times the work of one run" + _time(planned, whole)
     )
+    for line in _options_of_one_kind(recipe, grid):
+        notice(line)
     racing = list(range(len(chosen)))
     for rung, (size, fraction) in enumerate(zip(sizes, fractions, strict=True)):
         racing = racing[:size]
@@ -378,6 +380,26 @@ def _with_values(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
     """Return the recipe with a trial's values. Its weights are chosen by the trial's objective, so they are `auto`."""
     flags = [part for option, value in values.items() for part in (f"--{option}", value)]
     return load_recipe({**config.dump(recipe), "weights": "auto"}, flags)
+
+
+def _options_of_one_kind(recipe: Recipe, grid: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield what trials of another kind than the recipe's do not have: options that the recipe gives for its own."""
+    for section in ("method", "objective"):
+        own = getattr(recipe, section)
+        others = [kind for kind in grid.get(f"{section}.kind", ()) if kind != own.kind]
+        stated = [
+            f"{section}.{field.name}"
+            for field in dataclasses.fields(own)
+            if field.default is not dataclasses.MISSING
+            and field.name != "kind"
+            and getattr(own, field.name) != field.default
+            and f"{section}.{field.name}" not in grid
+        ]
+        if others and stated:
+            yield (
+                f"warning: trials of {', '.join(others)} have the defaults of their kind, and not the recipe's "
+                f"{', '.join(stated)}. An option that all kinds have can be given to all: --sweep {stated[0]}=VALUE"
+            )
 
 
 def _trials_of(recipe: Recipe, grid: Mapping[str, Sequence[str]], trials: int | None) -> list[dict[str, str]]:
