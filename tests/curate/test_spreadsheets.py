@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import sartor
 from sartor.core.config import load
@@ -24,6 +25,7 @@ LINES = {
     "de": ("Wie öffne ich ein Konto?", "Gehen Sie zur nächsten Filiale, bitte."),
     "fr": ("Comment ouvrir un compte ?", "Allez à l'agence la plus proche, s'il vous plaît."),
     "sv": ("Hur öppnar jag ett konto?", "Gå till närmaste kontor, även på söndagar."),
+    "da": ("Hvornår åbner afdelingen?", "Nej, De må ikke køre bil det første døgn."),
     "cs": ("Jak si otevřu účet?", "Zajděte prosím na nejbližší pobočku."),
     "pl": ("Jak założyć konto?", "Proszę przyjść do najbliższego oddziału."),
     "ru": ("Как открыть счёт?", "Приходите в отделение банка."),
@@ -33,6 +35,7 @@ CODE_PAGES = [
     *[("de", page) for page in ("cp1252", "iso-8859-15", "cp850", "mac-roman", "utf-16", "utf-8-sig")],
     *[("fr", page) for page in ("cp1252", "cp850", "mac-roman")],
     *[("sv", page) for page in ("cp1252", "cp850")],
+    *[("da", page) for page in ("cp1252", "cp850", "mac-roman")],
     *[("cs", page) for page in ("cp1250", "iso-8859-2")],
     *[("pl", page) for page in ("cp1250", "iso-8859-2")],
     *[("ru", page) for page in ("cp1251", "koi8-r", "cp866", "utf-16")],
@@ -221,7 +224,7 @@ def test_column_that_is_not_there_names_the_closest(tmp_path: Path) -> None:
     file.write_text(table([("Was?", "Das.")]), encoding="utf-8")
     with pytest.raises(ConfigError, match="no column 'frage'; its columns are 'Frage', 'Antwort'") as caught:
         examples(file, fields=Columns(prompt="frage", completion="Antwort"))
-    assert caught.value.remedy == "fields: {prompt: Frage} in a recipe; prompt=Frage in --fields of `sartor tailor`"
+    assert caught.value.remedy == "fields: {prompt: Frage} in a recipe; --fields prompt=Frage of `sartor tailor`"
 
 
 def test_unknown_form_names_the_known_ones_and_the_option(tmp_path: Path) -> None:
@@ -230,6 +233,22 @@ def test_unknown_form_names_the_known_ones_and_the_option(tmp_path: Path) -> Non
     (drop,) = examples(file)
     assert isinstance(drop, Drop) and drop.reason == "unknown_form"
     assert "question, answer" in drop.detail and "fields: {prompt: Frage, completion: Antwort}" in drop.detail
+
+
+def test_columns_in_remedies_can_be_typed(tmp_path: Path) -> None:
+    """Columns of any name are quoted for YAML and the shell, and those of sentences are taken."""
+    file = tmp_path / "faq.csv"
+    rows = [("1", "Wer hat auf?", "Der Laden."), ("2", "Wer hat heute zu?", "Die Bank.")]
+    file.write_text(table(rows, ("No", "Frage: Text", "Antwort, kurz")), encoding="utf-8")
+    drop = examples(file)[0]
+    assert isinstance(drop, Drop)
+    option = yaml.safe_load(drop.detail[drop.detail.index("fields: {") :])
+    assert option == {"fields": {"prompt": "Frage: Text", "completion": "Antwort, kurz"}}
+    with pytest.raises(ConfigError) as caught:
+        examples(file, fields=Columns(prompt="Frag", completion="Antwort kurz"))
+    assert caught.value.remedy == (
+        "fields: {prompt: \"Frage: Text\"} in a recipe; --fields 'prompt=Frage: Text' of `sartor tailor`"
+    )
 
 
 def test_duplicate_header_harms_only_what_is_read(tmp_path: Path) -> None:
