@@ -14,6 +14,7 @@ from sartor.core.errors import BudgetError, ConfigError
 from sartor.tune import cost_comparison
 from sartor.tune.cost_comparison import (
     BASES,
+    FP32_TIME,
     HERE,
     QUANTISED_TIME,
     BaseShape,
@@ -157,6 +158,30 @@ def test_without_gpus_nothing_is_said_of_them_and_no_price_means_no_cost(planned
     priced = compare_costs(planned, bases=["SmolLM2-1.7B"], price="0.50/h").rows[1]
     assert priced.time_s and priced.cost
     assert priced.cost.high == pytest.approx(priced.time_s.high / 7200)
+
+
+def test_full_runs_in_fp32_where_the_recipe_has_16_bits(
+    planned: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights and activations have 4 bytes; of a recipe in fp32 nothing changes."""
+    measured = cost_comparison.plan(planned).measurement
+    assert measured
+    found = {}
+    for size in (2, 4):
+        shape = replace(measured.memory.shape, element_bytes=size)
+        sized = replace(measured, memory=replace(measured.memory, shape=shape, limit_bytes=10**12))
+        plan_of = TuningPlan(measurement=sized)
+        monkeypatch.setattr(cost_comparison, "plan", lambda *args, plan_of=plan_of, **kwargs: plan_of)
+        comparison = compare_costs(planned, bases=["SmolLM2-1.7B"])
+        found[size] = row(comparison, "SmolLM2-1.7B", Method.FULL), row(comparison, "SmolLM2-1.7B", Method.LORA)
+        assert any("full runs in fp32" in line for line in comparison.assumptions) == (size == 2)
+    (full_16, lora_16), (full_32, lora_32) = found[2], found[4]
+    assert full_16.time_s and full_32.time_s
+    assert full_16.time_s.estimate == pytest.approx(FP32_TIME.estimate * full_32.time_s.estimate)
+    assert full_16.memory_bytes.estimate - full_32.memory_bytes.estimate == pytest.approx(
+        2 * measured.memory.shape.vocabulary * measured.memory.shape.width
+    )
+    assert lora_32.memory_bytes.estimate > lora_16.memory_bytes.estimate
 
 
 def test_what_does_not_fit_here_has_no_time(planned: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
