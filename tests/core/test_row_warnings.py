@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -134,6 +135,26 @@ def test_labels_in_two_spellings_are_named_with_counts(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_spelling_is_not_named(replies: list[str]) -> None:
+    assert reply_warnings(replies) == []
+
+
+def test_spellings_in_a_field_of_json_replies_are_named() -> None:
+    """The replies differ in another field, so that whole replies show nothing."""
+    replies = [
+        json.dumps({"intent": ("Refund", "refund", "delivery")[number % 3], "city": f"c{number}", "unit": "km"})
+        for number in range(21)
+    ]
+    (warning,) = reply_warnings(replies)
+    assert warning.reason == "spellings" and "1 label of the field 'intent' stands" in warning.problem
+    assert "'Refund' (7) and 'refund' (7)" in warning.problem and "'Refund'" in warning.remedy
+    assert reply_warnings([reply.replace("Refund", "refund") for reply in replies]) == []
+    assert reply_warnings([*replies, "no JSON"]) == []
+
+
+@pytest.mark.parametrize("values", [[f"c{number // 2}" for number in range(100)], [*"abcdefgh", "A"]])
+def test_field_of_names_has_no_spellings(values: list[str]) -> None:
+    """A field with many values, or whose values do not recur, copies what the prompt says."""
+    replies = [json.dumps({"name": value, "row": index}) for index, value in enumerate([*values, "C1"])]
     assert reply_warnings(replies) == []
 
 

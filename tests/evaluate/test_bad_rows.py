@@ -15,8 +15,10 @@ import sartor
 from sample_data import ROWS, write_jsonl
 from sartor.core import parquet_io
 from sartor.core.artifacts import open_artifact, write_artifact
-from sartor.core.errors import ModelError, SourceError
+from sartor.core.errors import ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
+from sartor.core.records import Example, Message
+from sartor.evaluate.evaluation import _document_warnings
 from sartor.evaluate.predictions import held_out
 
 
@@ -152,3 +154,28 @@ def test_scores_that_are_no_numbers_are_refused(adapter: Path, tmp_path: Path) -
         and "--optimizer.learning_rate" in error.value.remedy
         and not (tmp_path / "broken-report").exists()
     )
+
+
+def test_documents_are_measured_by_their_loss(adapter: Path, tmp_path: Path) -> None:
+    """They get no reply, which scores 0; a later version of their Release is measured by the loss too."""
+    documents = [{"text": f"a document about window {number}"} for number in range(8)]
+    file = write_jsonl(tmp_path / "documents.jsonl", documents)
+    found = sartor.evaluate(adapter, data=file, scorer="loss").as_json()
+    assert found["primary"] == "loss" and found["metrics"]["loss"]["tuned"] > 0
+    (warning,) = found["warnings"]
+    assert warning["reason"] == "documents" and "8 of 8 rows" in warning["problem"]
+    assert sartor.evaluate(adapter, data=file, replace=True).as_json()["primary"] == "loss"
+
+
+def test_some_documents_are_warned_of() -> None:
+    rows = [
+        Example((Message.of("user", "close it"), Message.of("assistant", "yes")), ()),
+        Example((Message.of("assistant", "a document"),), ()),
+    ]
+    (warning,) = _document_warnings(rows)
+    assert "1 of 2 rows" in warning.problem and not _document_warnings(rows[:1])
+
+
+def test_loss_is_no_scorer_of_rows_with_replies(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no loss of these rows"):
+        sartor.evaluate(adapter, data=write_jsonl(tmp_path / "rows.jsonl", chat_rows(6)), scorer="loss")

@@ -261,7 +261,7 @@ def test_a_slice_has_a_floor_and_the_rows_below_it_are_named(tmp_path: Path) -> 
     assert found.outcome == "pass" and "exact_match 0.750 over 4 rows; the floor is 0.7" in found.detail
     (found,) = open_rules({"slices": [{**rule, "at_least": 0.8}]}).judged(report).values()
     assert found.outcome == "fail" and "the worst are row1" in found.detail
-    (found,) = open_rules({"slices": [{**rule, "metric": "bleu"}]}).judged(report).values()
+    (found,) = open_rules({"slices": [{**rule, "metric": "f1"}]}).judged(report).values()
     assert found.outcome == "fail" and found.remedy == "metric: exact_match"
     with pytest.raises(ConfigError, match="has one of metric and at_least"):
         open_rules({"slices": [{"name": "x", "where": {"a": 1}, "metric": "f1"}]})

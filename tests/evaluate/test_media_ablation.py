@@ -140,6 +140,7 @@ def test_model_that_uses_images_loses_score_when_ablated(adapter: Path, monkeypa
     assert found["modalities"] == {"text": 0, "image": 40, "audio": 0}
     image = found["ablation"]["image"]
     assert (image["rows"], image["metric"]) == (40, "macro_f1")
+    assert image["tail"] == pytest.approx(0.0125), "two metrics, either of which suffices"
     assert image["shuffled"]["tuned"] == image["blank"]["tuned"] == found["metrics"]["macro_f1"]["tuned"] == 1.0
     for cost in (image["shuffled"], image["blank"], image["exact_match"]["shuffled"]):
         assert 0.2 < cost["low"] < cost["difference"] < cost["high"]

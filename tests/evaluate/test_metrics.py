@@ -131,6 +131,20 @@ def test_characters_are_the_words_of_scripts_without_spaces() -> None:
     assert word_errors("안녕 하세요", "안녕 하세요") == (0, 2), "Korean has spaces"
 
 
+@pytest.mark.parametrize(
+    ("reply", "reference"),
+    [("„Ja“", "ja"), ("¿Dónde?", "dónde"), ("你好。", "你好"), ("don’t", "don't"), ("नमस्ते।", "नमस्ते")],
+)
+def test_f1_drops_punctuation_of_every_script(reply: str, reference: str) -> None:
+    assert f1(reply, reference) == 1.0
+
+
+def test_label_with_half_a_surrogate_pair_can_be_written() -> None:
+    """JSON may escape one; rows.parquet holds UTF-8 alone."""
+    label = label_of('{"a": "\\ud83d x"}', "a")
+    assert label == "? x" and label.encode()
+
+
 def test_reasoning_before_an_answer_is_not_scored() -> None:
     measures = MetricSet(["yes", "no"], ["a", "b"], labels=["yes", "no"], field=".")
     thought = ModelOutputs(["<think>\nno?\n</think>\n\nyes", "<think>\n\n</think>\n\nyes"])

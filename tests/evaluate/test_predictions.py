@@ -10,10 +10,11 @@ import torch
 
 from sartor.core.records import Example, Message
 from sartor.evaluate.predictions import (
+    MOST_REPLY_TOKENS,
     SPARE_TOKENS,
     _confidence,
     _spelling,
-    opens_reasoning,
+    reply_cap_warnings,
     reply_limit,
     reply_outputs,
 )
@@ -75,9 +76,17 @@ def test_reply_limit_includes_reasoning_and_skips_documents(base: Base) -> None:
     assert reply_limit(base, [document]) == SPARE_TOKENS
 
 
+def test_references_beyond_the_cap_are_counted(base: Base) -> None:
+    long = asked("the sky is blue " * MOST_REPLY_TOKENS)
+    assert reply_limit(base, [asked("yes"), long]) == MOST_REPLY_TOKENS
+    (warning,) = reply_cap_warnings(base, [asked("yes"), long, asked("yes", "the sky is blue " * MOST_REPLY_TOKENS)])
+    assert warning.reason == "cut_references" and "2 of 3 references are longer than 512 tokens" in warning.problem
+    assert not reply_cap_warnings(base, [asked("yes"), Example((Message.of("assistant", long.reply),), ())])
+
+
 def test_a_template_may_open_the_reasoning(base: Base) -> None:
-    assert opens_reasoning(base.chat, base.chat.tokens("what is it<think>\n"))
-    assert not opens_reasoning(base.chat, base.chat.tokens("<think> what is it"))
-    assert opens_reasoning(base.chat, [-3, -2, *base.chat.tokens("<think>")]) and not opens_reasoning(
-        base.chat, [-3, -2]
+    assert base.chat.opens_reasoning(base.chat.tokens("what is it<think>\n"))
+    assert not base.chat.opens_reasoning(base.chat.tokens("<think> what is it"))
+    assert base.chat.opens_reasoning([-3, -2, *base.chat.tokens("<think>")]) and not base.chat.opens_reasoning(
+        [-3, -2]
     )

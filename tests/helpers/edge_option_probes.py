@@ -101,6 +101,7 @@ def _report(workspace: Workspace) -> Artifact:
     rows = [
         {
             "id": f"row{index}",
+            "group": "",
             "reference": json.dumps({"severity": "critical" if index else "minor", "action": "stop"}),
             "tuned_reply": json.dumps({"action": reply}),
             "tuned_exact_match": float(reply == "stop"),

@@ -14,7 +14,7 @@ ROWS = [
     JudgedRow(
         f"switch on light {index}", f"light {index} is on now", base="no", tuned=f"light {index}", group=str(index)
     )
-    for index in range(10)
+    for index in range(13)
 ]
 ENDPOINT = {"url": "SERVER", "model": "m", "at_once": 1, "tries": 1}
 

@@ -68,9 +68,17 @@ def test_each_kind_of_media_must_matter(report: dict[str, Any], towers: list[str
 def test_modality_passes_if_only_exact_match_needs_it() -> None:
     """The audio may matter to the rest of the reply and not to the label."""
     report = of(audio=NONE)
-    report["ablation"]["audio"]["exact_match"] = {"shuffled": COST, "blank": COST}
+    report["ablation"]["audio"] |= {"exact_match": {"shuffled": COST, "blank": COST}, "tail": 0.0125}
     found = modality(report, "audio")
     assert found is not None and found.outcome == "pass"
+
+
+def test_modality_of_an_older_report_is_the_primary_metric_alone() -> None:
+    """Its two intervals are each at the whole level, so that the better of them proves less."""
+    report = of(audio=NONE)
+    report["ablation"]["audio"]["exact_match"] = {"shuffled": COST, "blank": COST}
+    found = modality(report, "audio")
+    assert found is not None and found.outcome == "fail" and "exact_match" not in found.detail
 
 
 def test_of_an_error_rate_a_gain_is_a_fall() -> None:

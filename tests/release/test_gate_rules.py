@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ RULE = {"name": "no_repair", "where": {"severity": "critical"}, "forbid": {"acti
 WANTED = [{"severity": "critical", "action": "stop"}] * 8 + [{"severity": "minor", "action": "mend"}] * 4
 
 
-def report(tmp_path: Path, replies: list[Any], wanted: list[Any] = WANTED) -> Artifact:
-    """A Report's rows."""
+def report(tmp_path: Path, replies: list[Any], wanted: list[Any] = WANTED, groups: Sequence[str] = ()) -> Artifact:
+    """A Report's rows; without groups each row is one."""
     texts = [said if isinstance(said, str) else json.dumps(said) for said in replies]
     table = [
-        {"id": f"row{n}", "reference": json.dumps(reference), "tuned_reply": text}
+        {
+            "id": f"row{n}",
+            "group": groups[n] if groups else "",
+            "reference": json.dumps(reference),
+            "tuned_reply": text,
+        }
         for n, (reference, text) in enumerate(zip(wanted, texts, strict=True))
     ]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
@@ -49,6 +55,19 @@ def test_forbidden_reply_fails_only_inside_its_slice(tmp_path: Path) -> None:
     )
     assert "row3" in found.detail
     assert judged(report(tmp_path, replies), at_most=0.125).outcome == "pass"
+
+
+def test_upper_bound_of_a_slice_is_over_groups(tmp_path: Path) -> None:
+    """Eight rows of four groups, two of one of which offend; the outcome stays by rows."""
+    replies: list[Any] = [*[{"severity": "critical", "action": "cut"}] * 2, *WANTED[2:]]
+    groups = ["a", "a", "b", "b", "c", "c", "d", "d", *"efgh"]
+    found = judged(report(tmp_path, replies, groups=groups), at_most=0.25)
+    assert found.outcome == "pass"
+    # 1 of 4 groups: of scipy.stats.binomtest(1, 4, alternative="less").proportion_ci(0.95).high
+    assert "2 of 8 replies offend" in found.detail and "0.250; in 1 of 4 groups of rows, below 0.751" in found.detail
+    assert judged(report(tmp_path, replies, groups=groups), at_most=0.24).outcome == "fail"
+    found = judged(report(tmp_path, replies), at_most=0.25)
+    assert "0.250, below 0.600" in found.detail, "each row is a group"
 
 
 @pytest.mark.parametrize("reply", ["STOP", "", '{"action": "st', '{"severity": "critical"}', "[1]"])
@@ -97,11 +116,25 @@ def test_the_upper_bound_is_the_exact_one_of_scipy(count: int, of: int) -> None:
         ({"at_most": 2.0}, "no fraction"),
         ({"name": "two words"}, "the name of the slice"),
         ({"forbid": ["mend"]}, "no mapping"),
+        ({"metric": "loss", "at_least": 0.8}, "metric of no_repair is 'loss'"),
+        ({"metric": "wer", "at_least": 0.8}, "metric of no_repair is 'wer'"),
+        ({"metric": "f1", "at_least": 80.0}, "outside 0..1"),
+        ({"metric": "f1"}, "one of metric and at_least"),
     ],
 )
 def test_a_wrong_rule_is_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         open_rules({"slices": [{**RULE, **change}]})
+
+
+def test_absent_score_names_the_scores_that_are_there(tmp_path: Path) -> None:
+    """Columns that no floor may use, as the loss, are not offered."""
+    table = [{"id": "r", "reference": "{}", "tuned_reply": "{}", "tuned_loss": 0.2, "tuned_f1": 1.0}]
+    parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
+    floor = {"where": {}, "forbid": None, "at_least": 0.8}
+    found = judged(Artifact(tmp_path, {}), **floor, metric="accuracy")
+    assert (found.outcome, found.remedy) == ("fail", "metric: f1")
+    assert judged(Artifact(tmp_path, {}), **floor, metric="f1").outcome == "pass"
 
 
 def test_two_slices_of_one_name_or_none_at_all_are_refused() -> None:

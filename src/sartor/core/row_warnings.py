@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import re
+import statistics
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ MOST_LONG_FRACTION = 0.1
 # only the first replies of a larger set are checked: a label with two spellings recurs
 MAX_ROWS = 20_000
 _LISTED = 3
+# With more values a field of JSON replies holds names or copied text, whose spelling is the prompt's
+_MAX_FIELD_VALUES = 40
 # Prompts look like labels where so many rows have the same one, and so large a fraction of the replies differ
 _ROWS_OF_A_LABEL = 5
 _DIFFERENT_REPLIES = 0.9
@@ -185,18 +188,59 @@ def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[D
 
 
 def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
-    """Return the warnings about replies: all are equal, or a label has two spellings."""
+    """Return the warnings about replies: all are equal, or a label has two spellings.
+
+    Where all replies are JSON objects, labels are the values of each field, and else whole replies. A field with one
+    value beside others that vary is no reason to warn.
+    """
     counts = Counter(replies)
     if len(replies) > 1 and len(counts) == 1:
         problem = (
             f"all {len(replies)} replies are {_quoted(replies[0])}: a model that always says so is right on every row"
         )
         return [DataWarning("one_reply", problem, "add rows with other replies")]
+    warnings = []
+    for name, values in _label_fields(counts).items():
+        warnings += _spelling_warnings(values, f" of the field {_quoted(name)}")
+    return warnings or _spelling_warnings(counts)
+
+
+def _label_fields(replies: Counter[str]) -> dict[str, Counter[str]]:
+    """Return field -> its texts, of the fields that name a class; empty unless all replies are JSON objects.
+
+    A field names a class if it has few values, most of which recur. Spellings of one label are one value.
+    """
+    fields: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for reply, count in replies.items():
+        try:
+            data = json.loads(reply)
+        except (ValueError, RecursionError):
+            return {}
+        if not isinstance(data, dict):
+            return {}
+        for name, value in data.items():
+            if isinstance(value, str):
+                fields[name][value] += count
+    result = {}
+    for name, texts in fields.items():
+        labels: Counter[str] = Counter()
+        for text, count in texts.items():
+            labels[_label_key(text)] += count
+        if len(labels) <= _MAX_FIELD_VALUES and statistics.median(labels.values()) > 1:
+            result[name] = texts
+    return result
+
+
+def _spelling_warnings(counts: Counter[str], of_field: str = "") -> list[DataWarning]:
+    """Return the warning that a label has two spellings; none where the texts are no labels.
+
+    of_field: the field of the texts, for the message.
+    """
     spellings: defaultdict[str, list[str]] = defaultdict(list)
-    for reply, _ in counts.most_common():
-        spellings[_label_key(reply)].append(reply)
-    long = sum(count for reply, count in counts.items() if len(reply) > MAX_LABEL_CHARS)
-    if long > MOST_LONG_FRACTION * len(replies):
+    for text, _ in counts.most_common():
+        spellings[_label_key(text)].append(text)
+    long = sum(count for text, count in counts.items() if len(text) > MAX_LABEL_CHARS)
+    if long > MOST_LONG_FRACTION * counts.total():
         return []  # free text
     several = [variants for variants in spellings.values() if len(variants) > 1]
     if not several:
@@ -204,7 +248,7 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     examples = []
     for variants in several[:_LISTED]:
         examples.append(" and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants))
-    subject = "1 label stands" if len(several) == 1 else f"{len(several)} labels stand"
+    subject = f"1 label{of_field} stands" if len(several) == 1 else f"{len(several)} labels{of_field} stand"
     problem = f"{subject} in more than one spelling: {'; '.join(examples)}"
     # the commonest one; not its blanks at the ends, which nobody sees
     return [DataWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0].strip())}")]

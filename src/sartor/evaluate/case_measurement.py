@@ -10,7 +10,7 @@ from sartor.core import reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message
-from sartor.evaluate.predictions import MOST_REPLY_TOKENS, SPARE_TOKENS, losses, model_side, opens_reasoning
+from sartor.evaluate.predictions import MOST_REPLY_TOKENS, SPARE_TOKENS, losses, model_side
 from sartor.evaluate.regression_cases import CaseResult, RegressionCase
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
@@ -73,7 +73,7 @@ def measure_cases(
             reply=base.chat.decode(generations[position].ids),
             bad_nats=nats[2 * position],
             corrected_nats=nats[2 * position + 1],
-            is_opened=opens_reasoning(base.chat, prompts[position]),
+            is_opened=base.chat.opens_reasoning(prompts[position]),
         )
         position += 1
     return results

@@ -27,7 +27,7 @@ from sartor.core.lineage import ancestry
 from sartor.core.progress import Progress
 from sartor.core.records import Example
 from sartor.core.result_display import ShownResult
-from sartor.core.row_warnings import evaluation_warnings
+from sartor.core.row_warnings import DataWarning, evaluation_warnings
 from sartor.core.splits import TEST, group_of, group_of_stored
 from sartor.evaluate import report_page
 from sartor.evaluate.audit import audit as run
@@ -42,7 +42,15 @@ from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
 from sartor.evaluate.metrics import ALL_METRICS, LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
 from sartor.evaluate.paired_measurement import measure_models
-from sartor.evaluate.predictions import HeldOut, TrainingForm, fitting, held_out, losses, model_side
+from sartor.evaluate.predictions import (
+    HeldOut,
+    TrainingForm,
+    fitting,
+    held_out,
+    losses,
+    model_side,
+    reply_cap_warnings,
+)
 from sartor.evaluate.reply_labels import is_json
 from sartor.evaluate.report_page import thumbnails
 from sartor.evaluate.scorers import count_words
@@ -155,7 +163,7 @@ def evaluate(
     suffix = "test-report" if split == TEST else "report"
     out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-{suffix}")
     check_output_free(out.absolute(), replace=replace)
-    if scorer and scorer not in NAMES:
+    if scorer and scorer not in (*NAMES, "loss"):
         raise ConfigError(f"there is no scorer {scorer!r}", one_of("--scorer", NAMES))
     evaluation_ledger.check_ledger()
     _check_metrics(metrics, scorer)
@@ -265,7 +273,7 @@ def _measure(
     Raises ConfigError, before a model is opened, for a label, a scorer or a favourable outcome that the rows lack.
     """
     asked_measures = _measures(eval_set, label)
-    asked_measures.check(scorer or "exact_match")
+    _check_scorer(scorer, asked_measures, eval_set.examples)
     asked_measures.check_all(metrics)
     if audit_options:
         outcomes_of([row.reply for row in eval_set.examples], label, audit_options.favourable)
@@ -275,10 +283,11 @@ def _measure(
     eval_set = fitting(base, eval_set, form)
     measures = _measures(eval_set, label)
     warnings = evaluation_warnings(measures.classes_or_references, measures.groups)
+    warnings += _document_warnings(eval_set.examples) + reply_cap_warnings(base, eval_set.examples)
     for warning in warnings:
         notice(str(warning))
     notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
-    primary = scorer or _natural_metric(measures)
+    primary = scorer or _natural_metric(measures, eval_set.examples)
     if metrics and primary not in metrics:
         primary = next(name for name in metrics if name in measures.names)
     decisive = set(metrics)
@@ -378,11 +387,38 @@ def _measures(eval_set: HeldOut, label: str) -> MetricSet:
     )
 
 
-def _natural_metric(measures: MetricSet) -> str:
+def _check_scorer(scorer: str, measures: MetricSet, examples: Sequence[Example]) -> None:
+    """Raise ConfigError unless the gate can look at this metric of the rows. scorer: empty for the natural one."""
+    # a later version is measured by the metric of an earlier one, which of documents is the loss
+    if scorer == "loss" and _are_documents(examples):
+        return
+    measures.check(scorer or "exact_match")
+
+
+def _are_documents(examples: Sequence[Example]) -> bool:
+    return all(example.is_document for example in examples)
+
+
+def _document_warnings(examples: Sequence[Example]) -> list[DataWarning]:
+    """Return the warning that some rows have no prompt, and so no reply that could be scored."""
+    count = sum(example.is_document for example in examples)
+    if not count:
+        return []
+    problem = (
+        f"{count} of {len(examples)} rows are documents without a prompt: they get no reply and score 0 by every "
+        "metric of replies"
+    )
+    return [DataWarning("documents", problem, "go by `loss`, or give rows with prompts: --data FILE")]
+
+
+def _natural_metric(measures: MetricSet, examples: Sequence[Example]) -> str:
     """Return the natural metric of the rows.
 
-    It is macro_f1 with labels, wer if every row is a transcript, exact_match for short references, else f1.
+    It is loss if all are documents, macro_f1 with labels, wer if every row is a transcript, exact_match for short
+    references, else f1.
     """
+    if _are_documents(examples):
+        return "loss"
     if measures.labelled:
         return "macro_f1"
     if len(measures.transcripts) == len(measures.references):

@@ -35,8 +35,8 @@ from sartor.evaluate.judge_options import LEAST_PLANTED, JudgeOptions, LabelledP
 Notice = Callable[[str], object]
 # The lower end of the accuracy on planted pairs has to lie above this
 LEAST_ACCURACY = 0.6
-# Draws for each planted pair, of which some repeat another
-_DRAWS = 20
+# A row gives at most so many planted pairs: more of one row would be no independent trials of the judge
+PLANTED_OF_A_ROW = 2
 
 
 class Winner(StrEnum):
@@ -214,26 +214,26 @@ class JudgePlan:
 def planted_pairs(rows: Sequence[JudgedRow], count: int, seed: int) -> Iterator[ReplyPair]:
     """Yield at most `count` different pairs of a row's reference and a worse reply, the better one first.
 
-    In every other pair the worse reply is the reference of another row, where there is a different one; in the others
-    it is the reference itself, spoiled. Each is asked as the rows are, beside the reference. Few short references give
-    fewer pairs.
+    The worse reply is the reference of another row in half of the pairs, and in the others the reference itself,
+    spoiled. A row gives one pair of each kind at most, and rows with the same prompt and reference count as one: the
+    interval of the judge's accuracy takes the pairs as independent. Each is asked as the rows are, beside the
+    reference.
     """
-    usable = [row for row in rows if row.reference.strip()]
-    if not usable:
-        return
+    usable = list({(row.prompt, row.reference): row for row in rows if row.reference.strip()}.values())
     draw = random.Random(seed)
-    order = draw.sample(range(len(usable)), len(usable))
-    seen: set[tuple[str, str]] = set()
-    for index in range(_DRAWS * count):
-        if len(seen) == count:
-            return
-        row = usable[order[index % len(order)]]
-        others = [other.reference for other in usable if other.reference.strip() != row.reference.strip()]
-        # by turns, and the other way round the next time that a row is taken
-        is_of_other = others and index // len(order) % 2 == index % 2
-        worse = draw.choice(others) if is_of_other else spoiled(row.reference, draw)
-        if (row.prompt, worse) not in seen:
-            seen.add((row.prompt, worse))
+    order = draw.sample(usable, len(usable))
+    planted = 0
+    for turn in range(PLANTED_OF_A_ROW):
+        for index, row in enumerate(order):
+            if planted == count:
+                return
+            others = [other.reference for other in usable if other.reference.strip() != row.reference.strip()]
+            # by turns, and the other way round the next time that a row is taken
+            is_of_other = index % PLANTED_OF_A_ROW == turn
+            if is_of_other and not others:
+                continue
+            worse = draw.choice(others) if is_of_other else spoiled(row.reference, draw)
+            planted += 1
             yield ReplyPair(row.prompt, row.reference, worse, row.reference)
 
 
@@ -255,8 +255,6 @@ def _counted(winners: Sequence[str], groups: Sequence[str], verdicts: Sequence[P
     winners, groups: of all rows that could be judged. verdicts: of those whose replies differ.
     """
     counts = Counter(winners)
-    decided = counts["tuned"] + counts["base"]
-    low, high = interval(counts["tuned"], decided)
     # a tie is half a win for both
     tuned = [{"tuned": 1.0, "tie": 0.5, "base": 0.0}[winner] for winner in winners]
     base = [1 - score for score in tuned]
@@ -266,10 +264,24 @@ def _counted(winners: Sequence[str], groups: Sequence[str], verdicts: Sequence[P
         "wins": counts["tuned"],
         "losses": counts["base"],
         "ties": counts["tie"],
-        "win_rate": {"estimate": counts["tuned"] / decided if decided else None, "low": low, "high": high},
+        "win_rate": _win_rate(winners, groups),
         "comparison": asdict(paired_bootstrap(base, tuned, groups)) if winners else None,
         "position": _position(verdicts),
     }
+
+
+def _win_rate(winners: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
+    """Return the fraction of groups that tuned wins, of those with a winner, and its exact interval.
+
+    Rows of one group fail together, so that a group has one vote: its winner is that of more of its rows. Without
+    groups each row is one, and the rate is that of the rows.
+    """
+    leads: Counter[str] = Counter()
+    for winner, group in zip(winners, groups, strict=True):
+        leads[group] += (winner == "tuned") - (winner == "base")
+    won, decided = sum(lead > 0 for lead in leads.values()), sum(lead != 0 for lead in leads.values())
+    low, high = interval(won, decided)
+    return {"estimate": won / decided if decided else None, "low": low, "high": high, "groups": decided}
 
 
 def _position(verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
@@ -313,7 +325,8 @@ def sentence(facts: dict[str, Any]) -> str:
     if trial["pairs"] < LEAST_PLANTED:
         return (
             f"The judge {facts['judge']} was refused: the references of the rows give {trial['pairs']} planted pairs, "
-            f"and fewer than {LEAST_PLANTED} do not test it."
+            f"and fewer than {LEAST_PLANTED} do not test it. A row with a reference of its own gives "
+            f"{PLANTED_OF_A_ROW}: evaluate on {LEAST_PLANTED // PLANTED_OF_A_ROW} such rows or more."
         )
     tested = (
         f"{trial['right']} of {trial['pairs']} planted pairs right, {trial['accuracy']:.2f} in "
@@ -325,12 +338,12 @@ def sentence(facts: dict[str, Any]) -> str:
             f"It named the first reply in {_rate(trial['position'], facts['max_characters'])}."
         )
     win_rate = facts["win_rate"]
-    won = "no reply won" if win_rate["estimate"] is None else f"win rate {win_rate['estimate']:.2f}"
+    won = "no group of rows has a winner" if win_rate["estimate"] is None else f"win rate {win_rate['estimate']:.2f}"
     parts = [
         f"The judge {facts['judge']} ({tested}) prefers tuned in {facts['wins']} rows and base in {facts['losses']}, "
         f"with {facts['ties']} ties ({facts['same']} of equal replies): {won} in [{win_rate['low']:.2f}, "
-        f"{win_rate['high']:.2f}] of the rows with a winner. It named the first reply in "
-        f"{_rate(facts['position'], facts['max_characters'])}."
+        f"{win_rate['high']:.2f}] of the {win_rate['groups']} groups of rows with a winner. It named the "
+        f"first reply in {_rate(facts['position'], facts['max_characters'])}."
     ]
     if facts["agreement"] and facts["agreement"]["kappa"]:
         kappa = facts["agreement"]["kappa"]

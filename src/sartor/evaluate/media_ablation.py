@@ -25,6 +25,7 @@ from PIL import Image
 
 from sartor.core.records import Example, Part
 from sartor.core.splits import group_of
+from sartor.evaluate.bootstrap import FlipTest
 from sartor.evaluate.metrics import LOWER_IS_BETTER, MetricSet, ModelOutputs
 from sartor.evaluate.predictions import HeldOut, ask_refusal, replies, reply_limit
 from sartor.media import audio, images
@@ -120,7 +121,9 @@ def ablate(
     Rows of text alone have no entry. Each kind has `rows`, `metric`, and the Comparisons `shuffled` and `blank`, with
     `base` the ablated replies and `tuned` the full ones. So `difference` is the cost: positive where the media
     helped, for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under
-    `exact_match` as well. Rows that become too long for the model with another row's media are left out.
+    `exact_match` as well. One of the two is enough for the gate, so that the level of each interval is halved then
+    (Bonferroni); `tail` is the one-sided level. Rows that become too long for the model with another row's media are
+    left out.
     """
     limit, result = reply_limit(base, eval_set.examples), {}
     for kind in MEDIA:
@@ -148,14 +151,16 @@ def ablate(
         blank_texts = _texts(base, model, HeldOut(blank_rows, eval_set.folder), limit)
         blank_outputs = ModelOutputs(blank_texts, is_opened=full.is_opened)
         name = metric if metric in subset.names else WHOLE
+        names = {name, WHOLE}
+        test = FlipTest(tail=FlipTest.tail / len(names))
         costs = {
             metric_name: {
-                "shuffled": _cost(subset, metric_name, shuffled_outputs, full_subset),
-                "blank": _cost(subset, metric_name, blank_outputs, full_subset),
+                "shuffled": _cost(subset, metric_name, shuffled_outputs, full_subset, test),
+                "blank": _cost(subset, metric_name, blank_outputs, full_subset, test),
             }
-            for metric_name in {name, WHOLE}
+            for metric_name in names
         }
-        result[kind] = {"rows": len(indices), "metric": name, **costs.pop(name), **costs}
+        result[kind] = {"rows": len(indices), "metric": name, "tail": test.tail, **costs.pop(name), **costs}
     return result
 
 
@@ -202,12 +207,14 @@ def _texts(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[str]:
     return [base.chat.decode(item.ids) for item in replies(base, model, eval_set, limit)]
 
 
-def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs) -> dict[str, float]:
+def _cost(
+    measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs, test: FlipTest
+) -> dict[str, float]:
     """Return the comparison of ablated replies with full ones.
 
     The sign is turned for a metric that is better when lower.
     """
-    comparison = measures.compare(name, ablated, full)
+    comparison = measures.compare(name, ablated, full, test)
     if name in LOWER_IS_BETTER:
         comparison = replace(comparison, difference=-comparison.difference, low=-comparison.high, high=-comparison.low)
     return asdict(comparison)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sartor.core.errors import ConfigError, one_of
 from sartor.core.reply_markup import is_reasoning, without_reasoning
 from sartor.evaluate import bootstrap
-from sartor.evaluate.bootstrap import Comparison
+from sartor.evaluate.bootstrap import Comparison, FlipTest
 from sartor.evaluate.reply_labels import WHOLE, is_no_object, known_fields, label_of
 from sartor.evaluate.scorers import SCORERS, is_mismatch, word_errors
 
@@ -174,17 +174,20 @@ class MetricSet:
             )
         return result
 
-    def compare(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+    def compare(
+        self, name: str, before: ModelOutputs, after: ModelOutputs, test: FlipTest | None = None
+    ) -> Comparison:
         """Return the comparison by one metric of `names`. Raises ConfigError for another."""
+        test = test or FlipTest()
         self.check(name)
         if name == "macro_f1":
-            return self._macro_f1(before, after)
+            return self._macro_f1(before, after, test)
         if name == "wer":
-            return self._word_error_rate(before, after)
+            return self._word_error_rate(before, after, test)
         indices = self.labelled if name == "accuracy" else range(len(self.references))
         base = [self._score(name, before, index) for index in indices]
         tuned = [self._score(name, after, index) for index in indices]
-        return bootstrap.paired_bootstrap(base, tuned, self._groups(indices))
+        return bootstrap.paired_bootstrap(base, tuned, self._groups(indices), seed=test.seed, tail=test.tail)
 
     def by_row(self, side: ModelOutputs, only: Collection[str] = ()) -> dict[str, list[float | None]]:
         """Return the scores of each row; None where a row has no such score.
@@ -222,14 +225,14 @@ class MetricSet:
     def _groups(self, indices: Iterable[int]) -> list[str]:
         return [self.groups[index] for index in indices]
 
-    def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+    def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs, test: FlipTest) -> Comparison:
         """Return the comparison of word error rates over all transcripts."""
         base = np.array([self._errors(before, index) for index in self.transcripts], float)
         tuned = np.array([self._errors(after, index) for index in self.transcripts], float)
         groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
-        return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
+        return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest, test=test)
 
-    def _macro_f1(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+    def _macro_f1(self, before: ModelOutputs, after: ModelOutputs, test: FlipTest) -> Comparison:
         """Return the comparison of macro-F1 over the labelled rows."""
         count, class_index = len(self.classes), {label: index for index, label in enumerate(self.classes)}
         base, tuned = (self._counted(side, class_index) for side in (before, after))
@@ -241,7 +244,7 @@ class MetricSet:
             is_present, f1 = expected > 0, 2 * correct / (predicted + expected).clip(1)
             return np.asarray((f1 * is_present).sum(1) / is_present.sum(1).clip(1))
 
-        return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), macro)
+        return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), macro, test=test)
 
     def _counted(self, side: ModelOutputs, class_index: Mapping[str, int]) -> Array:
         """Return per-class counts of each labelled row, (rows with a label, 3 classes).

@@ -16,7 +16,6 @@ from sartor.evaluate.predictions import (
     losses,
     measure_model,
     model_side,
-    opens_reasoning,
     prompt_tokens,
     reply_limit,
     reply_outputs,
@@ -69,7 +68,7 @@ def measure_models(
 
     # a tokenizer that cleans up spaces changes earlier text when more follows; a template that opens the reasoning
     # makes the start of the reply no answer
-    is_opened = any(opens_reasoning(chat, prompt) for prompt in prompts)
+    is_opened = any(chat.opens_reasoning(prompt) for prompt in prompts)
     has_clean_up = getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
     can_end = is_decided is not None and not has_clean_up and not is_opened
     limits = ReplyLimits(limit, frozenset(chat.stops), is_reply_decided if can_end else None, has_logprobs=bool(field))

@@ -19,6 +19,7 @@ from sartor.core.artifacts import Artifact, adapter_manifest
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
+from sartor.core.row_warnings import DataWarning
 from sartor.core.splits import LEAST_GROUPS, TEST, split_group
 from sartor.evaluate.file_rows import rows_of_file
 from sartor.evaluate.metrics import ModelOutputs
@@ -225,8 +226,6 @@ def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
 SPARE_TOKENS = 8
 MOST_REPLY_TOKENS = 512
-# Last tokens of a prompt, in which a template may open the reasoning
-_OPENING_TOKENS = 8
 
 
 def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
@@ -244,16 +243,35 @@ def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
 
 def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     """Return the number of tokens after which a reply to any of these rows is cut."""
+    return min(max(reference_tokens(base, examples), default=0) + SPARE_TOKENS, MOST_REPLY_TOKENS)
+
+
+def reference_tokens(base: Base, examples: Sequence[Example]) -> list[int]:
+    """Return the number of tokens of each row's own reply, with its reasoning; documents have none."""
     lengths = []
     for example in examples:
-        if example.is_document:  # it has no reply
+        if example.is_document:
             continue
         reply = example.messages[-1]
         text = reply_text(reply)
         if reply.reasoning_content:  # as a model that has learnt it writes it
             text = f"<think>\n{reply.reasoning_content}\n</think>\n\n{text}"
         lengths.append(len(base.chat.tokenizer(text)["input_ids"]))
-    return min(max(lengths, default=0) + SPARE_TOKENS, MOST_REPLY_TOKENS)
+    return lengths
+
+
+def reply_cap_warnings(base: Base, examples: Sequence[Example]) -> list[DataWarning]:
+    """Return the warning that replies are cut before the end of some references."""
+    lengths = reference_tokens(base, examples)
+    too_long = sum(length > MOST_REPLY_TOKENS for length in lengths)
+    if not too_long:
+        return []
+    problem = (
+        f"{too_long} of {len(lengths)} references are longer than {MOST_REPLY_TOKENS} tokens, after which every reply "
+        "is cut: none can be as they are"
+    )
+    remedy = "go by `loss`, which is of whole references, or give rows with shorter replies: --data FILE"
+    return [DataWarning("cut_references", problem, remedy)]
 
 
 def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
@@ -317,19 +335,13 @@ def prompt_tokens(chat: ChatTokenizer, eval_set: HeldOut) -> list[list[int]]:
     ]
 
 
-def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
-    """Return whether the chat template has opened the reply's reasoning at a prompt's end."""
-    # ids of media are below 0
-    return reply_markup.opens_reasoning(chat.decode([token for token in prompt[-_OPENING_TOKENS:] if token >= 0]))
-
-
 def template_opens_reasoning(chat: ChatTokenizer, eval_set: HeldOut) -> bool:
     """Return whether the chat template opens the reasoning of replies.
 
     A template does so for every reply or for none, so that one prompt decides.
     """
     asked = [row for row in eval_set.examples if not row.is_document][:1]
-    return any(opens_reasoning(chat, prompt) for prompt in prompt_tokens(chat, replace(eval_set, examples=asked)))
+    return any(chat.opens_reasoning(prompt) for prompt in prompt_tokens(chat, replace(eval_set, examples=asked)))
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:

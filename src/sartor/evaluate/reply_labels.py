@@ -72,8 +72,11 @@ def label_of(reply: str, field: str) -> str | None:
 
 
 def text_of(value: Any) -> str:
-    """Return a JSON value as a label."""
-    return value if isinstance(value, str) else canonical_text(value)
+    """Return a JSON value as a label, which UTF-8 and so a Report can hold."""
+    if not isinstance(value, str):
+        return canonical_text(value)
+    # JSON may escape half of a surrogate pair, as "\ud83d"
+    return value.encode("utf-8", "replace").decode()
 
 
 def span_of(reply: str, field: str) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -44,7 +45,7 @@ from typing import Any
 from sartor.core import config, parquet_io, statistics
 from sartor.core.artifacts import Artifact
 from sartor.core.config import REQUIRED, option
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ConfigError, one_of
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import USES, Objection, Use
 from sartor.core.licences.spdx import UNKNOWN
@@ -52,7 +53,7 @@ from sartor.core.lineage import ancestry, origin_index
 from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
 from sartor.core.reply_markup import without_reasoning
-from sartor.core.splits import LEAST_GROUPS, TEST, test_rows
+from sartor.core.splits import LEAST_GROUPS, TEST, group_of_stored, test_rows
 from sartor.evaluate.bootstrap import groups_needed
 from sartor.evaluate.limits import (
     BiasLimits,
@@ -66,9 +67,13 @@ from sartor.evaluate.limits import (
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.regression_cases import CaseResult, describe_failures
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of
+from sartor.evaluate.scorers import SCORERS
 from sartor.release import notices
 
 CONFIDENCE = 0.95
+# Scores of a row in 0..1 of which more is better: only of these is a mean above a floor good
+_FLOOR_METRICS = (*SCORERS, "accuracy")
+_WHOLE_REPLIES = "the same sartor evaluate without --metrics, with --replace"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -95,15 +100,28 @@ class SliceRule:
                 raise ConfigError(
                     f"{key} of {self.name} is {value!r}, no mapping of fields", f"{key}: {{field: value}}"
                 )
-        if bool(self.metric) != (self.at_least is not None):
-            raise ConfigError(
-                f"the slice {self.name} has one of metric and at_least", "metric: exact_match, at_least: 0.8"
-            )
+        self._check_floor()
         if not (self.forbid or self.require or self.metric):
             problem = f"the slice {self.name} neither forbids nor requires anything, nor has it a floor"
             raise ConfigError(problem, "forbid: {field: [values]}; or metric: exact_match, at_least: 0.8")
         if not 0 <= self.at_most <= 1:
             raise ConfigError(f"at_most of {self.name} is {self.at_most}, no fraction", "at_most: 0.0")
+
+    def _check_floor(self) -> None:
+        """Raise ConfigError unless metric and at_least, if there are any, are a floor that can be judged."""
+        if bool(self.metric) != (self.at_least is not None):
+            raise ConfigError(
+                f"the slice {self.name} has one of metric and at_least", "metric: exact_match, at_least: 0.8"
+            )
+        if self.at_least is None:
+            return
+        if self.metric not in _FLOOR_METRICS:
+            raise ConfigError(
+                f"metric of {self.name} is {self.metric!r}, no score of a row of which more is better",
+                one_of("metric:", _FLOOR_METRICS),
+            )
+        if not 0 <= self.at_least <= 1:
+            raise ConfigError(f"at_least of {self.name} is {self.at_least}, outside 0..1", "at_least: 0.8")
 
     def holds(self, reference: str) -> bool:
         """Return whether a row with this reference belongs to the slice."""
@@ -205,7 +223,7 @@ def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
         return Check(
             "fail",
             f"{cut} of {len(rows)} replies were not written to their end",
-            "the same sartor evaluate without --metrics, with --replace",
+            _WHOLE_REPLIES,
         )
     # judged without its reasoning, whose opening tag the chat template may have written
     verdicts = []
@@ -214,15 +232,20 @@ def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
         verdicts.append(rule.verdict(without_reasoning(reply, is_opened="<think>" not in reply)))
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
+    groups = {group_of_stored(row) for row in rows}
+    is_wrong = [verdict != "right" for verdict in verdicts]
+    # rows of one group fail together: the bound counts the group once
+    offending_groups = {group_of_stored(row) for row in itertools.compress(rows, is_wrong)}
+    bound = upper_bound(len(offending_groups), len(groups))
+    grouped = f"; in {len(offending_groups)} of {len(groups)} groups of rows" if len(groups) < len(rows) else ""
     detail = (
         f"{offending} of {len(rows)} replies offend ({wrong} by what they say, {unreadable} unreadable): "
-        f"{offending / len(rows):.3f}, below {upper_bound(offending, len(rows)):.3f} with {CONFIDENCE:.0%} "
-        "confidence; "
+        f"{offending / len(rows):.3f}{grouped}, below {bound:.3f} with {CONFIDENCE:.0%} confidence; "
         f"the limit is {rule.at_most:g}"
     )
     if offending <= rule.at_most * len(rows):
         return Check("pass", detail)
-    first = next(row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict != "right")
+    first = next(itertools.compress(rows, is_wrong))["id"]
     return Check("fail", f"{detail}; the first is row {first}", "give more rows of this slice, or tune longer")
 
 
@@ -230,10 +253,9 @@ def _floor(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
     """Check whether the mean of a score of the tuned replies reaches the slice's floor."""
     column, floor = f"tuned_{rule.metric}", rule.at_least or 0.0
     if column not in rows[0]:
-        metrics = " | ".join(
-            name.removeprefix("tuned_") for name in rows[0] if name.startswith("tuned_") and name != "tuned_reply"
-        )
-        return Check("fail", f"the rows of the Report have no score {rule.metric!r}", f"metric: {metrics}")
+        present = [name for name in _FLOOR_METRICS if f"tuned_{name}" in rows[0]]
+        remedy = one_of("metric:", present) if present else _WHOLE_REPLIES
+        return Check("fail", f"the rows of the Report have no score {rule.metric!r}", remedy)
     scored = [(row["id"], float(row[column])) for row in rows if row[column] is not None]
     mean = sum(score for _, score in scored) / max(len(scored), 1)
     detail = f"{rule.metric} {mean:.3f} over {len(scored)} rows; the floor is {floor:g}"
@@ -507,10 +529,10 @@ def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool
             f"no row of the Report holds {_NOUNS[kind]}",
             f"evaluate on rows with {_NOUNS[kind]}: --data FILE",
         )
-    costs = {
-        ablation["metric"]: ablation["shuffled"],
-        **({"exact_match": ablation["exact_match"]["shuffled"]} if "exact_match" in ablation else {}),
-    }
+    costs = {ablation["metric"]: ablation["shuffled"]}
+    # either suffices, so that both count only at half the level each; Reports of older versions have the whole level
+    if "exact_match" in ablation and "tail" in ablation:
+        costs["exact_match"] = ablation["exact_match"]["shuffled"]
     cost_texts = [
         f"{name} {cost['difference']:+.3f} in [{cost['low']:.3f}, {cost['high']:.3f}]" for name, cost in costs.items()
     ]

@@ -18,6 +18,7 @@ from sartor.curate.dataset_writer import write_dataset_from
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.evaluation import evaluate
+from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.tune import recipe as recipes
 from sartor.tune.recipe import Recipe
 from sartor.tune.trainer import Tuned, tune
@@ -31,7 +32,7 @@ class LiftResult:
     """Scores on real held-out rows.
 
     compared: its `base` is tuned without the synthetic rows, its `tuned` with them.
-    metric: name of the score of a row, 0..1.
+    metric: name of the score of a row, of which less is better if it is in LOWER_IS_BETTER.
     rows: rows compared. synthetic: synthetic rows added. left_out: synthetic rows left out.
     """
 
@@ -51,7 +52,7 @@ class LiftResult:
             "without": comparison.base,
             "with": comparison.tuned,
             "gain": {"estimate": comparison.difference, "low": comparison.low, "high": comparison.high},
-            "verdict": comparison.verdict(),
+            "verdict": comparison.verdict(higher_is_better=self.metric not in LOWER_IS_BETTER),
             "rows": self.rows,
             "synthetic": self.synthetic,
             "left_out": self.left_out,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sartor.core.records import Example, Message
 from sartor.core.reply_markup import without_reasoning
-from sartor.evaluate.predictions import SPARE_TOKENS, ask_refusal, losses, model_side, opens_reasoning
+from sartor.evaluate.predictions import SPARE_TOKENS, ask_refusal, losses, model_side
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
 from sartor.models.base import Base
@@ -98,7 +98,7 @@ class ModelPair:
     def answers(self, prompts: Sequence[Sequence[Message]], most_tokens: int) -> tuple[list[str], list[str]]:
         """Return greedy replies of both sides, without their reasoning."""
         chat = self.base.chat
-        is_opened = bool(prompts) and opens_reasoning(chat, chat.prompt_ids(prompts[0], "", self.folder))
+        is_opened = bool(prompts) and chat.opens_reasoning(chat.prompt_ids(prompts[0], "", self.folder))
         before, after = self.replies(prompts, most_tokens)
         return (
             [without_reasoning(text, is_opened=is_opened) for text in before],
