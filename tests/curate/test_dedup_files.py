@@ -186,6 +186,8 @@ def test_records_without_text_are_compared_by_all_fields(tmp_path: Path) -> None
         ({"instruction": "a", "input": "b", "output": "c"}, "", "a\nc\nb"),
         ({"prompt": "a", "completion": "b"}, "completion", "b"),
         ({"prompt": "a", "completion": "b"}, "completion, prompt", "b\na"),
+        ({"text": "x", "question": "a", "answer": "b"}, "", "a\nb\nx"),
+        ({"text": "x", "prompt": "a", "completion": "b"}, "", "a\nb"),
         ({"meta": {"title": "a"}, "text": "x"}, "meta.title", "a"),
         ({"messages": [{"content": "a"}, {"content": "b"}]}, "messages.-1.content", "b"),
         ({"messages": [{"content": "a"}, {"content": "b"}]}, "messages.content", "a\nb"),

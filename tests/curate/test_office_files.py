@@ -79,6 +79,31 @@ def test_sheet_is_named_and_no_other_is_left_out_unseen(tmp_path: Path) -> None:
     assert isinstance(drop, Drop) and drop.reason == "no_sheet" and "'Leer', 'Erste', 'Zweite'" in drop.detail
 
 
+def test_merged_cell_has_its_value_in_each_row(tmp_path: Path) -> None:
+    """A group over three rows of which one is empty, a question with two answers, and cells merged side by side."""
+    rows = [["group", "question", "answer", None], ["North", "A?", "a"], [None, None, "b"], [], [None, "C?", "c"]]
+    book = openpyxl.load_workbook(workbook(tmp_path / "a.xlsx", Fragen=[*rows, [None, "D?", "d"]]))
+    for cells in ("A2:A5", "B2:B3", "C6:D6"):
+        book.active.merge_cells(cells)
+    book.save(tmp_path / "a.xlsx")
+    found = [row for row in rows_of(tmp_path / "a.xlsx") if isinstance(row, Example)]
+    assert [(row.group, row.messages[0].text, row.reply) for row in found] == [
+        ("North", "A?", "a"),
+        ("North", "A?", "b"),
+        ("North", "C?", "c"),
+        ("", "D?", "d"),
+    ]
+
+
+def test_header_merged_over_rows_is_no_row(tmp_path: Path) -> None:
+    book = openpyxl.load_workbook(workbook(tmp_path / "a.xlsx", S=[["question", "answer"], [], ["A?", "a"]]))
+    for cells in ("A1:A2", "B1:B2"):
+        book.active.merge_cells(cells)
+    book.save(tmp_path / "a.xlsx")
+    (row,) = rows_of(tmp_path / "a.xlsx")
+    assert isinstance(row, Example) and row.reply == "a"
+
+
 def test_unknown_column_is_refused_at_planning(tmp_path: Path) -> None:
     file = workbook(tmp_path / "faq.xlsx", Fragen=[["Frage", "Antwort"], ["x", "y"]])
     with pytest.raises(ConfigError, match="no column 'Fragen'"):

@@ -362,6 +362,24 @@ def test_nothing_kept_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         curate(tmp_path / "d", tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("a.jsonl", b'[\n {\n  "text": "a"\n }\n]\n', "in a file called .json"),
+        ("a.csv", b"question,question\na,b\n", "a name of its own"),
+        ("a.csv", "question,answer\na,b\n".encode("utf-16-le"), "--encoding utf-16-le"),
+        ("a.csv", b"Frage,Antwort\na,b\n", "fields: {prompt: COLUMN"),
+    ],
+)
+def test_remedy_where_nothing_is_kept_is_that_of_the_reason(
+    name: str, content: bytes, remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        curate(tmp_path / "d", tmp_path / name)
+    assert remedy in caught.value.remedy
+
+
 def test_curating_twice_gives_the_same_rows_and_splits(tmp_path: Path, rows_file: Path) -> None:
     for name in ("one", "two"):
         curate(tmp_path / name, rows_file, split={"eval_fraction": 0.25})

@@ -204,6 +204,42 @@ def test_label_beside_a_text_is_not_passed_over_silently(tmp_path: Path) -> None
     assert sartor.curate({**recipe, "split": {"eval_fraction": 0.0}}, tmp_path / "classes").kept == 2
 
 
+@pytest.mark.parametrize("column", ["Label", "Diagnose", "KATEGORIE", "catégorie"])
+def test_label_is_known_in_any_case_and_in_other_languages(column: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"text,{column}\nthe pump leaks,mechanics\n")
+    assert Rows(tmp_path / "media", tmp_path).notes == {("a.csv", f"unread label: {column}"): 1}
+
+
+def test_context_beside_a_question_is_not_passed_over_silently(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("question,answer,Context\nhow much?,two,a table of prices\nwhen?,today,\n")
+    made = sartor.curate({"sources": [str(file)], "split": {"eval_fraction": 0.0}}, tmp_path / "data")
+    (warning,) = [warning for warning in made.warnings if warning.reason == "unread_context"]
+    assert "1 rows are learnt without their column 'Context'" in warning.problem
+    assert warning.remedy.startswith("fields: {system: Context} at the source")
+    rows = Rows(tmp_path / "media", SourceOptions(str(file), fields=Columns(system="Context")))
+    assert rows.kept[0].messages[0].text == "a table of prices" and not rows.notes
+
+
+@pytest.mark.parametrize(
+    "history", [[["Who?", "Ann."], ["Where?", "Here."]], '[["Who?", "Ann."], ["Where?", "Here."]]']
+)
+def test_history_of_pairs_is_the_turns_before(history: object, tmp_path: Path) -> None:
+    row = {"instruction": "When?", "input": "", "output": "Now.", "system": "Be brief.", "history": history}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    rows = Rows(tmp_path / "media", tmp_path)
+    assert [turn.text for turn in rows.kept[0].messages] == [
+        "Be brief.",
+        "Who?",
+        "Ann.",
+        "Where?",
+        "Here.",
+        "When?",
+        "Now.",
+    ]
+    assert not rows.notes
+
+
 def test_header_in_another_code_page_than_stated_is_said(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes("Störung;Abteilung\nPumpe;Mechanik\n".encode("cp1252"))

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import sartor
 from media_files import bomb
 from sample_data import write_jsonl
 from sartor.core import records
@@ -118,6 +119,18 @@ def test_outside_looping_and_dead_links_are_not_followed(tmp_path: Path) -> None
     rows = Rows(tmp_path / "media", folder)
     assert rows.reasons == {"link_outside": 3, "folder_link": 1, "broken_link": 2}
     assert rows.replies == ["a", "a"]
+
+
+def test_own_output_below_the_source_is_not_learnt(tmp_path: Path) -> None:
+    """A second run over the folder reads the same row; the Dataset of the first one is one Drop."""
+    folder = tmp_path / "in"
+    (folder / "theirs").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", [{"question": "q", "answer": "a"}])
+    (folder / "theirs" / "manifest.json").write_text('{"question": "r", "answer": "b"}')
+    recipe = {"sources": [str(folder)], "split": {"eval_fraction": 0.0}}
+    first, second = (sartor.curate(recipe, folder / "data", replace=replace) for replace in (False, True))
+    assert (first.kept, first.dropped) == (2, {})
+    assert (second.kept, second.dropped) == (2, {"own_output": 1})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
@@ -337,6 +350,10 @@ RUNS = [
     "=  IMPORTXML(1)",
     '="a"&"b"',
     "DDE"[:0] + '=DDE("cmd";"/C calc";"x")',
+    "= A1",
+    "= $B$2",
+    "= cmd|' /C calc'!A0",
+    '- HYPERLINK("http://x")',
 ]
 SHOWS = [
     "-5 degrees",
@@ -362,6 +379,9 @@ SHOWS = [
     "+ fresh bread",
     "-> next!",
     ":-)",
+    "- CT(Thorax) ohne Befund",
+    "= unauffaellig",
+    "+ EKG(12-Kanal) normal",
 ]
 
 
@@ -415,6 +435,21 @@ def test_json_of_any_depth_or_number_is_a_drop(tmp_path: Path) -> None:
     ]
     assert {drop.reason for drop in rows.drops} <= {"bad_json", "bad_field", "mixed_form"}
     assert time.monotonic() - began < 90
+
+
+def test_nan_in_a_json_list_drops_its_row_alone(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"Q{index}?", "answer": "a", "score": float("nan" if index == 1 else 1)} for index in range(9)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = Rows(tmp_path / "media", tmp_path)
+    assert (len(found.kept), found.reasons) == (8, {"bad_json": 1}) and "NaN is not JSON" in found.drops[0].detail
+
+
+def test_fault_in_one_line_of_json_says_how_much_is_unread(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"text" "two"}, {"text": "three"}]')
+    (drop,) = Rows(tmp_path / "media", tmp_path).drops
+    assert "(34 characters are not read)" in drop.detail
 
 
 def test_a_json_file_over_its_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,20 @@ def test_declared_code_page_leaves_unicode_files_of_a_folder_as_they_are(tmp_pat
     assert [file.encoding for file in plan.files] == ["", "cp1252", "", "utf-16"]
 
 
+def test_declared_utf16_without_its_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table([("Wie öffne ich es?", "So.")]).encode("utf-16-le"))
+    (row,) = examples(file, fields=FIELDS, encoding="utf-16-le")
+    assert isinstance(row, Example) and row.messages[0].text == "Wie öffne ich es?"
+
+
+def test_lines_that_end_in_cr_alone_are_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table([("Wie?", "So."), ("Wann?", "Jetzt.")]).replace("\r\n", "\r").encode())
+    found = examples(file, fields=FIELDS)
+    assert [row.reply for row in found if isinstance(row, Example)] == ["So.", "Jetzt."]
+
+
 def test_encoding_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="no encoding 'cp9999'"):
         SourceOptions(path="x.csv", encoding="cp9999")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_init_writes_yaml_of_any_name(name: str, columns: tuple[str, str], tmp_p
     assert source["path"] == str(tmp_path / name)
     assert source["fields"] == dict(zip(("prompt", "completion"), (column.strip() for column in columns), strict=True))
     assert yaml.safe_load(made.tune.read_text(encoding="utf-8"))["data"].startswith("data/")
+
+
+def test_init_quotes_its_commands_for_a_shell(rows_file: Path, tmp_path: Path) -> None:
+    recipes = sartor.init(rows_file, out=tmp_path / "mein ordner")
+    for recipe, verb in ((recipes.curate, "curate"), (recipes.tune, "tune")):
+        line = next(line for line in recipe.read_text().splitlines() if f"sartor {verb} " in line and "--out" in line)
+        assert shlex.split(line)[1:4] == ["sartor", verb, str(recipe)]
 
 
 def test_init_of_a_known_form_leaves_columns_out(rows_file: Path, tmp_path: Path) -> None:

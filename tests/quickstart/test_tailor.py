@@ -220,6 +220,16 @@ def test_unknown_columns_are_said_before_anything_is_made(tmp_path: Path) -> Non
     assert not (tmp_path / "faq").exists()
 
 
+def test_columns_are_asked_for_beside_a_document(tmp_path: Path) -> None:
+    """One note in a folder of tables does not hide that the columns of these are unknown."""
+    folder = table(tmp_path / "rows").parent
+    (folder / "readme.txt").write_text("notes on the rows", encoding="utf-8")
+    with pytest.raises(ConfigError, match="has the columns 'Frage', 'Antwort'"):
+        sartor.tailor(folder, name="faq", out=tmp_path / "faq")
+    recipe = yaml.safe_load(sartor.init(folder, out=tmp_path / "recipes").curate.read_text(encoding="utf-8"))
+    assert recipe["sources"][0]["fields"] == FIELDS
+
+
 def test_remedy_for_columns_can_be_typed(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("Frage (kurz, klar);Antwort des Kunden\nWas?;Das.\n", encoding="utf-8")

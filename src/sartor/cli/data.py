@@ -81,7 +81,7 @@ def dedup(
     Args:
         files: the files; rows are numbered from 0 over all of them in this order
         out: directory of the result
-        text_field: text to compare: field, a,b or a.b; by default `text`, the fields of a known form, or all fields
+        text_field: text to compare: field, a,b or a.b; by default the fields of a known form, `text`, or all fields
             joined
         threshold: Jaccard similarity from which rows are duplicates; 0 takes 0.65 for words, 0.45 for characters
         pairs: also list the duplicates as (a, b, score, method), in a .csv, .jsonl or .parquet file

@@ -42,7 +42,9 @@ from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedu
 from sartor.curate.recipe import CurateRecipe, with_rows
 from sartor.curate.shards import Shard, ShardTask, execute
 from sartor.curate.sources import planner, python_rows
-from sartor.curate.sources.row_formats import UNREAD_LABEL
+from sartor.curate.sources.column_options import fields_option
+from sartor.curate.sources.row_formats import UNREAD_CONTEXT, UNREAD_LABEL
+from sartor.curate.sources.safe_paths import WORK_SUFFIX
 from sartor.curate.sources.source_files import ROWS
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData, personal_data_warning
@@ -67,8 +69,15 @@ def find_warnings(dataset: Artifact) -> list[DataWarning]:
                 problem = (
                     f"{source['path']}: {count:,} rows are learnt as texts, and their column {label!r} is not read"
                 )
-                remedy = f"fields: {{prompt: text, completion: {label}}} at the source, if it is the answer"
+                remedy = f"{fields_option(prompt='text', completion=label)} at the source, if it is the answer"
                 warnings.append(DataWarning("unread_label", problem, remedy))
+            elif note.startswith(UNREAD_CONTEXT):
+                column = note.removeprefix(UNREAD_CONTEXT)
+                problem = (
+                    f"{source['path']}: {count:,} rows are learnt without their column {column!r}, which is not read"
+                )
+                remedy = f"{fields_option(system=column)} at the source, if the question needs it as system prompt"
+                warnings.append(DataWarning("unread_context", problem, remedy))
     return warnings
 
 
@@ -324,7 +333,7 @@ def curate(
     given = {} if rows is None else python_rows.named_rows(rows)
     recipe = load_recipe(with_rows(recipe, list(given), licence=licence, fields=fields, system=system))
     out = Path(out).absolute()
-    work_folder = out.with_name(f"{out.name}.curating")
+    work_folder = out.with_name(f"{out.name}{WORK_SUFFIX}")
     run = CurationRun(recipe, work_folder, on, notice, given)
     if resume and kind_of(out) == "dataset":
         with workplace(work_folder, anew=False):
@@ -550,19 +559,31 @@ def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
     return fields
 
 
+_ENCODING_OPTION = "(`sartor tailor`), or `encoding` at the source in the recipe"
+# Remedy by the reason of the first Drop where no row is left
+_REMEDIES = {
+    "unknown_encoding": f"--encoding cp1252, or utf-16-le without a byte order mark {_ENCODING_OPTION}",
+    "binary_file": f"save it as text in UTF-8; --encoding utf-16-le if it is that without a mark {_ENCODING_OPTION}",
+    "bad_json": "mend the JSON there; rows of several lines are read in a file called .json, and not in .jsonl",
+    "bad_csv": "close the quote there, or save the table as .xlsx",
+    "no_sheet": "end the source with #SHEET, one of the sheets that the workbook has: path: FILE.xlsx#SHEET",
+    "duplicate_columns": "give each column of the header a name of its own",
+    "empty_file": "give a file with rows",
+}
+_NAME_COLUMNS = "mend the rows as the first one's reason says, or name the columns: " + (
+    "fields: {prompt: COLUMN, completion: COLUMN} at the source; --fields prompt=COLUMN,completion=COLUMN of "
+    "`sartor tailor`"
+)
+
+
 def _nothing_kept(rows_read: int, folder: Path) -> SourceError:
     drops: list[dict[str, Any]] = []
     for file in sorted((folder / "drops").glob("*.parquet")):
         drops += parquet_io.read_file(file)
     if not drops:
         return SourceError(f"no row is left of {rows_read}", "a file with rows: at most a header was found")
-    remedy = "mend the rows as the first one's reason says, or name the columns: " + (
-        "fields: {prompt: COLUMN, completion: COLUMN} at the source; --fields prompt=COLUMN,completion=COLUMN of "
-        "`sartor tailor`"
-    )
+    remedy = _REMEDIES.get(drops[0]["reason"], _NAME_COLUMNS)
     counts = records.count_values(drop["reason"] for drop in drops)
-    if list(counts) == ["unknown_encoding"]:
-        remedy = "--encoding cp1252 (`sartor tailor`), or `encoding: cp1252` at the source in the recipe"
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
     first = f"{drops[0]['locator']}: {drops[0]['detail']}"
     return SourceError(f"no row is left of {rows_read} ({reasons}; the first: {first})", remedy)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.sources.planner import first_rows, plan_reading
+from sartor.curate.sources.column_options import fields_option, quoted_scalar
+from sartor.curate.sources.planner import first_rows, plan_reading, tables_of
 from sartor.curate.sources.row_formats import column_names, suggest_columns, unread_label
 from sartor.curate.sources.types import SourceOptions
 from sartor.quickstart.preview import preview
@@ -83,17 +82,16 @@ def init(
     if (taken := [file for file in (*files, *schema_files.values()) if file.exists()]) and not replace:
         raise ConfigError(f"{taken[0]} is there already", "--replace, or --out DIR")
     source = SourceOptions(path=str(data))
-    form = next(
-        (file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), ""
-    )
+    planned = plan_reading([source], CurateRecipe.max_row_bytes).files
+    form = next((file.form for file in tables_of(planned) or planned if file.form != "unknown"), "")
     rows = first_rows(source, CurateRecipe.max_row_bytes) if form in ("", "text") else []
     if form and not any(map(unread_label, rows)):
         rows = []
     name = re.sub(r"[^\w.-]+", "-", Path(str(data).partition("#")[0]).stem.lower()).strip("-") or "rows"
-    names = {"curate": files[0], "tune": files[1], "name": name}
+    names = {"curate": shlex.quote(str(files[0])), "tune": shlex.quote(str(files[1])), "name": name}
     make_parent(files[0])
     texts = {
-        "curate": _CURATE.format(path=_quoted(str(data)), fields=_field_lines(rows), **names),
+        "curate": _CURATE.format(path=quoted_scalar(str(data)), fields=_field_lines(rows), **names),
         "tune": _TUNE.format(**names),
     }
     for file, (recipe, text) in zip(files, texts.items(), strict=True):
@@ -114,22 +112,8 @@ def _field_lines(rows: Sequence[dict[str, Any]]) -> str:
         return "    # fields: {prompt: COLUMN, completion: COLUMN}  # where columns have names of their own\n"
     prompt, completion = suggest_columns(rows)
     # quoted, since a line end in a name would end the comment
-    listed = ", ".join(map(_quoted, column_names(rows)[:12]))
+    listed = ", ".join(map(quoted_scalar, column_names(rows)[:12]))
     return (
         f"    # the columns are: {listed}\n"
-        f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are "
-        "right\n"
+        f"    {fields_option(prompt=prompt, completion=completion)}  # look whether these are right\n"
     )
-
-
-def _quoted(text: str) -> str:
-    """Return `text` as a YAML scalar, plain if YAML reads the same string.
-
-    A column named `No` would be read as false.
-    """
-    if re.fullmatch(r"[^\W\d_][\w ./-]*", text) and yaml.safe_load(text) == text:
-        return text
-    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
-
-
-_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")

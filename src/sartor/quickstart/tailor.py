@@ -43,7 +43,8 @@ from sartor.core.splits import LEAST_GROUPS
 from sartor.curate.pipeline import Curated, curate
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources import python_rows
-from sartor.curate.sources.planner import first_rows, plan_reading, read_all
+from sartor.curate.sources.column_options import fields_flag
+from sartor.curate.sources.planner import first_rows, plan_reading, read_all, tables_of
 from sartor.curate.sources.row_formats import column_names, suggest_columns, unread_label
 from sartor.curate.sources.source_files import sheet_of
 from sartor.curate.sources.types import Columns, SourceOptions
@@ -659,9 +660,8 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
     fields, licence = dict(job.fields), job.licence
     for fields_of_source in job.sources():
         source = load(SourceOptions, {**fields_of_source, "fields": fields})
-        files = plan_reading([source], CurateRecipe.max_row_bytes).files
-        forms = {file.form for file in files}
-        if fields or not files or forms - {"unknown", "text"}:
+        forms = {file.form for file in tables_of(plan_reading([source], CurateRecipe.max_row_bytes).files)}
+        if fields or not forms or forms - {"unknown", "text"}:
             continue
         rows = first_rows(source, CurateRecipe.max_row_bytes)
         label = next((label for row in rows if (label := unread_label(row))), "") if "text" in forms else ""
@@ -674,13 +674,14 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
         if ask is None and label:
             raise ConfigError(
                 f"{name} has a column {label!r} beside `text`, and it is not said whether that is the answer",
-                f"{_fields_flag('text', label)}; or --fields text=text, to learn the texts alone",
+                f"{fields_flag(prompt='text', completion=label)}; or --fields text=text, to learn the texts alone",
             )
         if ask is None:
+            prompt, completion = suggest_columns(rows)
             raise ConfigError(
                 f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or "
                 "completion",
-                _fields_flag(*suggest_columns(rows)),
+                fields_flag(prompt=prompt, completion=completion),
             )
         notice(f"{name} has the columns {', '.join(columns)}")
         fields = {
@@ -701,12 +702,8 @@ def _choose(ask: Ask, question: str, columns: Sequence[str]) -> str:
         answer = ask(f"{question} [{', '.join(columns)}]: ").strip()
         if answer in columns:
             return answer
-    raise ConfigError(f"none of the answers is one of {', '.join(columns)}", _fields_flag(columns[0], "COLUMN"))
-
-
-def _fields_flag(prompt: str, completion: str) -> str:
-    """Return the --fields flag quoted for a shell; a comma in a column's name is doubled."""
-    return "--fields " + shlex.quote(f"prompt={prompt.replace(',', ',,')},completion={completion.replace(',', ',,')}")
+    remedy = fields_flag(prompt=columns[0], completion="COLUMN")
+    raise ConfigError(f"none of the answers is one of {', '.join(columns)}", remedy)
 
 
 def _curation(job: _Job) -> dict[str, Any]:

@@ -75,15 +75,17 @@ def choose(sample: Sequence[Mapping[str, Any]], text_field: str = "") -> Compare
                 )
         return ComparedFields(fields, reason="as asked")
     forms = [row_formats.detect_row_format(row) for row in sample]
-    forms_found = [form for form in forms if form]
-    if sum("text" in row for row in sample) * 2 > len(sample):
-        return ComparedFields(("text",), reason="the rows have a field `text`")
+    forms_found = [form for form in forms if form and form != "text"]
     if len(forms_found) * 2 > len(sample):
         form = max(set(forms_found), key=forms_found.count)
         names = tuple(row_formats.FORMS[form])
         if form == "alpaca":
             names = (*names, "input")
+        if form in row_formats.QUESTION_FORMS:  # the same question about another passage is another row
+            names = (*names, *(name for name in field_names if name.casefold() in row_formats.CONTEXTS))
         return ComparedFields(names, reason=f"the rows have the form {form}")
+    if sum("text" in row for row in sample) * 2 > len(sample):
+        return ComparedFields(("text",), reason="the rows have a field `text`")
     fields = tuple(name for name in field_names if any(isinstance(row.get(name), (str, int, float)) for row in sample))
     left_out = tuple(name for name in fields if name.strip().lower() in _NAMES and _names_rows(sample, name))
     if len(left_out) == len(fields):

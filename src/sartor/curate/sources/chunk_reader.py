@@ -294,6 +294,9 @@ class _ChunkReader:
             self.notes[file.name, f"`{field}` is no date"] += 1
         if form == "text" and not self.source.fields.text and (label := row_formats.unread_label(row)):
             self.notes[file.name, row_formats.UNREAD_LABEL + label] += 1
+        # whoever names the columns has chosen those that are read
+        if not self.source.fields.prompt and (context := row_formats.unread_context(row, form)):
+            self.notes[file.name, row_formats.UNREAD_CONTEXT + context] += 1
 
     def _store_media(self, file: InputFile, kind: str, value: str) -> str:
         if file.kind in file_formats.MEDIA_KINDS:  # the row is the media file itself

@@ -14,7 +14,7 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from sartor.core.records import MalformedRow
 from sartor.text.language_id import detector
@@ -234,7 +234,7 @@ def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
 
 
 def _language_of(code: str | None) -> str:
-    """Return a language's code, one for languages whose short texts no detector tells apart and whose letters agree."""
+    """Return a language's code, one for those whose short texts no detector tells apart and whose letters agree."""
     return "no" if code in ("da", "nb", "nn") else code or ""
 
 
@@ -278,6 +278,24 @@ def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
         raise MalformedRow("unknown_encoding", f"the file cannot be read as {encoding}: {error}") from None
     recoded.seek(0)
     return recoded  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def with_line_feeds(stream: BinaryIO) -> Iterator[BinaryIO]:
+    """Yield a stream whose lines end in LF: the same one, or a copy if its head has no line end but CR.
+
+    Excel writes such files as "CSV (Macintosh)".
+    """
+    head = stream.read(_SAMPLE_BYTES)
+    stream.seek(0)
+    if b"\r" not in head or b"\n" in head:
+        yield stream
+        return
+    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as copy:
+        while block := stream.read(_BLOCK_BYTES):
+            copy.write(block.replace(b"\r", b"\n"))
+        copy.seek(0)
+        yield cast(BinaryIO, copy)
 
 
 def size_of(stream: BinaryIO) -> int:

@@ -6,6 +6,7 @@ is compared with the file's size. A document type, which could declare entities,
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import re
@@ -13,8 +14,9 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from xml.parsers import expat
 
 from sartor.core.records import MalformedRow
 
@@ -79,8 +81,9 @@ def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] 
     """Yield (row number from 1, cells by column name) of a sheet of a workbook.
 
     sheet: name of the sheet; the first non-empty one if empty. The first row with cells holds the column names. Cells
-    are the values that Excel last displayed, never formulas; dates are ISO 8601. Without `sheet`, each other non-empty
-    sheet yields a MalformedRow, so that no sheet is skipped silently.
+    are the values that Excel last displayed, never formulas; dates are ISO 8601. A cell merged over several rows has
+    its value in each of them. Without `sheet`, each other non-empty sheet yields a MalformedRow, so that no sheet is
+    skipped silently.
     """
     import openpyxl
 
@@ -105,14 +108,13 @@ def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] 
         yield 1, MalformedRow("empty_file", "no sheet of the workbook holds a cell")
         return
     chosen = workbook[sheet] if sheet else filled[0]
-    header: list[str] | None = None
-    for number, cells in _filled_rows(chosen):
+    rows = _filled_rows(chosen)
+    _, names_of_columns = next(rows, (0, ()))
+    header = _header(names_of_columns)
+    for number, cells in _repeat_merged(rows, _merged_cells(chosen)):
         if number > MOST_ROWS:
             yield number, MalformedRow("oversize_file", f"more than {MOST_ROWS:,} rows; the rest is not read")
             return
-        if header is None:
-            header = _header(cells)
-            continue
         yield number, _row(header, cells)
     for other in filled if not sheet else ():
         if other.title != chosen.title:
@@ -124,6 +126,46 @@ def _filled_rows(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]]:
     for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         if any(cell is not None and cell != "" for cell in cells):
             yield number, cells
+
+
+def _merged_cells(sheet: Any) -> dict[int, list[tuple[int, int]]]:
+    """Return first row -> (column from 0, last row) of the cells that are merged over several rows.
+
+    openpyxl leaves merged cells out of a sheet that it reads row by row; they follow the rows in the sheet's XML.
+    """
+    from openpyxl.utils import range_boundaries
+
+    merged: dict[int, list[tuple[int, int]]] = {}
+
+    def on_start(name: str, attributes: Mapping[str, str]) -> None:
+        if name.rpartition(":")[2] != "mergeCell":
+            return
+        with contextlib.suppress(ValueError, TypeError):  # a reference that is none, or without a row
+            column, first, _, last = range_boundaries(attributes.get("ref", ""))
+            if last > first:
+                merged.setdefault(first, []).append((column - 1, last))
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = on_start
+    with contextlib.suppress(expat.ExpatError), sheet.parent._archive.open(sheet._worksheet_path) as stream:
+        parser.ParseFile(stream)  # the reading of the rows names a fault
+    return merged
+
+
+def _repeat_merged(
+    rows: Iterable[tuple[int, Sequence[Any]]], merged: Mapping[int, Sequence[tuple[int, int]]]
+) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Yield rows with the value of each merged cell in all of its rows; a sheet stores it in the first one alone."""
+    current: dict[int, tuple[int, Any]] = {}  # column -> (last row, value)
+    for number, cells in rows:
+        current = {column: (last, value) for column, (last, value) in current.items() if number <= last}
+        filled = [*cells, *[None] * (max(current, default=-1) + 1 - len(cells))]
+        for column, (_, value) in current.items():
+            filled[column] = value
+        for column, last in merged.get(number, ()):
+            if column < len(cells):
+                current[column] = last, cells[column]
+        yield number, filled
 
 
 def _header(cells: Sequence[Any]) -> list[str]:

@@ -39,6 +39,7 @@ _TABLES = frozenset(
     ("metadata.jsonl", "metadata.ndjson", "metadata.csv", "metadata.tsv", "metadata.parquet", "metadata.json")
 )
 _TABLE_KINDS = ("jsonl", "json", "csv", "parquet")
+_DOCUMENT_KINDS = ("text", "markdown", "html", "pdf", "docx")
 _CAPTION_SUFFIXES = (".txt", ".json")
 
 
@@ -200,7 +201,8 @@ def _inspect(
         return replace(file, bytes=_size(source_file), refusal=refusal), []
     try:
         with open_regular(source_file.path) as stream:
-            if (fault := row_readers.head_fault(stream, source_file.path, kind)) is not None:
+            stated = source.encoding if source is not None else ""
+            if (fault := row_readers.head_fault(stream, source_file.path, kind, stated)) is not None:
                 raise fault
             sha256, size, pieces = survey(stream, kind)
             file = replace(file, sha256=sha256, bytes=size, encoding=_encoding(stream, kind, source))
@@ -214,6 +216,11 @@ def _inspect(
         return replace(file, bytes=_size(source_file), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
         return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}")), []
+
+
+def tables_of(files: Sequence[FileFacts]) -> list[FileFacts]:
+    """Return the files whose rows have columns: all but documents, whose form is always `text`."""
+    return [file for file in files if file_formats.kind_of(file.path) not in _DOCUMENT_KINDS]
 
 
 def first_rows(source: SourceOptions, most_bytes: int) -> list[dict[str, Any]]:
@@ -359,6 +366,7 @@ __all__ = [
     "ReadPlan",
     "InputChunk",
     "plan_reading",
+    "tables_of",
     "read_chunk",
     "read_all",
     "chunk_of_json",

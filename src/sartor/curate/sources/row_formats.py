@@ -24,6 +24,7 @@ from typing import Any, cast
 from sartor.core.records import ROLES, Example, MalformedRow, Message, Origin, Part, PartKind
 from sartor.core.reply_markup import with_fields
 from sartor.core.splits import stated_group
+from sartor.curate.sources.column_options import fields_option
 from sartor.curate.sources.file_formats import kind_of
 from sartor.curate.sources.row_tools import check_calls, normalized_calls
 
@@ -135,10 +136,20 @@ FORMS: dict[str, tuple[str, ...]] = {
 # ImageFolder in the datasets library); elsewhere `file_name` is the origin of a text.
 CAPTIONED = "captioned"
 CAPTIONS = ("text", "caption", "transcript", "transcription", "label")
-# Columns that hold the class of a text in public sets for classification
-LABELS = ("label", "labels", "class", "category", "intent", "target")
-# Beginning of the note about rows of the form "text" that have such a column; the column's name follows
+# Columns that hold the class of a text in sets for classification, in any case of letters
+LABELS = (
+    *("label", "labels", "class", "category", "intent", "target", "diagnosis"),
+    *("klasse", "kategorie", "diagnose", "etikett", "absicht"),
+    *("etiqueta", "clase", "categoría", "categoria", "diagnóstico", "intención"),
+    *("étiquette", "etiquette", "classe", "catégorie", "categorie", "diagnostic", "intention"),
+)
+# Columns that may hold a part of the question, in the forms of QUESTION_FORMS, which read a `history` of pairs alone
+CONTEXTS = ("context", "passage", "text", "document", "history")
+QUESTION_FORMS = ("alpaca", "question_answer")
+# Beginning of the note about rows of the form "text" that have a column of LABELS; the column's name follows
 UNREAD_LABEL = "unread label: "
+# Beginning of the note about rows that have a column of CONTEXTS; the column's name follows
+UNREAD_CONTEXT = "unread context: "
 DATES = ("date", "timestamp", "created_at", "created")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -198,7 +209,20 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
 
 def unread_label(row: Mapping[str, Any]) -> str:
     """Return the column with the class of a row in the form "text", which does not read it; empty without one."""
-    return next((name for name in LABELS if row.get(name) is not None), "")
+    return _filled_column(row, LABELS)
+
+
+def unread_context(row: Mapping[str, Any], form: str) -> str:
+    """Return the column that may hold a part of the question and is not read; empty without one."""
+    if form not in QUESTION_FORMS:
+        return ""
+    return _filled_column({**row, "history": None} if _earlier_turns(row) else row, CONTEXTS)
+
+
+def _filled_column(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the column of a row that is filled and has one of the names, in any case of letters; empty for none."""
+    filled = {str(name).casefold(): str(name) for name, value in row.items() if value not in (None, "", [])}
+    return next((filled[name] for name in names if name in filled), "")
 
 
 def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -351,11 +375,11 @@ def unknown_form(row: Any) -> MalformedRow:
         return MalformedRow("unknown_form", f"the row is a {type(row).__name__}, not an object with fields")
     names = [str(key) for key in row]
     forms = "; ".join(dict.fromkeys(", ".join(keys) for keys in FORMS.values()))
-    prompt, completion = (*names, "COLUMN", "COLUMN")[:2]
+    prompt, completion = suggest_columns([row])
     return MalformedRow(
         "unknown_form",
         f"no known form has these fields: {', '.join(sorted(names)[:8])}; known are: {forms}; "
-        f"say which column holds what: fields: {{prompt: {prompt}, completion: {completion}}}",
+        f"say which column holds what: {fields_option(prompt=prompt, completion=completion)}",
     )
 
 
@@ -545,7 +569,29 @@ def _alpaca(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], 
     instruction, input_text = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
     system = (Message.of("system", _text(row, "system")),) if row.get("system") else ()
     question = f"{instruction}\n\n{input_text}" if input_text.strip() else instruction
-    return (*system, _question(row, question, media), Message.of("assistant", _text(row, "output"))), ()
+    answer = Message.of("assistant", _text(row, "output"))
+    return (*system, *_earlier_turns(row), _question(row, question, media), answer), ()
+
+
+def _earlier_turns(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Return the turns before the question: the [question, answer] pairs of `history`, as LLaMA-Factory has them.
+
+    Empty for another value, such as a text, which `unread_context` names.
+    """
+    pairs = row.get("history")
+    if isinstance(pairs, str) and pairs.lstrip().startswith("["):  # a list in a cell of a CSV file
+        with contextlib.suppress(ValueError):
+            pairs = json.loads(pairs)
+    is_read = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    )
+    if not is_read:
+        return ()
+    return tuple(
+        Message.of(role, text)
+        for pair in cast(list[list[str]], pairs)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    )
 
 
 def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -633,7 +679,8 @@ def _annotated(prompt: str, answers: Sequence[str]) -> tuple[tuple[Message, ...]
 
 
 def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    return (_question(row, _text(row, "question"), media), Message.of("assistant", _text(row, "answer"))), ()
+    answer = Message.of("assistant", _text(row, "answer"))
+    return (*_earlier_turns(row), _question(row, _text(row, "question"), media), answer), ()
 
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

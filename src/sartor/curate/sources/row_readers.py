@@ -35,10 +35,12 @@ from sartor.curate.sources.safe_paths import open_regular, read_at_most
 Read = Iterator[tuple[str, Any]]
 _SPACE = " \t\r\n,"
 MOST_JSON_BYTES = 256 << 20
-# cells that a spreadsheet would run (OWASP "CSV injection"): = before an operand; @, + or - before a call; DDE
+# Cells that a spreadsheet would run (OWASP "CSV injection"): = before an operand; @, + or - before a call; DDE. A sign
+# before a space begins an item of a list in notes: then = needs an operator, a bracket or a cell (A1) behind it, and
+# the other signs one of the functions that do harm
 _FORMULA = re.compile(
-    r"""=[\s(+\-@]*[\w"'{$\[\\.#] |
-        [@+\-][\s+\-]*[A-Z][A-Z0-9_.]*\( |
+    r"""=(?=\S|.*(?:[+\-*/^&=<>()\[\]{}|!]|\b[A-Za-z]{1,3}\$?[0-9]))[\s(+\-@]*[\w"'{$\[\\.#] |
+        [@+\-]+[A-Z][A-Z0-9_.]*\( |
         [@+\-=].*[\w)]\|.*! |
         [@+\-][\s+\-]*(?i:hyperlink|webservice|import\w+|image|dde|rtd|call|register|exec|cmd|system|sum|indirect|filterxml)\(""",
     re.VERBOSE | re.DOTALL,
@@ -167,7 +169,8 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
 
 def _values(text: str, position: int, most_bytes: int) -> Read:
     """Yield JSON values one after another from `position` on, with the line on which each begins."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    constants: list[str] = []  # NaN, Infinity and -Infinity of the value at `position`
+    decoder = json.JSONDecoder(parse_constant=constants.append)
     line, counted = 1, 0
     while True:
         while position < len(text) and text[position] in _SPACE:
@@ -178,25 +181,30 @@ def _values(text: str, position: int, most_bytes: int) -> Read:
         try:
             row, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            rest = text.count("\n", position)
+            more_lines = text.count("\n", position)
+            unread = f"{more_lines:,} more lines" if more_lines else f"{len(text) - position:,} characters"
             problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield (
-                str(line),
-                MalformedRow("bad_json", f"not JSON from here on ({rest} more lines are not read): {problem}"),
-            )
+            detail = f"not JSON from here on ({unread} are not read): {problem}"
+            yield str(line), MalformedRow("bad_json", detail)
             return
-        if "\0" in text[position:end] or "\\u0000" in text[position:end]:
-            yield str(line), MalformedRow("nul_bytes", "the row holds NUL characters")
-        elif end - position > most_bytes:
-            yield (
-                str(line),
-                MalformedRow(
-                    "oversize_row", f"the row has {end - position:,} characters; the limit is {most_bytes:,}"
-                ),
-            )
-        else:
-            yield str(line), row
+        yield str(line), _value_fault(text[position:end], constants, most_bytes) or row
+        constants.clear()
         position = end
+
+
+def _value_fault(text: str, constants: Sequence[str], most_bytes: int) -> MalformedRow | None:
+    """Return the reason why a JSON value is no row, from its text and the constants in it; None for a row.
+
+    Python's json module writes constants that JSON does not have. Only their row is lost, since its end is known.
+    """
+    if constants:
+        detail = f"the row is not JSON: {constants[0]} is not JSON; write null ({len(text):,} characters are not read)"
+        return MalformedRow("bad_json", detail)
+    if "\0" in text or "\\u0000" in text:
+        return MalformedRow("nul_bytes", "the row holds NUL characters")
+    if len(text) > most_bytes:
+        return MalformedRow("oversize_row", f"the row has {len(text):,} characters; the limit is {most_bytes:,}")
+    return None
 
 
 class _RowLines:
@@ -598,12 +606,14 @@ def rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int) -> Read
     elif kind == "json":
         yield from whole_json(stream, most_bytes)
     else:
-        yield from delimited(stream, most_bytes)
+        with encodings.with_line_feeds(stream) as lines:
+            yield from delimited(lines, most_bytes)
 
 
-def head_fault(stream: BinaryIO, name: str, kind: str) -> MalformedRow | None:
+def head_fault(stream: BinaryIO, name: str, kind: str, encoding: str = "") -> MalformedRow | None:
     """Return the reason why an open file is not read, or None.
 
+    encoding: that its source states; half of the bytes of UTF-16 may be zeros, which no other text holds.
     Looks at the first bytes, and at the footer of a Parquet file. Leaves the stream at its start.
     """
     stream.seek(0)
@@ -611,6 +621,8 @@ def head_fault(stream: BinaryIO, name: str, kind: str) -> MalformedRow | None:
     fault = file_formats.must_be(name, head) if head else None
     if fault is None and kind in file_formats.TEXT_KINDS:
         fault = file_formats.not_text(head)
+        if fault is not None and encoding:
+            fault = file_formats.not_text(head.decode(encoding, "ignore").encode("utf-8", "ignore"))
     if fault is None and kind in ("pdf", "xlsx", "docx", *file_formats.MEDIA_KINDS) and not head:
         fault = MalformedRow("empty_file", "the file is empty")
     if fault is None and kind == "parquet":

@@ -1,7 +1,7 @@
 """Finding and opening of files without leaving the folder of the source.
 
-Files that are found and not read (a link out of the folder, a pipe, a device) are listed with a reason. Hidden files
-and folders (a leading dot) are skipped, as the documentation says.
+Files that are found and not read (a link out of the folder, a pipe, a device, an artefact of Sartor) are listed with a
+reason. Hidden files and folders (a leading dot) and work folders of `curate` are skipped, as the documentation says.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sartor.core.errors import ConfigError
+from sartor.core.artifacts import MANIFESTS, kind_of, read_manifest
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import MalformedRow
 
+WORK_SUFFIX = ".curating"  # of the folder beside an output in which `curate` works
 _BLOCK_BYTES = 1 << 20
+_MOST_MANIFEST_BYTES = 64 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _KIND_NAMES = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -132,17 +135,40 @@ def _walk(root: str) -> Iterator[SourceFile]:
             )
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if entry.name.startswith(".") or (is_folder and entry.name.endswith(WORK_SUFFIX)):
                 continue
             name = prefix + entry.name
             if entry.is_symlink():
                 yield SourceFile(entry.path, safe_name(name), _refuse_link(entry.path, real_root))
-            elif entry.is_dir(follow_symlinks=False):
-                waiting.append((entry.path, f"{name}/"))
+            elif is_folder:
+                if (refusal := _refuse_own_output(entry.path))[0]:
+                    yield SourceFile(entry.path, safe_name(name), refusal)
+                else:
+                    waiting.append((entry.path, f"{name}/"))
             elif entry.is_file(follow_symlinks=False):
                 yield SourceFile(entry.path, safe_name(name))
             else:
                 yield SourceFile(entry.path, safe_name(name), _refuse_mode(entry.stat(follow_symlinks=False).st_mode))
+
+
+def _refuse_own_output(folder: str) -> tuple[str, str]:
+    """Return (reason, detail) for a folder that is an artefact of Sartor; empty for any other.
+
+    A second run would otherwise learn the card and the rows that the first one wrote below the same source.
+    """
+    path = Path(folder)
+    try:
+        kind = kind_of(path)
+        if kind is None or (path / MANIFESTS[kind]).stat().st_size > _MOST_MANIFEST_BYTES:
+            return "", ""
+        read_manifest(path, [kind])
+    except (OSError, ArtifactError):  # a folder that cannot be read, or another program's file of the same name
+        return "", ""
+    detail = (
+        f"Sartor has written this folder ({kind}), so nothing in it is read; name its files as a source of their own"
+    )
+    return "own_output", f"{detail} if they are meant"
 
 
 def _refuse_link(path: str, real_root: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from sartor.core import assets
 from sartor.core.errors import ConfigError, ExtraError, HubError, missing_package
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.sources import row_formats, row_readers, safe_paths, sql
+from sartor.curate.sources.column_options import fields_flag, fields_option
 from sartor.curate.sources.row_readers import FilePiece, Read, drop_nulls
 from sartor.curate.sources.safe_paths import SourceFile
 from sartor.curate.sources.types import SourceOptions
@@ -175,10 +176,13 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
         closest = difflib.get_close_matches(column, known, 1) or difflib.get_close_matches(
             column.casefold(), [key.casefold() for key in known], 1
         )
-        suggestion = next((key for key in known if closest and key.casefold() == closest[0].casefold()), known[0])
+        prompt, completion = row_formats.suggest_columns(rows)
+        likeliest = {"prompt": prompt, "completion": completion}.get(name, known[0])
+        suggestion = next((key for key in known if closest and key.casefold() == closest[0].casefold()), likeliest)
+        typed = {name: suggestion}
         raise ConfigError(
             f"fields.{name}: {table} has no column {column!r}; its columns are {', '.join(map(repr, known[:12]))}",
-            f"fields: {{{name}: {suggestion}}} in a recipe; {name}={suggestion} in --fields of `sartor tailor`",
+            f"{fields_option(**typed)} in a recipe; {fields_flag(**typed)} of `sartor tailor`",
         )
 
 
