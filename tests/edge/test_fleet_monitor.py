@@ -218,19 +218,19 @@ def test_few_reports_decide_nothing_and_a_doubtful_rate_waits(ballot: Ballot) ->
 
 
 def test_device_that_falls_silent_fails_after_the_deadline(ballot: Ballot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signed reports of a start; who never started anything, or took it back, is enrolled and counts as nothing."""
+    """Signed reports of a start; who took it back stays pending, and who never started anything counts as nothing."""
     started = [ballot.vote(f"s{n}", outcome="started") for n in range(6)]
     back = [ballot.vote("b", outcome="started"), ballot.vote("b", outcome="deferred")]
     for n in range(20):
         ballot.key(f"never-{n}")
     found = of(ballot.count(*started, *back), "1.0")
-    assert (found.failed, found.votes.pending, found.high, found.action) == (0, 6, 1.0, "done")
+    assert (found.failed, found.votes.pending, found.high, found.action) == (0, 7, 1.0, "done")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 6.9 * 86_400)
     assert of(ballot.count(*started, *back), "1.0").failed == 0
     monkeypatch.setattr(time, "time", lambda: now + 7.1 * 86_400)
     found = of(ballot.count(*started, *back), "1.0")
-    assert (found.failed, found.votes.silent, found.votes.pending, found.action) == (6, 6, 0, "halt")
+    assert (found.failed, found.votes.silent, found.votes.pending, found.action) == (6, 6, 1, "halt")
     fields = found.as_json()
     assert (fields["silent"], fields["reasons"], fields["ring"]["failed"]) == (6, {"silent": 6}, 6)
     late = ballot.vote("s0", time=int(now + 7 * 86_400))
