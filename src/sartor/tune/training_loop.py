@@ -209,8 +209,10 @@ class TrainingRun:
 
     def _train(self, signals: DeferredSignals) -> None:
         self.model.train()
-        # an evaluation that failed after the last update of the run before
-        if self._evaluate_if_due(self._fraction()) and (self.is_done or not self.evaluation_points):
+        # an evaluation that failed after the last update of the run before; a new run makes one update at least, even
+        # if its set-up took all the minutes
+        is_resumed = self.counters.updates > 0
+        if is_resumed and self._evaluate_if_due(self._fraction()) and (self.is_done or not self.evaluation_points):
             self.model.eval()
             return
         lengths = [row.tokens for row in self.data.train]
